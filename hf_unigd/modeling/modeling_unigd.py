@@ -1,0 +1,467 @@
+"""A vision-language model that embeds and generates: a composed backbone and a small embedding head.
+
+The backbone is held whole (`self.vlm`), never subclassed: transformers skips its key renames for custom code, so that a
+subclass would load native checkpoints with a random `lm_head`.
+"""
+
+import inspect
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_unigd import UniGDConfig
+
+
+# Where to load from, as against what to load.
+HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+
+
+@dataclass
+class UniGDModelOutput(ModelOutput):
+    r"""
+    embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`):
+        L2-normalised float32 embeddings, one a span, in the order of `spans` (one a row where `spans` was not given).
+    logit_scale (`torch.FloatTensor` of shape `()`):
+        Inverse temperature by which similarities are multiplied in the contrastive loss.
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+        Output of the decoder's last layer after its final norm.
+    hidden_states, attentions:
+        As the backbone returns them, when asked for.
+    """
+
+    embeddings: torch.FloatTensor | None = None
+    logit_scale: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class UniGDCausalLMOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+        Next-token cross-entropy over the labelled positions.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
+        Next-token scores; `None` where they were skipped (see `skip_logits`).
+    embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`, *optional*):
+        As in [`UniGDModelOutput`]; `None` while decoding from a cache without `spans`.
+    logit_scale (`torch.FloatTensor` of shape `()`):
+        Inverse temperature of the contrastive loss.
+    past_key_values, hidden_states, attentions:
+        As the backbone returns them, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    embeddings: torch.FloatTensor | None = None
+    logit_scale: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class UniGDHead(nn.Module):
+    """Turns pooled hidden states `(n, hidden_size)` into embeddings `(n, embedding_dim)`, and owns the temperature.
+
+    Computed in float32 whatever the backbone's dtype and under autocast. The temperature lives here so that a PEFT
+    adapter that saves the head (`modules_to_save`) saves all that embedding needs.
+    """
+
+    def __init__(self, config: UniGDConfig):
+        super().__init__()
+        hidden_size = config.get_text_config().hidden_size
+        if config.head_type == "none":
+            self.projection = nn.Identity()
+        elif config.head_type == "linear":
+            self.projection = nn.Linear(hidden_size, config.embedding_dim)
+        else:
+            self.projection = nn.Sequential(
+                nn.Linear(hidden_size, config.head_hidden_dim),
+                nn.GELU(),
+                nn.Linear(config.head_hidden_dim, config.embedding_dim),
+            )
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type=pooled.device.type, enabled=False):
+            return F.normalize(self.projection(pooled.float()), dim=-1)
+
+
+def last_token_spans(attention_mask: torch.Tensor) -> torch.LongTensor:
+    """Spans `(batch_size, 3)` of the last attended token of each row, whichever side is padded.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 for tokens, 0 for padding.
+    """
+    length = attention_mask.shape[1]
+    last = length - 1 - attention_mask.flip(1).to(torch.int32).argmax(1)
+    rows = torch.arange(attention_mask.shape[0], device=attention_mask.device)
+    return torch.stack([rows, last, last + 1], dim=1)
+
+
+def pool_spans(hidden_states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
+    """Mean hidden state of each span, summed in float32.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
+        spans (`torch.LongTensor` of shape `(num_spans, 3)`): row, start and end (exclusive) of each span.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_spans, hidden_size)`.
+    """
+    rows, starts, ends = spans.to(hidden_states.device).unbind(1)
+    lengths = ends - starts
+    # Flat index of every pooled token: segment starts repeated, plus the place inside the segment.
+    segment = torch.repeat_interleave(lengths)
+    place = torch.arange(segment.shape[0], device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
+    tokens = hidden_states.flatten(0, 1)[(rows * hidden_states.shape[1] + starts)[segment] + place]
+    return torch.segment_reduce(tokens.float(), "mean", lengths=lengths)
+
+
+class UniGDPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by both classes."""
+
+    config_class = UniGDConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["embedding_head"]
+    # Whether the backbone has these is checked by the backbone itself, a `PreTrainedModel` of its own.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UniGDConfig, vlm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config) if vlm is None else vlm
+        config.vlm_config = self.vlm.config  # `from_config` works on a copy; resizing must change one config
+        self.embedding_head = UniGDHead(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        # Called for our own modules alone: the backbone, a `PreTrainedModel`, initialises its own.
+        super()._init_weights(module)
+        if isinstance(module, UniGDHead):
+            nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    @classmethod
+    def from_vlm(cls, vlm: PreTrainedModel, **config_kwargs):
+        """
+        Adds a new embedding head to a vision-language model in memory. Parameters are shared, not copied.
+
+        Args:
+            vlm (`PreTrainedModel`): An image-text-to-text model with its language-modelling head.
+            config_kwargs: Arguments of [`UniGDConfig`] other than `vlm_config`.
+
+        Raises:
+            ValueError: `vlm` has no language-modelling head, or an argument of the config is out of range.
+        """
+        if vlm.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(vlm).__name__} has no language-modelling head. Pass the class that generates, as "
+                "`AutoModelForImageTextToText` loads it."
+            )
+        config = UniGDConfig(vlm_config=vlm.config, dtype=vlm.dtype, **config_kwargs)
+        model = cls(config, vlm=vlm)
+        model.embedding_head.to(vlm.get_output_embeddings().weight.device)
+        # A quantised or dispatched backbone: Trainer, PEFT and accelerate look for these on the outer model.
+        for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+            if hasattr(vlm, name):
+                setattr(model, name, getattr(vlm, name))
+        if hasattr(vlm, "hf_device_map"):
+            model.hf_device_map = {f"vlm.{name}".rstrip("."): device for name, device in vlm.hf_device_map.items()}
+        return model.eval()
+
+    @classmethod
+    def from_vlm_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Loads a plain vision-language model and adds a new embedding head to it. The head is the only thing that is
+        new; every tensor of the backbone must come from the checkpoint.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A Hub id or folder of any decoder-only
+                image-text-to-text model, for example `"llava-hf/llava-1.5-7b-hf"`.
+            kwargs: Arguments of [`UniGDConfig`] (`head_type`, `embedding_dim`, ...); the rest goes to
+                `AutoModelForImageTextToText.from_pretrained` (`dtype`, `attn_implementation`, `device_map`,
+                `quantization_config`, `revision`, ...).
+
+        Raises:
+            RuntimeError: a tensor of the backbone is missing from the checkpoint, named in the message.
+        """
+        config_names = inspect.signature(UniGDConfig.__init__).parameters.keys() - {"self", "vlm_config", "kwargs"}
+        config_kwargs = {name: kwargs.pop(name) for name in config_names & kwargs.keys()}
+        vlm, info = AutoModelForImageTextToText.from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        _raise_if_random(pretrained_model_name_or_path, info)
+        return cls.from_vlm(vlm, **config_kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """
+        As [`~PreTrainedModel.from_pretrained`], but never with a random weight.
+
+        Raises:
+            ValueError: the checkpoint is a plain vision-language model; use [`from_vlm_pretrained`].
+            RuntimeError: a tensor is missing from the checkpoint or has another shape, named in the message.
+        """
+        if kwargs.get("config") is None:
+            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
+            config_dict, _ = UniGDConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            if config_dict.get("model_type") != UniGDConfig.model_type:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a {config_dict.get('model_type')!r} checkpoint without an "
+                    f"embedding head. `{cls.__name__}.from_vlm_pretrained(...)` adds a new one to it."
+                )
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        _raise_if_random(pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self):
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.vlm.set_output_embeddings(new_embeddings)
+
+    def clamp_logit_scale_(self) -> None:
+        """Limits the temperature to `config.logit_scale_max_value`, in place; called after each optimizer step."""
+        with torch.no_grad():
+            self.embedding_head.logit_scale.clamp_(max=self.config.logit_scale_max_value)
+
+    def add_soft_prompts(self, token_ids: list[int], source_ids: list[int]) -> None:
+        """
+        Makes room for reserved soft-prompt tokens and initialises each with the embedding of the hand-written prompt's
+        token that it replaces (VladVA, section 3.3).
+
+        Args:
+            token_ids (`list[int]`): Ids of the reserved tokens ([`UniGDProcessor.add_soft_prompts`] returns both).
+            source_ids (`list[int]`): Ids of the hand-written prompt's tokens, one for each.
+
+        Raises:
+            ValueError: the two lists differ in length.
+        """
+        if len(token_ids) != len(source_ids):
+            raise ValueError(f"{len(token_ids)} soft-prompt tokens, but {len(source_ids)} tokens to initialise them.")
+        if max(token_ids) >= self.get_input_embeddings().num_embeddings:
+            # mean_resizing would compute a covariance of the whole table for rows that are overwritten just below
+            self.vlm.resize_token_embeddings(max(token_ids) + 1, mean_resizing=False)
+        # A reserved token is read, never written: untied output rows start at zero, and generation leaves them out.
+        tied = self.get_output_embeddings().weight is self.get_input_embeddings().weight
+        with torch.no_grad():
+            self.get_input_embeddings().weight[token_ids] = self.get_input_embeddings().weight[source_ids]
+            if not tied:
+                self.get_output_embeddings().weight[token_ids] = 0
+        suppressed = set(self.vlm.generation_config.suppress_tokens or []) | set(token_ids)
+        self.vlm.generation_config.suppress_tokens = sorted(suppressed)
+
+    def embed(self, *, spans=None, attention_mask=None, truncate_dim=None, labels=None, **inputs) -> torch.FloatTensor:
+        """
+        Embeddings alone; the language-modelling head is left out.
+
+        Args:
+            spans (`torch.LongTensor` of shape `(num_spans, 3)`, *optional*): row, start and end (exclusive) of each
+                span to embed. Defaults to the last attended token of each row.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*).
+            truncate_dim (`int`, *optional*): Keep this Matryoshka prefix, normalised again.
+            labels: Ignored, so that a training batch can be passed as it is.
+            inputs: Every other input of the backbone, as [`UniGDProcessor`] returns them.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_spans, embedding_dim)` or `(num_spans, truncate_dim)`: unit vectors.
+
+        Raises:
+            ValueError: `truncate_dim` is not among `config.matryoshka_dims`.
+        """
+        if truncate_dim is not None and truncate_dim not in (self.config.matryoshka_dims or []):
+            raise ValueError(
+                f"`truncate_dim={truncate_dim}` was not trained for; `matryoshka_dims` is {self.config.matryoshka_dims}."
+            )
+        outputs = self._decode(attention_mask=attention_mask, use_cache=False, **inputs)
+        embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)
+        return embeddings if truncate_dim is None else F.normalize(embeddings[:, :truncate_dim], dim=-1)
+
+    def _decode(self, **inputs):
+        """The backbone without its language-modelling head; inputs that were not given are left out."""
+        return self.vlm.base_model(**{name: value for name, value in inputs.items() if value is not None})
+
+    def _pool(self, last_hidden_state, attention_mask, spans) -> torch.FloatTensor:
+        if spans is None:
+            if attention_mask is None:
+                attention_mask = torch.ones(last_hidden_state.shape[:2], device=last_hidden_state.device)
+            spans = last_token_spans(attention_mask)
+        return self.embedding_head(pool_spans(last_hidden_state, spans))
+
+
+class UniGDModel(UniGDPreTrainedModel):
+    """Embeds sequences of text and images.
+
+    It keeps the backbone's language-modelling head and generation config, so that what it saves also loads as
+    [`UniGDForConditionalGeneration`].
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        spans: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> UniGDModelOutput:
+        r"""
+        Args:
+            spans (`torch.LongTensor` of shape `(num_spans, 3)`, *optional*): row, start and end (exclusive) of each
+                span to embed. Defaults to the last attended token of each row.
+            kwargs: Every other input goes to the backbone as it is.
+        """
+        kwargs.setdefault("use_cache", False)
+        outputs = self._decode(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs
+        )
+        return UniGDModelOutput(
+            embeddings=self._pool(outputs.last_hidden_state, attention_mask, spans),
+            logit_scale=self.embedding_head.logit_scale.exp(),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
+        # A checkpoint without the file leaves the backbone's own defaults.
+        with suppress(OSError):
+            model.vlm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.vlm.generation_config.save_pretrained(save_directory)
+
+
+class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
+    """Embeds and generates. Logits and generation are the backbone's own."""
+
+    # One object for both, so that what is set on either is used by `generate` and saved.
+    @property
+    def generation_config(self):
+        return self.vlm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        if "vlm" in self._modules:  # `PreTrainedModel.__init__` sets a default before the backbone exists
+            self.vlm.generation_config = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        spans: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> UniGDCausalLMOutput:
+        r"""
+        Args:
+            spans (`torch.LongTensor` of shape `(num_spans, 3)`, *optional*): row, start and end (exclusive) of each
+                span to embed. Defaults to the last attended token of each row.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Targets of the next-token
+                loss, -100 where there is none. Only labelled positions meet the language-modelling head.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): As in the backbone.
+            skip_logits (`bool`, *optional*): Leave `logits` out. Defaults to `True` in training with `labels`.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): The loss is the sum over labelled positions
+                divided by this; by their number where it is not given.
+            kwargs: Every other input goes to the backbone as it is.
+        """
+        outputs = self._decode(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state
+        lm_head = self.get_output_embeddings()
+
+        loss = None
+        if labels is not None:
+            loss = next_token_loss(hidden_states, labels, lm_head, num_items_in_batch)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        logits = None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = lm_head(hidden_states[:, kept])
+
+        embeddings = None
+        is_cached_step = attention_mask is not None and attention_mask.shape[1] != hidden_states.shape[1]
+        if spans is not None or not is_cached_step:
+            embeddings = self._pool(hidden_states, attention_mask, spans)
+
+        return UniGDCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            embeddings=embeddings,
+            logit_scale=self.embedding_head.logit_scale.exp(),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As [`~GenerationMixin.generate`], by the backbone. `spans` is ignored: a batch can be passed as it is."""
+        kwargs.pop("spans", None)
+        return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
+
+
+def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> torch.FloatTensor:
+    """Cross-entropy of the labelled tokens, each predicted from the position before it (VladVA, section 3.2).
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no target.
+        lm_head (`nn.Module`): Maps hidden states to logits; called on the labelled positions alone.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the sum; the number of labelled tokens of
+            the whole accumulated global batch in training. Defaults to the number here.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`: 0 where nothing is labelled.
+    """
+    targets = labels[:, 1:].to(hidden_states.device)
+    labelled = targets != -100
+    logits = lm_head(hidden_states[:, :-1][labelled]).float()
+    total = F.cross_entropy(logits, targets[labelled], reduction="sum")
+    return total / (labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _raise_if_random(name: str, loading_info: dict) -> None:
+    missing, mismatched = sorted(loading_info["missing_keys"]), sorted(loading_info["mismatched_keys"])
+    if missing or mismatched:
+        raise RuntimeError(
+            f"Loading {name} would leave tensors random.\n"
+            + (f"Missing from the checkpoint: {', '.join(missing)}.\n" if missing else "")
+            + (f"Of another shape in the checkpoint: {', '.join(map(str, mismatched))}.\n" if mismatched else "")
+            + "The checkpoint is incomplete, or was saved with another head or backbone than its config says."
+        )
+
+
+UniGDModel.register_for_auto_class("AutoModel")
+UniGDForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["UniGDForConditionalGeneration", "UniGDModel", "UniGDPreTrainedModel"]

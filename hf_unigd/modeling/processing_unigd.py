@@ -1,0 +1,352 @@
+"""Turns sequences of texts and images into model inputs, with the spans to embed and the tokens to predict.
+
+The prompts live here and are saved with the processor: the model knows nothing of them.
+"""
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import PROCESSOR_NAME
+
+
+# VladVA, figure 4, names the image prompt; the text prompt is ours, by symmetry.
+DEFAULT_PROMPTS = {
+    "image": "Summarize the provided image in one word",
+    "text": "Summarize the provided text in one word",
+}
+
+
+class SequenceError(ValueError):
+    """A sequence that cannot be processed. `index` is its place in the batch, `reason` says why."""
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"Sequence {index} {reason}")
+        self.index = index
+        self.reason = reason
+
+
+class UniGDProcessor(ProcessorMixin):
+    r"""
+    Wraps a backbone's processor (tokenizer, image processor, chat template) and adds embedding prompts.
+
+    Called like the backbone's own processor it behaves like it; [`process_sequences`] prepares inputs to embed and to
+    train on.
+
+    Args:
+        vlm_processor (`ProcessorMixin`): Processor of the backbone; it needs a chat template.
+        prompts (`dict[str, str]`, *optional*): The hand-written prompts by modality, `"image"` (for every sequence
+            that holds an image) and `"text"`. Each ends the user's turn; the embedding is read at the last token before
+            the answer.
+        soft_prompts (`dict[str, list[str]]`, *optional*): Reserved tokens by modality that stand in for the
+            hand-written prompt; [`add_soft_prompts`] makes them.
+
+    Raises:
+        ValueError: no chat template, no padding token, or prompts of unknown modalities.
+    """
+
+    def __init__(self, vlm_processor, prompts=None, soft_prompts=None):
+        if vlm_processor.chat_template is None:
+            raise ValueError(
+                f"{type(vlm_processor).__name__} has no chat template, which places the prompts. Set "
+                "`vlm_processor.chat_template` to the one that the backbone was trained with."
+            )
+        if vlm_processor.tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to the EOS token.")
+        prompts = {**DEFAULT_PROMPTS, **(prompts or {})}
+        if prompts.keys() != DEFAULT_PROMPTS.keys():
+            raise ValueError(f"`prompts` takes the keys {sorted(DEFAULT_PROMPTS)}, got {sorted(prompts)}.")
+        self.vlm_processor = vlm_processor
+        self.prompts = prompts
+        self.soft_prompts = soft_prompts
+
+    # What `ProcessorMixin` declares as attributes is the backbone processor's.
+    tokenizer = property(lambda self: self.vlm_processor.tokenizer)
+    image_processor = property(lambda self: self.vlm_processor.image_processor)
+    chat_template = property(lambda self: self.vlm_processor.chat_template)
+    model_input_names = property(lambda self: [*self.vlm_processor.model_input_names, "spans"])
+
+    def __call__(self, *args, **kwargs) -> BatchFeature:
+        return self.vlm_processor(*args, **kwargs)
+
+    def apply_chat_template(self, *args, **kwargs):
+        return self.vlm_processor.apply_chat_template(*args, **kwargs)
+
+    def batch_decode(self, *args, **kwargs):
+        return self.vlm_processor.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        return self.vlm_processor.decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(self, *args, **kwargs):
+        return self.vlm_processor.post_process_image_text_to_text(*args, **kwargs)
+
+    def __repr__(self):
+        return f"{type(self).__name__}(prompts={self.prompts}, soft_prompts={self.soft_prompts}, {self.vlm_processor})"
+
+    def process_sequences(
+        self,
+        sequences: list,
+        targets: list[str | None] | None = None,
+        *,
+        prompted: bool | list[bool] = True,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+    ) -> BatchFeature:
+        """
+        Prepares a batch of sequences of texts and images, in the order in which they are given.
+
+        Args:
+            sequences (`list`): Each a text, a `PIL.Image.Image`, a list of both (one user turn), or chat messages
+                (`[{"role": ..., "content": ...}]`, images as `{"type": "image", "image": PIL.Image.Image}`).
+            targets (`list[str | None]`, *optional*): Texts that the model learns to say after each sequence.
+            prompted (`bool` or `list[bool]`, *optional*, defaults to `True`): Whether a sequence ends with its prompt
+                and is embedded. A sequence that is not has no span.
+            max_length (`int`, *optional*): Longest row allowed, in tokens, image tokens and target included.
+            padding_side (`str`, *optional*): `"left"` or `"right"`; the tokenizer's own by default.
+
+        Returns:
+            `BatchFeature` of the backbone's inputs, `spans` (`(num_prompted, 3)`: row, start, end) and, with `targets`,
+            `labels` (`(batch_size, sequence_length)`, -100 where nothing is predicted).
+
+        Raises:
+            SequenceError: a sequence is empty, holds an empty text, an image placeholder or something that is neither
+                text nor image, or is longer than `max_length`. Nothing is truncated.
+        """
+        flags = [prompted] * len(sequences) if isinstance(prompted, bool) else prompted
+        targets = [None] * len(sequences) if targets is None else targets
+        if not len(sequences) == len(flags) == len(targets):
+            raise ValueError(
+                f"{len(sequences)} sequences, but {len(targets)} targets and {len(flags)} values of `prompted`."
+            )
+        rows = [
+            self._render(index, sequence, target, flag)
+            for index, (sequence, target, flag) in enumerate(zip(sequences, targets, flags, strict=True))
+        ]
+        texts, images, continuations = map(list, zip(*rows, strict=True))
+
+        bos_token = self.tokenizer.bos_token
+        batch = self.vlm_processor(
+            text=list(texts),
+            images=images if any(images) else None,
+            add_special_tokens=not (bos_token and texts[0].startswith(bos_token)),
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        lengths = batch["attention_mask"].sum(1).tolist()
+        answers = [self._continuation_ids(text, more) for text, more in zip(texts, continuations, strict=True)]
+        for index, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
+            if max_length is not None and length + len(answer) > max_length:
+                raise SequenceError(
+                    index,
+                    f"has {length + len(answer)} tokens ({len(answer)} of them the target), more than "
+                    f"`max_length={max_length}`. Shorten it or raise `max_length`.",
+                )
+        side = padding_side or self.tokenizer.padding_side
+        fill = {"input_ids": self.tokenizer.pad_token_id}
+        per_token = [name for name, value in batch.items() if _shape(value) == batch["input_ids"].shape]
+        for name in per_token:
+            rows_of_name = []
+            for values, length, answer in zip(batch[name], lengths, answers, strict=True):
+                more = {"input_ids": answer, "attention_mask": [1] * len(answer)}.get(name, [0] * len(answer))
+                rows_of_name.append(torch.cat([values[:length], torch.tensor(more, dtype=values.dtype)]))
+            batch[name] = pad_sequence(rows_of_name, True, fill.get(name, 0), side)
+
+        width = batch["input_ids"].shape[1]
+        spans = []
+        for index, (length, answer, flag) in enumerate(zip(lengths, answers, flags, strict=True)):
+            end = length if side == "right" else width - len(answer)
+            if flag:
+                spans.append((index, end - 1, end))
+        batch["spans"] = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
+        if any(target is not None for target in targets):
+            labels = [
+                torch.tensor([-100] * length + answer, dtype=torch.long)
+                for length, answer in zip(lengths, answers, strict=True)
+            ]
+            batch["labels"] = pad_sequence(labels, True, -100, side)
+        return batch
+
+    def add_soft_prompts(self) -> dict[str, list[int]]:
+        """
+        Reserves one token for each token of each hand-written prompt, and uses them instead of it from now on.
+
+        Returns:
+            `dict[str, list[int]]`: `token_ids` of the reserved tokens and `source_ids` of the tokens that they replace,
+            as [`UniGDPreTrainedModel.add_soft_prompts`] takes them.
+
+        Raises:
+            ValueError: there are soft prompts already.
+        """
+        if self.soft_prompts is not None:
+            raise ValueError("This processor has soft prompts already; a second set would orphan the trained ones.")
+        soft_prompts, source_ids = {}, []
+        for modality, prompt in self.prompts.items():
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            soft_prompts[modality] = [f"<|unigd_{modality}_{place}|>" for place in range(len(ids))]
+            source_ids += ids
+        self.tokenizer.add_tokens([token for tokens in soft_prompts.values() for token in tokens], special_tokens=True)
+        self.soft_prompts = soft_prompts
+        return {"token_ids": self.soft_prompt_ids, "source_ids": source_ids}
+
+    @property
+    def soft_prompt_ids(self) -> list[int]:
+        """Ids of the reserved tokens of every modality, in the order of `soft_prompts`; empty without soft prompts."""
+        tokens = [token for tokens in (self.soft_prompts or {}).values() for token in tokens]
+        return self.tokenizer.convert_tokens_to_ids(tokens)
+
+    def _render(self, index, sequence, target, prompted):
+        """The rendered prompt, its images in order, and the text that continues it (empty without a target)."""
+        messages, images = self._to_messages(index, sequence)
+        if prompted:
+            modality = "image" if images else "text"
+            prompt = "".join(self.soft_prompts[modality]) if self.soft_prompts else self.prompts[modality]
+            *earlier, last = messages
+            separator = "" if last["content"].endswith(self._image_placeholder) else "\n"
+            messages = [*earlier, {**last, "content": last["content"] + separator + prompt}]
+        text = self._apply_template(messages, add_generation_prompt=True)
+        if target is None:
+            return text, images, ""
+        if not target.strip():
+            raise SequenceError(index, "has an empty target.")
+        answered = self._apply_template([*messages, {"role": "assistant", "content": target}])
+        if not answered.startswith(text):
+            raise ValueError(
+                "The chat template renders an answered conversation differently from the same conversation with "
+                "`add_generation_prompt=True`, so that no answer can follow the prompt. Use another chat template."
+            )
+        answer = answered[len(text) :].rstrip()
+        eos_token = self.tokenizer.eos_token
+        return text, images, answer if answer.endswith(eos_token) else answer + eos_token
+
+    def _to_messages(self, index, sequence):
+        """Messages with string contents, a placeholder standing where each image was, and the images in order."""
+        slices = sequence if isinstance(sequence, (list, tuple)) else [sequence]
+        if not slices:
+            raise SequenceError(index, "is empty: it needs at least one text or image.")
+        if not isinstance(slices[0], dict):
+            slices = [{"role": "user", "content": list(slices)}]
+        if slices[-1]["role"] != "user":
+            raise SequenceError(index, f"ends with the role {slices[-1]['role']!r}; it must end with the user's turn.")
+        images: list[Image.Image] = []
+        messages = [{**turn, "content": self._inline(index, turn["content"], images)} for turn in slices]
+        return messages, images
+
+    def _inline(self, index, content, images):
+        """One string for a turn, each image replaced by its placeholder. Chat templates put all images first."""
+        text, previous = "", None
+        for part in [content] if isinstance(content, str) else content:
+            if isinstance(part, dict):
+                part = part.get("image", part.get("text"))
+            if isinstance(part, Image.Image):
+                images.append(part)
+                text += ("\n" if previous == "text" else "") + self._image_placeholder
+                previous = "image"
+            elif isinstance(part, str):
+                if not part.strip():
+                    raise SequenceError(index, "holds an empty text.")
+                if self.vlm_processor.image_token in part:
+                    raise SequenceError(
+                        index,
+                        f"holds the image placeholder {self.vlm_processor.image_token!r} inside a text. Pass the image "
+                        "itself at that place.",
+                    )
+                text += (" " if previous == "text" else "") + part
+                previous = "text"
+            else:
+                raise SequenceError(index, f"holds a {type(part).__name__}; a part is a text or a PIL image.")
+        if previous is None:
+            raise SequenceError(index, "holds an empty turn: it needs at least one text or image.")
+        return text
+
+    def _apply_template(self, messages, add_generation_prompt=False) -> str:
+        messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+        return self.vlm_processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def _image_placeholder(self) -> str:
+        """What the chat template renders for an image, found by rendering a turn with and without one."""
+        text = {"type": "text", "text": "@"}
+        rendered = [
+            self.vlm_processor.apply_chat_template([{"role": "user", "content": content}])
+            for content in ([{"type": "image"}, text], [text])
+        ]
+        start = len(os.path.commonprefix(rendered))
+        placeholder = rendered[0][start : start + len(rendered[0]) - len(rendered[1])]
+        if self.vlm_processor.image_token not in placeholder:
+            raise ValueError(
+                f"The chat template renders an image as {placeholder!r}, without the processor's image token "
+                f"{self.vlm_processor.image_token!r}."
+            )
+        return placeholder
+
+    def _continuation_ids(self, text: str, continuation: str) -> list[int]:
+        """Ids of `continuation` as it follows `text`, without changing a token of `text`."""
+        if not continuation:
+            return []
+        image_token = self.vlm_processor.image_token
+        tail = text[text.rfind(image_token) + len(image_token) :] if image_token in text else text
+        tail_ids, joint_ids = self.tokenizer([tail, tail + continuation], add_special_tokens=False)["input_ids"]
+        if joint_ids[: len(tail_ids)] == tail_ids:
+            return joint_ids[len(tail_ids) :]
+        # The tokenizer would merge across the border; the prompt has to stay as it is when embedded alone.
+        return self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+
+    def to_dict(self):
+        return {
+            "processor_class": type(self).__name__,
+            "vlm_processor_class": type(self.vlm_processor).__name__,
+            "prompts": self.prompts,
+            "soft_prompts": self.soft_prompts,
+        }
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Saves the backbone's processor, the prompts and this code in one folder."""
+        files = self.vlm_processor.save_pretrained(save_directory)
+        config_file = Path(save_directory) / PROCESSOR_NAME
+        config = {**json.loads(config_file.read_text(encoding="utf-8")), **self.to_dict()}
+        custom_object_save(self, save_directory, config=config)
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Loads what [`save_pretrained`] saved, locally or from the Hub.
+
+        Raises:
+            ValueError: the folder holds a plain processor; use [`from_vlm_pretrained`].
+        """
+        config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "vlm_processor_class" not in config:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a processor without embedding prompts. "
+                f"`{cls.__name__}.from_vlm_pretrained(...)` adds them to it."
+            )
+        vlm_processor_class = getattr(transformers, config["vlm_processor_class"])
+        vlm_processor = vlm_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(vlm_processor, prompts=config["prompts"], soft_prompts=config["soft_prompts"])
+
+    @classmethod
+    def from_vlm_pretrained(cls, pretrained_model_name_or_path, prompts=None, **kwargs):
+        """Loads the processor of a plain vision-language model and adds embedding prompts to it."""
+        return cls(AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), prompts=prompts)
+
+
+def _shape(value):
+    return value.shape if isinstance(value, torch.Tensor) else None
+
+
+UniGDProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["SequenceError", "UniGDProcessor"]

@@ -1,0 +1,210 @@
+"""Tiny vision-language models of every supported family, and their processors, built in code without a download."""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+)
+
+
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl")
+
+CORPUS = [
+    "Summarize the provided image in one word",
+    "Summarize the provided text in one word",
+    "USER: ASSISTANT: user assistant system a red cat and two blue dogs on the green grass",
+    "A large picture of a small yellow car, seen from the left, with three people waving from its windows.",
+]
+
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ image_placeholder }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+# transformers builds these two with a video processor alone, which needs torchvision; images are all that is used here.
+class ImageOnevisionProcessor(LlavaOnevisionProcessor):
+    def __init__(self, image_processor, tokenizer, num_image_tokens, chat_template):
+        self.num_image_tokens = num_image_tokens
+        self.vision_feature_select_strategy = "full"
+        self.vision_aspect_ratio = "anyres_max_9"
+        self.image_token, self.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class ImageQwen2VLProcessor(Qwen2VLProcessor):
+    def __init__(self, image_processor, tokenizer, chat_template):
+        self.image_token, self.image_token_id = "<|image_pad|>", tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+@dataclass
+class TinyVLM:
+    model: torch.nn.Module
+    processor: object
+
+
+def make_tokenizer(special_tokens, bos=None, eos="</s>"):
+    """A byte-level BPE tokenizer trained on a few sentences."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", *([bos] if bos else []), eos, *special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token=bos, eos_token=eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
+    return tokenizer
+
+
+def _text_config(model_type, tokenizer, **kwargs):
+    return {
+        "model_type": model_type,
+        "vocab_size": len(tokenizer) + 4,  # a few spare rows, as released checkpoints have
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **kwargs,
+    }
+
+
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _llava():
+    tokenizer = make_tokenizer(["<image>"], bos="<s>")
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **_VISION},
+        text_config=_text_config("llama", tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return config, processor
+
+
+def _llava_next():
+    tokenizer = make_tokenizer(["<image>"], bos="<s>")
+    pinpoints = [[16, 32], [32, 16], [32, 32]]
+    config = LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **_VISION},
+        text_config=_text_config("llama", tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return config, processor
+
+
+def _llava_onevision():
+    tokenizer = make_tokenizer(["<image>", "<video>", "<|im_start|>"], eos="<|im_end|>")
+    pinpoints = [[16, 16], [16, 32], [32, 16], [32, 32]]
+    config = LlavaOnevisionConfig(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, **_VISION},
+        text_config=_text_config("qwen2", tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_9",
+    )
+    processor = ImageOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=pinpoints),
+        tokenizer,
+        num_image_tokens=4,
+        chat_template=QWEN_TEMPLATE.replace("image_placeholder", "'<image>\n'"),
+    )
+    return config, processor
+
+
+def _qwen2_vl():
+    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = make_tokenizer(specials, eos="<|im_end|>")
+    ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials), strict=True))
+    config = Qwen2VLConfig(
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8},
+        text_config=_text_config(
+            "qwen2_vl_text",
+            tokenizer,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    sizes = {"patch_size": 8, "min_pixels": 16 * 16, "max_pixels": 32 * 32}
+    processor = ImageQwen2VLProcessor(
+        Qwen2VLImageProcessorPil(**sizes),
+        tokenizer,
+        chat_template=QWEN_TEMPLATE.replace("image_placeholder", "'<|vision_start|><|image_pad|><|vision_end|>'"),
+    )
+    return config, processor
+
+
+_BUILDERS = {"llava": _llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision, "qwen2_vl": _qwen2_vl}
+
+
+def make_vlm(family: str = "llava", seed: int = 0, **from_config_kwargs) -> TinyVLM:
+    """A randomly initialised backbone of the family, in eval mode, with its processor."""
+    config, processor = _BUILDERS[family]()
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config, **from_config_kwargs).eval()
+    return TinyVLM(model, processor)
+
+
+def make_image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
