@@ -1,0 +1,108 @@
+"""Datasets of examples, and the check of every row before training time is spent."""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from .example import Example, RowError
+from .rows import RowParser, check_columns
+
+
+logger = logging.getLogger(__name__)
+
+
+class ExampleDataset(torch.utils.data.Dataset):
+    """Parses rows of a map-style dataset when they are asked for. Row numbers are those of `rows`.
+
+    Args:
+        rows: The rows, of any accepted format.
+        parser: Turns one into an [`Example`].
+        indices: The rows to use; all of them by default.
+    """
+
+    def __init__(self, rows: Dataset, parser: RowParser, indices: list[int] | None = None):
+        self.rows = rows
+        self.parser = parser
+        self.indices = list(range(len(rows))) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Example:
+        index = self.indices[place]
+        try:
+            row = self.rows[index]
+        except (OSError, ValueError, SyntaxError) as error:  # `datasets.Image` decodes here
+            raise RowError(index, f"cannot be read: {error}") from error
+        return self.parser(row, index)
+
+
+class IterableExampleDataset(torch.utils.data.IterableDataset):
+    """Parses rows of a streaming dataset. Bad rows stop the run, or are skipped and counted in the log.
+
+    The underlying stream is split among data-loading workers by `datasets` itself.
+    """
+
+    def __init__(self, rows: IterableDataset, parser: RowParser, skip_bad_rows: bool = False):
+        self.rows = rows
+        self.parser = parser
+        self.skip_bad_rows = skip_bad_rows
+        self.skipped = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Example]:
+        for index, row in enumerate(self.rows):
+            try:
+                yield self.parser(row, index)
+            except RowError as error:
+                if not self.skip_bad_rows:
+                    raise
+                self.skipped += 1
+                logger.warning("Skipped (%d so far): %s", self.skipped, error)
+
+
+def make_examples(
+    rows: Dataset | IterableDataset, parser: RowParser, skip_bad_rows: bool = False, check_rows: bool = True
+) -> ExampleDataset | IterableExampleDataset:
+    """Wraps rows, and reads each one once beforehand where they can be read twice.
+
+    Args:
+        rows: A map-style or streaming dataset of any accepted format.
+        parser: Turns rows into examples.
+        skip_bad_rows: Leave bad rows out, counted in the log, instead of stopping.
+        check_rows: Parse every row of a map-style dataset now. A streaming one is checked as it comes.
+
+    Raises:
+        ValueError: the columns make no accepted format, or no row is left.
+        RowError: a row is bad and `skip_bad_rows` is off.
+    """
+    if isinstance(rows, IterableDataset):
+        if rows.column_names is not None:
+            check_columns(rows.column_names)
+        return IterableExampleDataset(rows, parser, skip_bad_rows)
+    if len(rows) == 0:
+        raise ValueError("The dataset has no rows.")
+    if rows.format["type"] != "custom":  # a transform may make other columns than are stored
+        check_columns(rows.column_names)
+    examples = ExampleDataset(rows, parser)
+    if not check_rows:
+        return examples
+    good = []
+    for index in tqdm(range(len(rows)), desc="Checking rows", unit="row"):
+        try:
+            examples[index]
+            good.append(index)
+        except RowError as error:
+            if not skip_bad_rows:
+                raise
+            logger.warning("Skipped: %s", error)
+    if len(good) < len(rows):
+        logger.warning("Skipped %d of %d rows.", len(rows) - len(good), len(rows))
+    if not good:
+        raise ValueError(f"None of the {len(rows)} rows can be used.")
+    return ExampleDataset(rows, parser, good)

@@ -1,0 +1,59 @@
+"""What a row becomes, whatever its format was."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+
+# Chat messages as `UniGDProcessor.process_sequences` takes them: images are `{"type": "image", "image": PIL image}`.
+Messages = list[dict[str, Any]]
+
+
+class RowError(ValueError):
+    """A row that cannot be used. The message names the row and says what to do."""
+
+    def __init__(self, row: int, reason: str):
+        super().__init__(f"Row {row} {reason}")
+        self.row = row
+        self.reason = reason
+
+    def __reduce__(self):  # worker processes pickle exceptions by their `args`
+        return type(self), (self.row, self.reason)
+
+
+@dataclass
+class Example:
+    """One training or evaluation example.
+
+    Attributes:
+        row: Index in the dataset, for messages.
+        anchor: The sequence that is embedded, continued, or both.
+        positive: The sequence that matches the anchor; `None` where the example has none.
+        negatives: Sequences that must not match it.
+        target: What the model learns to say after the anchor; `None` where nothing.
+        prompted: Whether the anchor ends with its embedding prompt.
+    """
+
+    row: int
+    anchor: Messages
+    positive: Messages | None = None
+    negatives: list[Messages] = field(default_factory=list)
+    target: str | None = None
+    prompted: bool = True
+
+
+def content_key(messages: Messages) -> int:
+    """A 63-bit hash of the texts and pixels of a sequence: equal for equal content, for masking duplicates."""
+    digest = hashlib.blake2b(digest_size=8)
+    for turn in messages:
+        for part in turn["content"]:
+            if part["type"] == "image":
+                image: Image.Image = part["image"]
+                digest.update(f"{image.mode}{image.size}".encode())
+                digest.update(image.tobytes())
+            else:
+                digest.update(part["text"].encode())
+            digest.update(b"\0")
+    return int.from_bytes(digest.digest(), "big") >> 1

@@ -1,0 +1,128 @@
+"""An offline source of real pictures: the Material Design icons of `fonticon-materialdesignicons7`, drawn with Pillow.
+
+Each icon has a compositional name (`account_arrow_left`), which is its short caption. Drawn in colours, sizes and
+places, it gets a long caption that also says what these are.
+"""
+
+import random
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from datasets import Dataset
+from PIL import Image, ImageDraw, ImageFont
+
+
+COLOURS = {
+    "red": "#c62828",
+    "orange": "#ef6c00",
+    "green": "#2e7d32",
+    "blue": "#1565c0",
+    "purple": "#6a1b9a",
+    "pink": "#d81b60",
+    "brown": "#5d4037",
+    "black": "#111111",
+}
+BACKGROUNDS = {
+    "white": "#ffffff",
+    "yellow": "#fff59d",
+    "mint": "#c8f0d8",
+    "sky": "#bbdefb",
+    "rose": "#f8d7e3",
+    "grey": "#d5d5d5",
+}
+# Share of the picture's side that the icon takes.
+SIZES = {"small": 0.6, "medium": 0.75, "large": 0.92}
+HELD_OUT = 1000
+
+
+def load_icons(split: str = "train", views: int = 1, size: int = 48, seed: int = 0) -> Dataset:
+    """
+    The icons as rows with the columns `image`, `short_caption`, `long_caption` and `icon`.
+
+    Which icons are held out depends on nothing but their names, so that no held-out icon is ever trained on. Icons that
+    are drawn alike count as one.
+
+    Args:
+        split: `"train"`, or `"test"` for the 1,000 held-out icons.
+        views: How many differently coloured, sized and placed drawings of each icon.
+        size: Side of the pictures, in pixels.
+        seed: Of the drawings' attributes.
+
+    Raises:
+        ImportError: the icon font is not installed.
+        ValueError: an unknown split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"The icons have the splits 'train' and 'test', not {split!r}.")
+    glyphs = _glyphs()
+    names = sorted(glyphs)
+    random.Random(0).shuffle(names)
+    names = names[:HELD_OUT] if split == "test" else names[HELD_OUT:]
+    draw = random.Random(f"{seed}-{split}")
+    rows: dict[str, list] = {"icon": [], "glyph": [], "attributes": []}
+    for _ in range(views):
+        for name in names:
+            rows["icon"].append(name)
+            rows["glyph"].append(glyphs[name])
+            rows["attributes"].append(
+                {
+                    "colour": draw.choice(list(COLOURS)),
+                    "background": draw.choice(list(BACKGROUNDS)),
+                    "size": draw.choice(list(SIZES)),
+                    "side": size,
+                }
+            )
+    return Dataset.from_dict(rows).with_transform(_render)
+
+
+def short_caption(icon: str) -> str:
+    return icon.replace("_", " ")
+
+
+def long_caption(icon: str, colour: str, background: str, size: str) -> str:
+    words = icon.split("_")
+    parts = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return (
+        f"This picture shows an icon of {parts}. The icon is drawn in {colour}, at a {size} size, on a plain "
+        f"{background} background."
+    )
+
+
+def draw_icon(glyph: str, colour: str, background: str, size: str, side: int) -> Image.Image:
+    image = Image.new("RGB", (side, side), BACKGROUNDS[background])
+    font = ImageFont.truetype(_font_file(), round(side * SIZES[size]))
+    ImageDraw.Draw(image).text((side / 2, side / 2), glyph, fill=COLOURS[colour], font=font, anchor="mm")
+    return image
+
+
+def _render(rows: dict[str, list]) -> dict[str, list]:
+    """Rows of the columns that users see; pictures are drawn only when they are read."""
+    drawn: dict[str, list] = {"image": [], "short_caption": [], "long_caption": [], "icon": rows["icon"]}
+    for icon, glyph, attributes in zip(rows["icon"], rows["glyph"], rows["attributes"], strict=True):
+        side = attributes.pop("side")
+        drawn["image"].append(draw_icon(glyph, side=side, **attributes))
+        drawn["short_caption"].append(short_caption(icon))
+        drawn["long_caption"].append(long_caption(icon, **attributes))
+    return drawn
+
+
+@cache
+def _glyphs() -> dict[str, str]:
+    """Character of each icon by its name; of icons that are drawn alike, the one with the shortest name."""
+    _font_file()
+    from fonticon_mdi7 import MDI7
+
+    icons: dict[bytes, tuple[str, str]] = {}
+    for name in sorted(vars(MDI7), key=lambda name: (len(name), name), reverse=True):
+        if not name.startswith("_"):
+            glyph = getattr(MDI7, name).split(".", 1)[1]
+            icons[draw_icon(glyph, "black", "white", "large", 64).tobytes()] = (name, glyph)
+    return dict(icons.values())
+
+
+def _font_file() -> str:
+    spec = find_spec("fonticon_mdi7")
+    if spec is None or spec.origin is None:
+        raise ImportError("The icons need their font: `pip install 'hf-unigd[quickstart]'`.")
+    return str(Path(spec.origin).parent / "fonts" / "materialdesignicons-webfont.ttf")

@@ -1,0 +1,216 @@
+"""Recognising a row by its columns and turning it into an [`Example`]."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .example import Example, Messages, RowError
+from .images import open_image
+
+
+ACCEPTED = """\
+  messages [+ images] [+ positive_messages] [+ negative_messages]   chat, ms-swift's and TRL's columns
+  conversations [+ image]                                           LLaVA's columns
+  anchor, positive [, negative, negative_1, ...]                    sentence-transformers' columns
+  image, short_caption and/or long_caption                          contrastive and next-token captions
+  image, caption                                                    a caption routed by its length"""
+
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_IMAGE_TAG = "<image>"  # how TRL's and LLaVA's data mark an image inside a text, whatever the model's own token
+
+
+def check_columns(columns: list[str]) -> None:
+    """Raises ValueError, naming `columns`, where no accepted format can be made of them."""
+    have = set(columns)
+    if "messages" in have or "conversations" in have or {"anchor", "positive"} <= have:
+        return
+    if "image" in have and have & {"short_caption", "long_caption", "caption"}:
+        return
+    raise ValueError(
+        f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n{ACCEPTED}"
+    )
+
+
+@dataclass
+class RowParser:
+    """Turns rows into examples; a row is recognised by the columns that are not None in it.
+
+    Attributes:
+        count_tokens: Length of a text in tokens.
+        short_caption_max_tokens: A `caption` shorter than this is a contrastive positive, a longer one is a next-token
+            target (VladVA: 30).
+        long_caption_max_tokens: Longest caption allowed (VladVA: 500).
+        image_folder: Where relative image paths start.
+    """
+
+    count_tokens: Callable[[str], int]
+    short_caption_max_tokens: int = 30
+    long_caption_max_tokens: int = 500
+    image_folder: Path | None = None
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> Example:
+        """
+        Raises:
+            RowError: the row has no usable columns, or one of them is empty, corrupt, too long or inconsistent.
+        """
+        row = {name: value for name, value in row.items() if value is not None}
+        try:
+            if "messages" in row:
+                return self._from_messages(row, index)
+            if "conversations" in row:
+                return self._from_conversations(row, index)
+            if "anchor" in row and "positive" in row:
+                negatives = [name for name in row if name == "negative" or name.startswith("negative_")]
+                return Example(
+                    row=index,
+                    anchor=self._user_turn(row["anchor"], "anchor"),
+                    positive=self._user_turn(row["positive"], "positive"),
+                    negatives=[self._user_turn(row[name], name) for name in negatives],
+                )
+            if "image" in row:
+                return self._from_captions(row, index)
+        except ValueError as error:
+            raise RowError(index, f"{error}.") from error
+        raise RowError(index, f"has no usable columns, only {sorted(row)}. Accepted are:\n{ACCEPTED}")
+
+    def _from_captions(self, row, index) -> Example:
+        image = open_image(row["image"], self.image_folder)
+        short, long = row.get("short_caption"), row.get("long_caption")
+        if "caption" in row and short is None and long is None:
+            caption = _caption(row["caption"], "caption")
+            if self.count_tokens(caption) < self.short_caption_max_tokens:
+                short = caption
+            else:
+                long = caption
+        if short is None and long is None:
+            raise ValueError("has an image without `short_caption`, `long_caption` or `caption`")
+        short = None if short is None else _caption(short, "short_caption")
+        long = None if long is None else _caption(long, "long_caption")
+        for name, text in (("short_caption", short), ("long_caption", long)):
+            length = 0 if text is None else self.count_tokens(text)
+            if length > self.long_caption_max_tokens:
+                raise ValueError(
+                    f"has a `{name}` of {length} tokens, more than `long_caption_max_tokens="
+                    f"{self.long_caption_max_tokens}`; shorten it or raise the limit"
+                )
+        return Example(
+            row=index,
+            anchor=_turn([{"type": "image", "image": image}]),
+            positive=None if short is None else _turn([{"type": "text", "text": short}]),
+            target=long,
+        )
+
+    def _from_conversations(self, row, index) -> Example:
+        messages = []
+        for turn in row["conversations"]:
+            if turn.get("from") not in _ROLES:
+                raise ValueError(f"has a turn of {turn.get('from')!r} in `conversations`; known are {sorted(_ROLES)}")
+            messages.append({"role": _ROLES[turn["from"]], "content": turn["value"]})
+        images = [row["image"]] if "image" in row else []
+        return self._from_messages({"messages": messages, "images": images}, index)
+
+    def _from_messages(self, row, index) -> Example:
+        messages = self._messages(row["messages"], list(row.get("images", [])), "messages")
+        target = None
+        if messages[-1]["role"] == "assistant":
+            target = "".join(part.get("text", "") for part in messages.pop()["content"])
+        if not messages or messages[-1]["role"] != "user":
+            raise ValueError("has `messages` without a user's turn before the answer")
+        positives = row.get("positive_messages") or []
+        if positives and isinstance(positives[0], list):
+            if len(positives) > 1:
+                raise ValueError(f"has {len(positives)} conversations in `positive_messages`; give one a row")
+            positives = positives[0]
+        negatives = row.get("negative_messages") or []
+        if negatives and not isinstance(negatives[0], list):
+            negatives = [negatives]
+        if not positives and target is None:
+            raise ValueError("has neither an assistant's answer nor `positive_messages`: there is nothing to learn")
+        return Example(
+            row=index,
+            anchor=messages,
+            positive=self._messages(positives, [], "positive_messages") if positives else None,
+            negatives=[self._messages(negative, [], "negative_messages") for negative in negatives],
+            target=target,
+            prompted=bool(positives),
+        )
+
+    def _messages(self, messages, images, name) -> Messages:
+        """Messages with every image placeholder filled from `images`, in order."""
+        if not messages:
+            raise ValueError(f"has empty `{name}`")
+        turns = []
+        for turn in messages:
+            content = turn.get("content")
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+            turns.append({"role": turn["role"], "content": [piece for part in parts for piece in _split(part)]})
+        placeholders = sum(_is_placeholder(part) for turn in turns for part in turn["content"])
+        if images and not placeholders:  # as TRL: images without a placeholder open the first user's turn
+            first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
+            first["content"] = [{"type": "image"} for _ in images] + first["content"]
+            placeholders = len(images)
+        if placeholders != len(images):
+            raise ValueError(f"has {placeholders} image placeholders in `{name}`, but {len(images)} images")
+        filling = iter(images)
+        for turn in turns:
+            turn["content"] = [
+                self._part(next(filling) if _is_placeholder(part) else part, turn["role"], name)
+                for part in turn["content"]
+            ]
+        return turns
+
+    def _part(self, part, role, name):
+        if isinstance(part, dict) and part.get("type") == "text":
+            if not part["text"].strip():
+                raise ValueError(f"has an empty text in the {role}'s turn of `{name}`")
+            return {"type": "text", "text": part["text"]}
+        if isinstance(part, dict) and part.get("type") == "image":
+            part = next(part[key] for key in ("image", "path", "url") if part.get(key) is not None)
+        return {"type": "image", "image": open_image(part, self.image_folder)}
+
+    def _user_turn(self, value, name) -> Messages:
+        """A user's turn of one text, one image, or a list of both."""
+        slices = value if isinstance(value, list) else [value]
+        if not slices:
+            raise ValueError(f"has an empty `{name}`")
+        return _turn(
+            [
+                {"type": "text", "text": _caption(part, name)}
+                if isinstance(part, str)
+                else {"type": "image", "image": open_image(part, self.image_folder)}
+                for part in slices
+            ]
+        )
+
+
+def _turn(content) -> Messages:
+    return [{"role": "user", "content": content}]
+
+
+def _caption(value, name) -> str:
+    if isinstance(value, list):
+        raise ValueError(f"has a list of {len(value)} texts in `{name}`; give one a row (flatten with `Dataset.map`)")
+    if not isinstance(value, str):
+        raise ValueError(f"has a {type(value).__name__} in `{name}` where a text is needed")
+    if not value.strip():
+        raise ValueError(f"has an empty `{name}`")
+    return value.strip()
+
+
+def _split(part):
+    """A text part cut at its image tags, each of which becomes an image part."""
+    part = {key: value for key, value in part.items() if value is not None}
+    if part.get("type") != "text" or _IMAGE_TAG not in part["text"]:
+        return [part]
+    pieces: list[dict] = []
+    for place, text in enumerate(part["text"].split(_IMAGE_TAG)):
+        if place:
+            pieces.append({"type": "image"})
+        if text.strip():
+            pieces.append({"type": "text", "text": text.strip()})
+    return pieces
+
+
+def _is_placeholder(part) -> bool:
+    return part.get("type") == "image" and not any(part.get(key) for key in ("image", "path", "url"))

@@ -1,0 +1,39 @@
+"""Loading rows from the Hub, from files, or from the offline source."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from .icons import load_icons
+
+
+def load_rows(
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """
+    Loads one split.
+
+    Args:
+        name: `"icons"` for the offline source, a folder written by `save_to_disk`, or anything that
+            `datasets.load_dataset` takes: a Hub id, a folder, or a `.json`, `.jsonl`, `.csv` or `.parquet` file.
+        config: Name of a configuration of the dataset.
+        split: Name of the split.
+        streaming: Read rows as they come instead of fetching all of them first.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    path = Path(name)
+    if name == "icons":
+        return load_icons(split)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        loaded = load_from_disk(name)
+        if isinstance(loaded, DatasetDict):
+            if split not in loaded:
+                raise ValueError(f"{name} has no split {split!r}, only {sorted(loaded)}.")
+            loaded = loaded[split]
+        return loaded.to_iterable_dataset() if streaming else loaded
+    if path.is_file():
+        builder = {".jsonl": "json"}.get(path.suffix, path.suffix.lstrip("."))
+        return load_dataset(builder, data_files={split: name}, split=split, streaming=streaming)
+    return load_dataset(name, config, split=split, streaming=streaming)

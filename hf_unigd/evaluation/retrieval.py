@@ -1,0 +1,72 @@
+"""Retrieval between two sets of embeddings, both ways."""
+
+from functools import cache
+from pathlib import Path
+
+import evaluate
+import torch
+
+
+METRIC_SCRIPT = str(Path(__file__).parent / "metrics" / "retrieval_recall.py")
+
+
+def rank_candidates(queries: torch.Tensor, candidates: torch.Tensor, k: int, chunk_size: int = 4096) -> torch.Tensor:
+    """Indices `(n, min(k, m))` of the most similar candidates of each query, best first.
+
+    Args:
+        queries (`torch.FloatTensor` of shape `(n, d)`): Unit vectors.
+        candidates (`torch.FloatTensor` of shape `(m, d)`): Unit vectors.
+        k: How many to keep.
+        chunk_size: Queries compared at a time, which bounds memory.
+    """
+    k = min(k, len(candidates))
+    return torch.cat([(chunk @ candidates.T).topk(k).indices for chunk in queries.split(chunk_size)])
+
+
+def retrieval_metrics(
+    anchors: torch.Tensor,
+    positives: torch.Tensor,
+    anchor_keys: torch.Tensor,
+    positive_keys: torch.Tensor,
+    ks: tuple[int, ...] = (1, 5, 10),
+) -> dict[str, float]:
+    """
+    Recall at each k from anchors to positives and back, over distinct anchors and positives.
+
+    Args:
+        anchors, positives (`torch.FloatTensor` of shape `(n, d)`): Unit vectors; row `i` matches row `i`.
+        anchor_keys, positive_keys (`torch.LongTensor` of shape `(n,)`): Rows with equal keys are one item: an image with
+            five captions is one candidate, and any of the five counts (MTEB's `cv_recall_at_k`).
+        ks: Cut-offs.
+
+    Returns:
+        `anchor_to_positive_recall_at_1`, ..., `positive_to_anchor_recall_at_1`, ...
+    """
+    anchors, anchor_ids = _distinct(anchors, anchor_keys)
+    positives, positive_ids = _distinct(positives, positive_keys)
+    pairs = list(zip(anchor_ids.tolist(), positive_ids.tolist(), strict=True))
+    metrics = {}
+    for name, queries, candidates, matches in (
+        ("anchor_to_positive", anchors, positives, pairs),
+        ("positive_to_anchor", positives, anchors, [(positive, anchor) for anchor, positive in pairs]),
+    ):
+        relevant: list[list[int]] = [[] for _ in range(len(queries))]
+        for query, candidate in matches:
+            relevant[query].append(candidate)
+        ranking = rank_candidates(queries, candidates, max(ks)).tolist()
+        recalls = _recall_metric().compute(predictions=ranking, references=relevant, ks=ks)
+        metrics |= {f"{name}_{recall}": value for recall, value in recalls.items()}
+    return metrics
+
+
+@cache
+def _recall_metric():
+    return evaluate.load(METRIC_SCRIPT)
+
+
+def _distinct(embeddings, keys):
+    """The first row of each key, and for every row the place of its key's first row."""
+    _, ids = torch.unique(keys, return_inverse=True)
+    first = torch.full((int(ids.max()) + 1,), len(ids), dtype=torch.long)
+    first.scatter_reduce_(0, ids, torch.arange(len(ids)), "amin")
+    return embeddings[first], ids

@@ -1,0 +1,146 @@
+"""Arguments of scripts and commands, parsed by TRL's `TrlParser` from YAML and flags."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from trl import ModelConfig, ScriptArguments
+
+
+@dataclass
+class UniGDTrainingArguments(TrainingArguments):
+    r"""
+    [`~transformers.TrainingArguments`] plus the joint objective.
+
+    Args:
+        > Parameters of the objective
+
+        contrastive_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the symmetric InfoNCE loss over examples with a positive. 0 leaves it out.
+        causal_lm_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the next-token loss over long captions and answers. 0 leaves it out. VladVA names no weight; 1:1
+            is our reading.
+        loss_gradient_norm_steps (`int`, *optional*, defaults to 100):
+            Log the gradient norm of each weighted loss every so many steps, at the cost of one more backward pass a
+            loss in that step. 0 never does.
+        freeze_vision_tower (`bool`, *optional*, defaults to `True`):
+            Train neither the vision tower nor its projector.
+
+        > Parameters of the data
+
+        max_length (`int`, *optional*):
+            Longest row in tokens, images and target included. A longer row is an error, never cut.
+        short_caption_max_tokens (`int`, *optional*, defaults to 30):
+            A `caption` of fewer tokens is a contrastive positive, a longer one a next-token target.
+        long_caption_max_tokens (`int`, *optional*, defaults to 500):
+            Longest caption allowed.
+        skip_bad_rows (`bool`, *optional*, defaults to `False`):
+            Leave bad rows out, counted in the log, instead of stopping at the first.
+        check_rows (`bool`, *optional*, defaults to `True`):
+            Read every row of a map-style dataset once before training.
+        image_folder (`str`, *optional*):
+            Where relative image paths start.
+
+    Defaults that differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-4 and a cosine schedule (both
+    papers), `logging_steps` 10, `dataloader_drop_last` `True` (a last, smaller batch would have fewer negatives), and
+    `remove_unused_columns` `False`.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every X updates steps."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop the last incomplete batch, which would have fewer negatives."}
+    )
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Not used: rows are read whole."})
+
+    contrastive_weight: float = field(default=1.0, metadata={"help": "Weight of the symmetric InfoNCE loss."})
+    causal_lm_weight: float = field(default=1.0, metadata={"help": "Weight of the next-token loss."})
+    loss_gradient_norm_steps: int = field(
+        default=100, metadata={"help": "Log the gradient norm of each loss every so many steps; 0 never does."}
+    )
+    freeze_vision_tower: bool = field(
+        default=True, metadata={"help": "Train neither the vision tower nor its projector."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens, images and target included. Longer rows are errors."}
+    )
+    short_caption_max_tokens: int = field(
+        default=30, metadata={"help": "A `caption` of fewer tokens is contrastive, a longer one a next-token target."}
+    )
+    long_caption_max_tokens: int = field(default=500, metadata={"help": "Longest caption allowed, in tokens."})
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Skip bad rows, counted in the log, instead of stopping at the first."}
+    )
+    check_rows: bool = field(
+        default=True, metadata={"help": "Read every row of a map-style dataset once before training."}
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.contrastive_weight, self.causal_lm_weight) < 0:
+            raise ValueError(
+                f"Loss weights must not be negative: `contrastive_weight={self.contrastive_weight}`, "
+                f"`causal_lm_weight={self.causal_lm_weight}`."
+            )
+        if self.contrastive_weight == self.causal_lm_weight == 0:
+            raise ValueError("Every loss weight is 0: set `contrastive_weight` or `causal_lm_weight`.")
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns=True` would remove every column: rows are parsed by the collator.")
+
+
+@dataclass
+class UniGDModelConfig(ModelConfig):
+    r"""
+    TRL's [`~trl.ModelConfig`] (checkpoint, dtype, attention, LoRA, quantisation) plus the embedding head.
+
+    Args:
+        head_type (`str`, *optional*, defaults to `"none"`): Head of a new model: `"none"`, `"linear"` or `"mlp"`.
+        embedding_dim (`int`, *optional*): Embedding size of a new head.
+        matryoshka_dims (`list[int]`, *optional*): Prefix sizes that a new model is trained for.
+        soft_prompts (`bool`, *optional*, defaults to `False`): Replace the hand-written prompts by trained tokens
+            (VladVA, section 3.3).
+
+    Defaults that differ from TRL's are VladVA's: `lora_alpha` 16 and `lora_dropout` 0, LoRA on all linear layers of
+    the language model.
+    """
+
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    head_type: str = field(
+        default="none", metadata={"help": "Embedding head of a new model.", "choices": ["none", "linear", "mlp"]}
+    )
+    embedding_dim: int | None = field(default=None, metadata={"help": "Embedding size of a new head."})
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "Prefix sizes for which a new model is trained."}
+    )
+    soft_prompts: bool = field(
+        default=False, metadata={"help": "Replace the hand-written prompts by trained tokens."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_name_or_path is None:
+            raise ValueError("`model_name_or_path` is needed: the model to train, a Hub id or a folder.")
+
+
+@dataclass
+class UniGDScriptArguments(ScriptArguments):
+    r"""
+    TRL's [`~trl.ScriptArguments`] plus what our rows need.
+
+    Args:
+        rename_columns (`list[str]`, *optional*): Pairs `old:new`, applied to the rows as they are loaded, for example
+            `jpg:image txt:caption`.
+    """
+
+    rename_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns to rename, as pairs old:new, for example `jpg:image txt:caption`."}
+    )
+
+    def __post_init__(self):
+        if self.dataset_name is None:
+            raise ValueError("`dataset_name` is needed: a Hub id, a folder, a file, or `icons`.")
+        for pair in self.rename_columns or []:
+            if len(pair.split(":")) != 2:
+                raise ValueError(f"`rename_columns` takes pairs old:new, got {pair!r}.")

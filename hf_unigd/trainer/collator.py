@@ -1,0 +1,65 @@
+"""Batches of examples: anchors with their captions, then the sequences that they are contrasted with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data import Example, RowError
+from ..data.example import content_key
+from ..modeling import SequenceError, UniGDProcessor
+
+
+@dataclass
+class UniGDDataCollator:
+    """
+    Collates examples for [`UniGDTrainer`].
+
+    Returns a dict of
+        anchors: model inputs of all anchors, with `spans` of those that are embedded and `labels` of those with a
+            target;
+        candidates: model inputs of the positives, in the order of the embedded anchors, then of the negatives; absent
+            where no example has a positive;
+        anchor_keys `(n,)`, candidate_keys `(n + m,)`: content keys for masking duplicates;
+        rows `(batch_size,)`: indices in the dataset, for messages.
+
+    Args:
+        processor: Turns sequences into model inputs.
+        max_length: Longest row in tokens; a longer one raises.
+    """
+
+    processor: UniGDProcessor
+    max_length: int | None = None
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        matched = [example for example in examples if example.positive is not None]
+        prompted = [example.prompted for example in examples]
+        anchors = self._process(
+            examples,
+            [example.anchor for example in examples],
+            targets=[example.target for example in examples],
+            prompted=prompted,
+        )
+        # Prompted rows without a positive (a long caption alone) are continued, not embedded.
+        embedded = torch.tensor([example.positive is not None for example in examples])
+        anchors["spans"] = anchors["spans"][embedded[anchors["spans"][:, 0]]]
+        batch: dict[str, Any] = {
+            "anchors": dict(anchors),
+            "rows": torch.tensor([example.row for example in examples]),
+        }
+        if matched:
+            negatives = [(example, negative) for example in matched for negative in example.negatives]
+            owners = matched + [example for example, _ in negatives]
+            sequences = [example.positive for example in matched] + [negative for _, negative in negatives]
+            batch["candidates"] = dict(self._process(owners, sequences))
+            batch["anchor_keys"] = torch.tensor([content_key(example.anchor) for example in matched])
+            batch["candidate_keys"] = torch.tensor([content_key(sequence) for sequence in sequences])
+        return batch
+
+    def _process(self, owners, sequences, **kwargs):
+        try:
+            return self.processor.process_sequences(
+                sequences, max_length=self.max_length, padding_side="right", **kwargs
+            )
+        except SequenceError as error:
+            raise RowError(owners[error.index].row, error.reason) from error

@@ -1,0 +1,6 @@
+"""Losses over tensors, usable without our trainer. The next-token loss is the model's own (`labels=`)."""
+
+from .info_nce import InfoNCELoss
+
+
+__all__ = ["InfoNCELoss"]

@@ -1,0 +1,36 @@
+"""Gathering rows of all processes with exact gradients."""
+
+import torch
+import torch.distributed as dist
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows `(n_rank, ...)` of all processes, in order of rank; processes may have different numbers of rows.
+
+    The gradient of each row is the sum of what all processes send back to it. (`torch.distributed.nn.all_gather`
+    returns wrong gradients on gloo where they arrive non-contiguous.)
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    return _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        own = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, own)
+        ctx.counts = [int(count) for count in counts]
+        # Collectives want equal shapes: pad to the longest and cut again.
+        padded = rows.new_zeros(max(ctx.counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in ctx.counts]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:count] for part, count in zip(gathered, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.counts)[dist.get_rank()]

@@ -1,0 +1,109 @@
+"""Symmetric contrastive loss with hard negatives and masked duplicates."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .gather import gather_rows
+
+
+class InfoNCELoss(nn.Module):
+    r"""
+    InfoNCE in both directions (VladVA, section 3.2; the sum of the directions, without a factor of 1/2, as reported):
+
+        L = mean_k [ -log softmax_j(s · q_k·c_j)[k] - log softmax_j(s · q_j·p_k)[k] ]
+
+    with queries `q`, positives `p`, and candidates `c` = positives followed by hard negatives, which only the first
+    direction sees. Over several processes the rows of all of them are used, with exact gradients: averaged over
+    processes, as DDP does, the gradient is that of one process with the whole batch.
+
+    Two rows with the same content are not each other's negatives: such pairs are masked by equal keys.
+
+    Args:
+        matryoshka_dims (`list[int]`, *optional*): Average the loss over these prefixes, each normalised again.
+
+    Citation: Ouali et al., "VladVA: Discriminative Fine-tuning of LVLMs", CVPR 2025; Oord et al., "Representation
+    Learning with Contrastive Predictive Coding", 2018.
+    """
+
+    def __init__(self, matryoshka_dims: list[int] | None = None):
+        super().__init__()
+        self.matryoshka_dims = matryoshka_dims
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        positives: torch.Tensor,
+        logit_scale: torch.Tensor,
+        negatives: torch.Tensor | None = None,
+        query_keys: torch.Tensor | None = None,
+        positive_keys: torch.Tensor | None = None,
+        negative_keys: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Args:
+            queries (`torch.FloatTensor` of shape `(n, d)`): Unit vectors.
+            positives (`torch.FloatTensor` of shape `(n, d)`): Unit vectors; row `k` matches query `k`.
+            logit_scale (`torch.FloatTensor` of shape `()`): Inverse temperature `s`.
+            negatives (`torch.FloatTensor` of shape `(m, d)`, *optional*): Hard negatives of any of the queries.
+            query_keys, positive_keys, negative_keys (`torch.LongTensor`, *optional*): Content keys of the rows.
+
+        Returns:
+            `dict` of scalars: `loss`, and detached `positive_similarity`, `negative_similarity` (cosines),
+            `masked_fraction` (of all pairs that are not positives).
+
+        Raises:
+            ValueError: there is one query and no negative: every softmax has one term and the gradient is zero.
+        """
+        if negatives is None:
+            negatives = queries.new_empty(0, queries.shape[1])
+        keys = []
+        for rows, given in ((queries, query_keys), (positives, positive_keys), (negatives, negative_keys)):
+            keys.append(gather_rows(given) if given is not None else None)
+        queries, positives, negatives = gather_rows(queries), gather_rows(positives), gather_rows(negatives)
+
+        count, candidates = len(queries), torch.cat([positives, negatives])
+        if count == 0:
+            zero = logit_scale * 0.0
+            return {name: zero for name in ("loss", "positive_similarity", "negative_similarity", "masked_fraction")}
+        if len(candidates) == 1:
+            raise ValueError(
+                "One query and one candidate: there are no negatives, so the contrastive loss is zero. Raise the batch "
+                "size, or give hard negatives."
+            )
+        masked = self._masked_pairs(count, candidates, *keys)
+        dims = self.matryoshka_dims or [queries.shape[1]]
+        losses = [self._loss(queries, candidates, logit_scale, masked, dim) for dim in dims]
+
+        with torch.no_grad():
+            similarity = queries @ candidates.T
+            others = torch.ones_like(masked).fill_diagonal_(False)
+            unmasked = others & ~masked
+            return_metrics = {
+                "positive_similarity": similarity.diagonal().mean(),
+                "negative_similarity": similarity[unmasked].mean() if unmasked.any() else similarity.new_zeros(()),
+                "masked_fraction": masked.sum() / others.sum(),
+            }
+        return {"loss": torch.stack(losses).mean(), **return_metrics}
+
+    @staticmethod
+    def _loss(queries, candidates, logit_scale, masked, dim):
+        if dim < queries.shape[1]:
+            queries, candidates = F.normalize(queries[:, :dim], dim=-1), F.normalize(candidates[:, :dim], dim=-1)
+        logits = (logit_scale * queries @ candidates.T).masked_fill(masked, -torch.inf)
+        labels = torch.arange(len(queries), device=queries.device)
+        backward_logits = logits[:, : len(queries)].T
+        return F.cross_entropy(logits, labels) + F.cross_entropy(backward_logits, labels)
+
+    @staticmethod
+    def _masked_pairs(count, candidates, query_keys, positive_keys, negative_keys):
+        """`(n, n + m)` mask of pairs that are no positives, yet match: the same candidate, or the same query."""
+        masked = torch.zeros(count, len(candidates), dtype=torch.bool, device=candidates.device)
+        if positive_keys is not None:
+            masked[:, :count] |= positive_keys[:, None] == positive_keys[None, :]
+            if negative_keys is not None:
+                masked[:, count:] |= positive_keys[:, None] == negative_keys[None, :]
+        if query_keys is not None:
+            masked[:, :count] |= query_keys[:, None] == query_keys[None, :]
+        masked[:, :count].fill_diagonal_(False)
+        return masked
