@@ -79,7 +79,7 @@ class UniGDConfig(PreTrainedConfig):
         self.vlm_config = vlm_config
         self.head_type = head_type
         self.embedding_dim = hidden_size if embedding_dim is None else embedding_dim
-        self.head_hidden_dim = hidden_size if head_type == "mlp" and head_hidden_dim is None else head_hidden_dim
+        self.head_hidden_dim = head_hidden_dim
         self.matryoshka_dims = sorted(matryoshka_dims) if matryoshka_dims else None
         if self.matryoshka_dims and not 1 <= self.matryoshka_dims[0] <= self.matryoshka_dims[-1] <= self.embedding_dim:
             raise ValueError(

@@ -68,8 +68,8 @@ class UniGDCausalLMOutput(ModelOutput):
 class UniGDHead(nn.Module):
     """Turns pooled hidden states `(n, hidden_size)` into embeddings `(n, embedding_dim)`, and owns the temperature.
 
-    Computed in float32 whatever the backbone's dtype and under autocast. The temperature lives here so that a PEFT
-    adapter that saves the head (`modules_to_save`) saves all that embedding needs.
+    Computed in the head's own dtype, float32 whatever the backbone's unless cast by hand, also under autocast. The
+    temperature lives here so that a PEFT adapter that saves the head (`modules_to_save`) saves all that embedding needs.
     """
 
     def __init__(self, config: UniGDConfig):
@@ -80,16 +80,15 @@ class UniGDHead(nn.Module):
         elif config.head_type == "linear":
             self.projection = nn.Linear(hidden_size, config.embedding_dim)
         else:
+            inner_size = config.head_hidden_dim or hidden_size
             self.projection = nn.Sequential(
-                nn.Linear(hidden_size, config.head_hidden_dim),
-                nn.GELU(),
-                nn.Linear(config.head_hidden_dim, config.embedding_dim),
+                nn.Linear(hidden_size, inner_size), nn.GELU(), nn.Linear(inner_size, config.embedding_dim)
             )
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=pooled.device.type, enabled=False):
-            return F.normalize(self.projection(pooled.float()), dim=-1)
+            return F.normalize(self.projection(pooled.to(self.logit_scale.dtype)), dim=-1)
 
 
 def last_token_spans(attention_mask: torch.Tensor) -> torch.LongTensor:
@@ -105,7 +104,7 @@ def last_token_spans(attention_mask: torch.Tensor) -> torch.LongTensor:
 
 
 def pool_spans(hidden_states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
-    """Mean hidden state of each span, summed in float32.
+    """Mean hidden state of each span, summed in float32 or better.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
@@ -114,13 +113,19 @@ def pool_spans(hidden_states: torch.Tensor, spans: torch.LongTensor) -> torch.Te
     Returns:
         `torch.FloatTensor` of shape `(num_spans, hidden_size)`.
     """
+    if len(spans) == 0:  # `segment_reduce` refuses it
+        return hidden_states.new_zeros(0, hidden_states.shape[-1])
     rows, starts, ends = spans.to(hidden_states.device).unbind(1)
     lengths = ends - starts
     # Flat index of every pooled token: segment starts repeated, plus the place inside the segment.
     segment = torch.repeat_interleave(lengths)
     place = torch.arange(segment.shape[0], device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
     tokens = hidden_states.flatten(0, 1)[(rows * hidden_states.shape[1] + starts)[segment] + place]
-    return torch.segment_reduce(tokens.float(), "mean", lengths=lengths)
+    return torch.segment_reduce(_at_least_float32(tokens), "mean", lengths=lengths)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class UniGDPreTrainedModel(PreTrainedModel):
@@ -445,7 +450,7 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
     """
     targets = labels[:, 1:].to(hidden_states.device)
     labelled = targets != -100
-    logits = lm_head(hidden_states[:, :-1][labelled]).float()
+    logits = _at_least_float32(lm_head(hidden_states[:, :-1][labelled]))
     total = F.cross_entropy(logits, targets[labelled], reduction="sum")
     return total / (labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 

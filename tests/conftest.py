@@ -1,0 +1,27 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))  # `tiny_models` for every folder of tests
+
+from tiny_models import make_vlm  # noqa: E402
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_up_vector_math():
+    # The first float64 exp/log of a process may be wrong by 1e-9 where threads race to set MKL up (pytorch#188792).
+    torch.ones(1, dtype=torch.float64).exp().log()
+
+
+@pytest.fixture
+def llava():
+    """A tiny LLaVA with an embedding head, and its processor."""
+    tiny = make_vlm("llava")
+    return UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
