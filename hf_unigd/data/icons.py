@@ -83,10 +83,7 @@ def short_caption(icon: str) -> str:
 def long_caption(icon: str, colour: str, background: str, size: str) -> str:
     words = icon.split("_")
     parts = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return (
-        f"This picture shows an icon of {parts}. The icon is drawn in {colour}, at a {size} size, on a plain "
-        f"{background} background."
-    )
+    return f"An icon of {parts}, drawn in {colour} at a {size} size on a plain {background} background."
 
 
 def draw_icon(glyph: str, colour: str, background: str, size: str, side: int) -> Image.Image:

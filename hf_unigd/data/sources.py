@@ -8,7 +8,11 @@ from .icons import load_icons
 
 
 def load_rows(
-    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    rename_columns: dict[str, str] | None = None,
 ) -> Dataset | IterableDataset:
     """
     Loads one split.
@@ -19,10 +23,16 @@ def load_rows(
         config: Name of a configuration of the dataset.
         split: Name of the split.
         streaming: Read rows as they come instead of fetching all of them first.
+        rename_columns: New names of columns by their old ones.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: there is no such split, or no such column to rename.
     """
+    rows = _load(name, config, split, streaming)
+    return rows.rename_columns(rename_columns) if rename_columns else rows
+
+
+def _load(name, config, split, streaming):
     path = Path(name)
     if name == "icons":
         return load_icons(split)

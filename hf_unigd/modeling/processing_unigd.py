@@ -188,14 +188,22 @@ class UniGDProcessor(ProcessorMixin):
         """
         if self.soft_prompts is not None:
             raise ValueError("This processor has soft prompts already; a second set would orphan the trained ones.")
-        soft_prompts, source_ids = {}, []
-        for modality, prompt in self.prompts.items():
-            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            soft_prompts[modality] = [f"<|unigd_{modality}_{place}|>" for place in range(len(ids))]
-            source_ids += ids
+        soft_prompts = {
+            modality: [f"<|unigd_{modality}_{place}|>" for place in range(len(self._prompt_ids(modality)))]
+            for modality in self.prompts
+        }
         self.tokenizer.add_tokens([token for tokens in soft_prompts.values() for token in tokens], special_tokens=True)
         self.soft_prompts = soft_prompts
+        return self.soft_prompt_tokens
+
+    @property
+    def soft_prompt_tokens(self) -> dict[str, list[int]]:
+        """What the model's `add_soft_prompts` takes: the reserved tokens, and those of the prompts that they replace."""
+        source_ids = [token for modality in self.soft_prompts or {} for token in self._prompt_ids(modality)]
         return {"token_ids": self.soft_prompt_ids, "source_ids": source_ids}
+
+    def _prompt_ids(self, modality: str) -> list[int]:
+        return self.tokenizer(self.prompts[modality], add_special_tokens=False)["input_ids"]
 
     @property
     def soft_prompt_ids(self) -> list[int]:

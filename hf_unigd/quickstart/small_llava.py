@@ -46,14 +46,15 @@ def build_processor(texts: list[str], image_size: int, patch_size: int, vocab_si
     )
 
 
-def build_llava(processor: LlavaProcessor, hidden_size: int = 192, layers: int = 4, seed: int = 0):
+def build_llava(
+    processor: LlavaProcessor, hidden_size: int = 128, vision_layers: int = 4, text_layers: int = 2, seed: int = 0
+) -> LlavaForConditionalGeneration:
     """A randomly initialised LLaVA that fits `processor`: a CLIP vision tower, a projector and a Llama."""
     tokenizer = processor.tokenizer
     image_size = processor.image_processor.crop_size["height"]
     stack = {
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
-        "num_hidden_layers": layers,
         "num_attention_heads": hidden_size // 32,
     }
     config = LlavaConfig(
@@ -61,11 +62,13 @@ def build_llava(processor: LlavaProcessor, hidden_size: int = 192, layers: int =
             "model_type": "clip_vision_model",
             "image_size": image_size,
             "patch_size": processor.patch_size,
+            "num_hidden_layers": vision_layers,
             **stack,
         },
         text_config={
             "model_type": "llama",
             "vocab_size": len(tokenizer),
+            "num_hidden_layers": text_layers,
             "num_key_value_heads": stack["num_attention_heads"],
             "max_position_embeddings": 512,
             "bos_token_id": tokenizer.bos_token_id,

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
+
+from ..data import load_rows
 
 
 @dataclass
@@ -144,3 +147,13 @@ class UniGDScriptArguments(ScriptArguments):
         for pair in self.rename_columns or []:
             if len(pair.split(":")) != 2:
                 raise ValueError(f"`rename_columns` takes pairs old:new, got {pair!r}.")
+
+    def load_rows(self, split: str) -> Dataset | IterableDataset:
+        """Rows of a split, as [`~hf_unigd.data.load_rows`] loads them."""
+        return load_rows(
+            self.dataset_name,
+            self.dataset_config,
+            split,
+            self.dataset_streaming,
+            dict(pair.split(":") for pair in self.rename_columns or []),
+        )

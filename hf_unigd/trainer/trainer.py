@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -101,6 +101,11 @@ class UniGDTrainer(Trainer):
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
         self._logged: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._check_batches()
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):  # PEFT saves no config, and the head's shape is in it
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
     def _check_batches(self) -> None:
         """Refuses, before training, batches that cannot train."""

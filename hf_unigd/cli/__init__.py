@@ -1,0 +1,1 @@
+"""The `hf-unigd` command: one thin file a sub-command."""

@@ -1,0 +1,36 @@
+"""Entry point of `hf-unigd`."""
+
+import sys
+from importlib import import_module
+
+from .. import __version__
+
+
+COMMANDS = {
+    "quickstart": "Train a small LLaVA on icons, from nothing to a checkpoint, in minutes",
+    "train": "Train a vision-language model with the joint objective",
+    "evaluate": "Recall both ways and caption perplexity of a checkpoint on a dataset",
+    "embed": "Embed a dataset and save it as a searchable folder",
+    "search": "Search an embedded dataset by text or image",
+    "generate": "Generate text from an image, a text, or both",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
+        print(f"usage: hf-unigd COMMAND [--config FILE.yaml] [--help] ...\n\n{listing}")
+        return
+    command, *rest = arguments
+    if command == "--version":
+        print(__version__)
+        return
+    if command not in COMMANDS:
+        sys.exit(f"hf-unigd: there is no command {command!r}; there are {', '.join(COMMANDS)}")
+    module = import_module(f".{command}", __package__)
+    try:
+        module.main(rest)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        # What a user can mend gets its message alone; anything else is a fault of ours and keeps its traceback.
+        sys.exit(f"hf-unigd {command}: {error}")

@@ -1,0 +1,28 @@
+"""`hf-unigd train`: the joint objective on any model and rows."""
+
+from trl import TrlParser
+
+from ..trainer import UniGDModelConfig, UniGDScriptArguments, UniGDTrainer, UniGDTrainingArguments
+from ..trainer.loading import load_for_training
+
+
+def main(argv: list[str]) -> None:
+    parser = TrlParser((UniGDScriptArguments, UniGDTrainingArguments, UniGDModelConfig), prog="hf-unigd train")
+    script_args, training_args, model_args = parser.parse_args_and_config(argv)
+
+    model, processor, peft_config = load_for_training(model_args, training_args.seed)
+    evaluates = training_args.eval_strategy != "no"
+    trainer = UniGDTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=script_args.load_rows(script_args.dataset_train_split),
+        eval_dataset=script_args.load_rows(script_args.dataset_test_split) if evaluates else None,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    # `--resume_from_checkpoint true` takes the last checkpoint in the output folder.
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.save_model()
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)

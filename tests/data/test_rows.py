@@ -1,0 +1,203 @@
+"""Every accepted row format, and every kind of bad row."""
+
+import io
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from tiny_models import make_image
+
+from hf_unigd.data import RowError, RowParser, make_examples
+from hf_unigd.data.example import content_key
+from hf_unigd.data.rows import check_columns
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def parse(row, **kwargs):
+    return RowParser(lambda text: len(text.split()), **kwargs)(row, 7)
+
+
+def texts(messages):
+    return [part["text"] for turn in messages for part in turn["content"] if part["type"] == "text"]
+
+
+def kinds(messages):
+    return [part["type"] for turn in messages for part in turn["content"]]
+
+
+IMAGE = make_image(1)
+
+
+def test_captions():
+    example = parse({"image": IMAGE, "short_caption": "a cat", "long_caption": "a large cat on a mat"})
+    assert kinds(example.anchor) == ["image"]
+    assert texts(example.positive) == ["a cat"]
+    assert example.target == "a large cat on a mat"
+    assert example.prompted
+
+
+@pytest.mark.parametrize(("length", "is_short"), [(29, True), (30, False), (500, False)])
+def test_one_caption_is_routed_by_its_length(length, is_short):
+    example = parse({"image": IMAGE, "caption": "word " * length})
+    assert (example.positive is not None) == is_short
+    assert (example.target is not None) != is_short
+
+
+def test_sentence_transformers_columns():
+    example = parse({"anchor": "a question", "positive": IMAGE, "negative": "no", "negative_1": ["never", IMAGE]})
+    assert texts(example.anchor) == ["a question"]
+    assert kinds(example.positive) == ["image"]
+    assert [kinds(negative) for negative in example.negatives] == [["text"], ["text", "image"]]
+
+
+def test_chat_with_positives_keeps_the_order_of_slices():
+    example = parse(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}]},
+                {"role": "assistant", "content": "the answer"},
+            ],
+            "images": [IMAGE],
+            "positive_messages": [[{"role": "user", "content": "a match"}]],
+            "negative_messages": [[{"role": "user", "content": "no"}], [{"role": "user", "content": "never"}]],
+        }
+    )
+    assert kinds(example.anchor) == ["text", "image", "text"]
+    assert example.target == "the answer"
+    assert texts(example.positive) == ["a match"]
+    assert len(example.negatives) == 2
+    assert example.prompted
+
+
+def test_trl_columns_are_continued_without_a_prompt():
+    messages = [
+        {"role": "user", "content": "What is <image> beside <image>?"},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    example = parse({"messages": messages, "images": [IMAGE, make_image(2)]})
+    assert kinds(example.anchor) == ["text", "image", "text", "image", "text", "text", "text"]
+    assert (example.target, example.positive, example.prompted) == ("yes", None, False)
+    no_placeholder = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a cat"}]
+    assert kinds(parse({"messages": no_placeholder, "images": [IMAGE]}).anchor) == ["image", "text"]
+
+
+def test_llava_columns():
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat"}]
+    example = parse({"image": IMAGE, "conversations": turns})
+    assert kinds(example.anchor) == ["image", "text"]
+    assert example.target == "a cat"
+
+
+def test_images_in_every_form(tmp_path):
+    IMAGE.save(tmp_path / "a.png")
+    forms = [IMAGE, encoded(IMAGE), str(tmp_path / "a.png"), tmp_path / "a.png", {"bytes": encoded(IMAGE), "path": None}]
+    keys = {content_key(parse({"image": form, "caption": "a cat"}).anchor) for form in forms}
+    assert len(keys) == 1
+    assert parse({"image": "a.png", "caption": "a cat"}, image_folder=tmp_path).anchor
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": IMAGE, "caption": "  "}, "Row 7 has an empty `caption`"),
+        ({"image": IMAGE, "short_caption": ""}, "empty `short_caption`"),
+        ({"image": IMAGE, "caption": ["a", "b"]}, "list of 2 texts in `caption`"),
+        ({"image": IMAGE, "caption": 3}, "int in `caption`"),
+        ({"image": IMAGE, "long_caption": "word " * 501}, "`long_caption` of 501 tokens.*long_caption_max_tokens=500"),
+        ({"image": IMAGE, "caption": "word " * 501}, "501 tokens"),
+        ({"image": IMAGE}, "without `short_caption`"),
+        ({"image": None, "caption": "a cat"}, r"no usable columns, only \['caption'\]"),
+        ({"image": "/nowhere/a.png", "caption": "a cat"}, "missing image: there is no file /nowhere/a.png"),
+        ({"image": b"no picture", "caption": "a cat"}, "corrupt image"),
+        ({"image": encoded(IMAGE)[:200], "caption": "a cat"}, "corrupt image"),
+        ({"image": 3.5, "caption": "a cat"}, "float where an image"),
+        ({"anchor": "", "positive": "a"}, "empty `anchor`"),
+        ({"anchor": [], "positive": "a"}, "empty `anchor`"),
+        ({"messages": []}, "empty `messages`"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "nothing to learn"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "without a user's turn"),
+        (
+            {"messages": [{"role": "user", "content": "<image> <image>"}, {"role": "assistant", "content": "a"}], "images": [IMAGE]},
+            "2 image placeholders in `messages`, but 1 images",
+        ),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "'robot'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "positive_messages": [[{"role": "user", "content": "b"}]] * 2},
+            "2 conversations in `positive_messages`",
+        ),
+        ({"label": 3}, "no usable columns"),
+    ],
+)
+def test_bad_rows_name_themselves_and_the_reason(row, message):
+    with pytest.raises(RowError, match=f"(?s)Row 7 .*{message}|{message}") as error:
+        parse(row)
+    assert error.value.row == 7
+
+
+def test_unknown_columns_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"\['label', 'pixels'\](?s:.*)image, caption"):
+        check_columns(["pixels", "label"])
+    rows = Dataset.from_dict({"jpg": [1], "txt": ["a"]})
+    with pytest.raises(ValueError, match="rename_columns"):
+        make_examples(rows, RowParser(len))
+
+
+@pytest.fixture
+def rows_with_bad_ones(tmp_path):
+    images = []
+    for place in range(6):
+        file = tmp_path / f"{place}.png"
+        make_image(place).save(file)
+        images.append(str(file))
+    Path(images[4]).write_bytes(b"broken")
+    return Dataset.from_dict({"image": images, "caption": ["a", "", "c", "d", "e", "f"]})
+
+
+def test_bad_rows_stop_before_training(rows_with_bad_ones):
+    with pytest.raises(RowError, match="Row 1 has an empty `caption`"):
+        make_examples(rows_with_bad_ones, RowParser(len))
+
+
+def test_bad_rows_are_skipped_and_counted(rows_with_bad_ones, caplog):
+    examples = make_examples(rows_with_bad_ones, RowParser(len), skip_bad_rows=True)
+    assert [examples[place].row for place in range(len(examples))] == [0, 2, 3, 5]
+    assert "Skipped 2 of 6 rows." in caplog.text
+    assert "Row 4 has a corrupt image" in caplog.text
+
+
+def test_streamed_bad_rows_are_skipped_and_counted(rows_with_bad_ones, caplog):
+    stream = rows_with_bad_ones.to_iterable_dataset()
+    examples = make_examples(stream, RowParser(len), skip_bad_rows=True)
+    assert [example.row for example in examples] == [0, 2, 3, 5]
+    assert "Skipped (2 so far): Row 4" in caplog.text
+    with pytest.raises(RowError, match="Row 1"):
+        list(make_examples(stream, RowParser(len)))
+
+
+def test_no_row_left_is_an_error(rows_with_bad_ones):
+    with pytest.raises(ValueError, match="None of the 1 rows"):
+        make_examples(rows_with_bad_ones.select([1]), RowParser(len), skip_bad_rows=True)
+    with pytest.raises(ValueError, match="no rows"):
+        make_examples(rows_with_bad_ones.select([]), RowParser(len))
+
+
+def test_content_keys_tell_content_apart():
+    keys = {
+        content_key([{"role": "user", "content": content}])
+        for content in (
+            [{"type": "text", "text": "a"}],
+            [{"type": "text", "text": "b"}],
+            [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            [{"type": "image", "image": Image.new("RGB", (2, 3))}],
+            [{"type": "image", "image": Image.new("RGB", (3, 2))}],
+        )
+    }
+    assert len(keys) == 5

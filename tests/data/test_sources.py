@@ -1,0 +1,68 @@
+"""Where rows come from."""
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+from tiny_models import make_image
+
+from hf_unigd.data import load_icons, load_rows
+
+
+ROWS = {"image": [make_image(place) for place in range(3)], "caption": ["a cat", "a dog", "a car"]}
+
+
+def test_saved_datasets(tmp_path):
+    Dataset.from_dict(ROWS).save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": Dataset.from_dict(ROWS)}).save_to_disk(str(tmp_path / "two"))
+    assert load_rows(str(tmp_path / "one"))[0]["caption"] == "a cat"
+    assert load_rows(str(tmp_path / "two"))[1]["caption"] == "a dog"
+    assert next(iter(load_rows(str(tmp_path / "two"), streaming=True)))["caption"] == "a cat"
+    with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]"):
+        load_rows(str(tmp_path / "two"), split="test")
+
+
+def test_files_and_renamed_columns(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"jpg": f"{place}.png", "txt": "a cat"}) for place in range(2)))
+    rows = load_rows(str(file), rename_columns={"jpg": "image", "txt": "caption"})
+    assert rows.column_names == ["image", "caption"]
+    streamed = load_rows(str(file), streaming=True, rename_columns={"jpg": "image", "txt": "caption"})
+    assert next(iter(streamed)) == {"image": "0.png", "caption": "a cat"}
+
+
+def test_icons_are_pictures_with_both_captions():
+    rows = load_icons("test")
+    assert len(rows) == 1000
+    assert rows[0]["image"].size == (48, 48)
+    assert rows[0]["short_caption"] == rows[0]["icon"].replace("_", " ")
+    assert len(rows[0]["image"].getcolors(48 * 48)) > 2
+    long_caption = rows[0]["long_caption"]
+    assert " drawn in " in long_caption and " size on a plain " in long_caption
+
+
+def test_no_held_out_icon_is_trained_on_by_name_or_by_look():
+    train, test = load_icons("train"), load_icons("test")
+    train_names = {row["icon"] for row in train.with_format(None)}
+    test_names = {row["icon"] for row in test.with_format(None)}
+    assert not train_names & test_names
+    assert len(train_names) + len(test_names) > 7000
+    from hf_unigd.data.icons import draw_icon
+
+    looks = [
+        {draw_icon(row["glyph"], "black", "white", "large", 64).tobytes() for row in rows.with_format(None)}
+        for rows in (train, test)
+    ]
+    assert not looks[0] & looks[1]
+
+
+def test_icons_views_differ_and_repeat_with_their_seed():
+    rows, again = load_icons("train", views=2, seed=1), load_icons("train", views=2, seed=1)
+    half = len(rows) // 2
+    assert rows[0]["icon"] == rows[half]["icon"]
+    assert [rows[place]["long_caption"] for place in range(20)] != [
+        rows[half + place]["long_caption"] for place in range(20)
+    ]
+    assert [rows[place]["long_caption"] for place in range(20)] == [again[place]["long_caption"] for place in range(20)]
+    with pytest.raises(ValueError, match="'valid'"):
+        load_icons("valid")

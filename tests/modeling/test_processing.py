@@ -1,0 +1,141 @@
+"""Sequences to model inputs: order, spans, labels, and refusals."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import FAMILIES, make_image, make_vlm
+
+from hf_unigd import UniGDProcessor
+from hf_unigd.modeling import SequenceError
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def processor(request):
+    return UniGDProcessor(make_vlm(request.param).processor)
+
+
+def test_images_keep_their_number_and_place(processor):
+    """Although chat templates such as LLaVA's put all images first."""
+    batch = processor.process_sequences([["red", make_image(1), "green", make_image(2), make_image(3), "blue"]])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    image_token = processor.vlm_processor.image_token
+    pieces = [piece for piece in text.replace("\n", "").split(image_token) if piece]
+    order = [word for piece in pieces for word in ("red", "green", "blue") if word in piece]
+    assert order == ["red", "green", "blue"]
+    assert text.index("red") < text.index(image_token) < text.index("green") < text.rindex(image_token)
+    assert text.rindex(image_token) < text.index("blue") < text.index("Summarize the provided image")
+
+
+def test_the_span_is_the_last_token_before_the_answer(processor):
+    for padding_side in ("left", "right"):
+        batch = processor.process_sequences(
+            ["a cat", [make_image(1)]], ["two dogs", None], padding_side=padding_side
+        )
+        for row, start, end in batch["spans"].tolist():
+            assert end == start + 1
+            ids, labels = batch["input_ids"][row], batch["labels"][row]
+            attended = batch["attention_mask"][row].nonzero().flatten()
+            labelled = (labels != -100).nonzero().flatten()
+            if row == 0:
+                assert labelled[0] == end
+                assert labelled[-1] == attended[-1]
+                answer = processor.tokenizer.decode(ids[labelled])
+                assert answer.strip() == f"two dogs{processor.tokenizer.eos_token}"
+                assert torch.equal(ids[labelled], labels[labelled])
+            else:
+                assert len(labelled) == 0
+                assert attended[-1] == start
+
+
+def test_prompt_tokens_are_the_same_with_and_without_a_target(processor):
+    sequence = ["red", make_image(1)]
+    alone = processor.process_sequences([sequence])["input_ids"][0]
+    with_target = processor.process_sequences([sequence], ["a green car"])["input_ids"][0]
+    assert torch.equal(with_target[: len(alone)], alone)
+
+
+def test_unprompted_sequences_have_no_span_and_no_prompt(processor):
+    batch = processor.process_sequences(["a cat", "a dog"], ["yes", "no"], prompted=[False, True])
+    assert batch["spans"][:, 0].tolist() == [1]
+    assert "Summarize" not in processor.tokenizer.decode(batch["input_ids"][0])
+
+
+def test_conversations_keep_their_roles(processor):
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": make_image(1)}, {"type": "text", "text": "red"}]},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "and green"},
+    ]
+    text = processor.tokenizer.decode(processor.process_sequences([chat])["input_ids"][0])
+    assert text.index("red") < text.index("a cat") < text.index("and green") < text.index("Summarize")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kinds=st.lists(st.lists(st.sampled_from("ti"), min_size=1, max_size=4), min_size=1, max_size=4),
+    targets=st.lists(st.booleans(), min_size=4, max_size=4),
+    left=st.booleans(),
+)
+def test_any_mixture_makes_consistent_batches(processor, kinds, targets, left):
+    sequences = [["a red cat" if kind == "t" else make_image(1) for kind in row] for row in kinds]
+    wanted = ["two dogs" if targets[place] else None for place in range(len(kinds))]
+    batch = processor.process_sequences(sequences, wanted, padding_side="left" if left else "right")
+    assert batch["spans"][:, 0].tolist() == list(range(len(kinds)))
+    for row, _start, end in batch["spans"].tolist():
+        assert batch["attention_mask"][row, end - 1] == 1
+        if wanted[row]:
+            assert batch["labels"][row, end] != -100
+    image_tokens = (batch["input_ids"] == processor.vlm_processor.image_token_id).any(1)
+    assert image_tokens.tolist() == ["i" in row for row in kinds]
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ([], "is empty"),
+        ("", "empty text"),
+        (["a cat", "  "], "empty text"),
+        ([{"role": "user", "content": []}], "empty turn"),
+        ([{"role": "assistant", "content": "hi"}], "must end with the user's turn"),
+        ([3], "holds a int"),
+        (["see <image>", make_image(1)], "placeholder"),
+    ],
+)
+def test_bad_sequences_name_their_place(sequence, message):
+    processor = UniGDProcessor(make_vlm("llava").processor)
+    with pytest.raises(SequenceError, match=f"Sequence 1 .*{message}") as error:
+        processor.process_sequences(["a cat", sequence])
+    assert error.value.index == 1
+
+
+def test_rows_longer_than_max_length_are_refused_not_cut(processor):
+    with pytest.raises(SequenceError, match="Sequence 1 has .* more than `max_length=40`"):
+        processor.process_sequences(["a cat", "a red cat " * 30], max_length=40)
+    with pytest.raises(SequenceError, match="of them the target"):
+        processor.process_sequences(["a cat", "a dog"], [None, "the green grass " * 30], max_length=40)
+    with pytest.raises(SequenceError, match="empty target"):
+        processor.process_sequences(["a cat"], [" "])
+
+
+def test_construction_refuses_what_cannot_work():
+    plain = make_vlm("llava").processor
+    with pytest.raises(ValueError, match="prompts"):
+        UniGDProcessor(plain, prompts={"sound": "hm"})
+    plain.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="padding token"):
+        UniGDProcessor(plain)
+    plain = make_vlm("llava").processor
+    plain.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        UniGDProcessor(plain)
+
+
+def test_it_behaves_like_the_backbones_processor(processor):
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "red"}]}], add_generation_prompt=True
+    )
+    ours = processor(images=[make_image(1)], text=[prompt], return_tensors="pt")
+    theirs = processor.vlm_processor(images=[make_image(1)], text=[prompt], return_tensors="pt")
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    assert processor.batch_decode(ours["input_ids"]) == processor.vlm_processor.batch_decode(theirs["input_ids"])
