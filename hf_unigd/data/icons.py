@@ -23,14 +23,6 @@ COLOURS = {
     "brown": "#5d4037",
     "black": "#111111",
 }
-BACKGROUNDS = {
-    "white": "#ffffff",
-    "yellow": "#fff59d",
-    "mint": "#c8f0d8",
-    "sky": "#bbdefb",
-    "rose": "#f8d7e3",
-    "grey": "#d5d5d5",
-}
 # Share of the picture's side that the icon takes.
 SIZES = {"small": 0.6, "medium": 0.75, "large": 0.92}
 HELD_OUT = 1000
@@ -68,7 +60,6 @@ def load_icons(split: str = "train", views: int = 1, size: int = 48, seed: int =
             rows["attributes"].append(
                 {
                     "colour": draw.choice(list(COLOURS)),
-                    "background": draw.choice(list(BACKGROUNDS)),
                     "size": draw.choice(list(SIZES)),
                     "side": size,
                 }
@@ -80,14 +71,14 @@ def short_caption(icon: str) -> str:
     return icon.replace("_", " ")
 
 
-def long_caption(icon: str, colour: str, background: str, size: str) -> str:
+def long_caption(icon: str, colour: str, size: str) -> str:
     words = icon.split("_")
     parts = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"An icon of {parts}, drawn in {colour} at a {size} size on a plain {background} background."
+    return f"An icon of {parts}, drawn in {colour} at a {size} size."
 
 
-def draw_icon(glyph: str, colour: str, background: str, size: str, side: int) -> Image.Image:
-    image = Image.new("RGB", (side, side), BACKGROUNDS[background])
+def draw_icon(glyph: str, colour: str, size: str, side: int) -> Image.Image:
+    image = Image.new("RGB", (side, side), "white")
     font = ImageFont.truetype(_font_file(), round(side * SIZES[size]))
     ImageDraw.Draw(image).text((side / 2, side / 2), glyph, fill=COLOURS[colour], font=font, anchor="mm")
     return image
@@ -114,7 +105,7 @@ def _glyphs() -> dict[str, str]:
     for name in sorted(vars(MDI7), key=lambda name: (len(name), name), reverse=True):
         if not name.startswith("_"):
             glyph = getattr(MDI7, name).split(".", 1)[1]
-            icons[draw_icon(glyph, "black", "white", "large", 64).tobytes()] = (name, glyph)
+            icons[draw_icon(glyph, "black", "large", 64).tobytes()] = (name, glyph)
     return dict(icons.values())
 
 

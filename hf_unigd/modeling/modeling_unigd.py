@@ -172,7 +172,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
                 f"{type(vlm).__name__} has no language-modelling head. Pass the class that generates, as "
                 "`AutoModelForImageTextToText` loads it."
             )
-        config = UniGDConfig(vlm_config=vlm.config, dtype=vlm.dtype, **config_kwargs)
+        config = UniGDConfig(vlm_config=vlm.config, dtype=vlm.dtype, name_or_path=vlm.name_or_path, **config_kwargs)
         model = cls(config, vlm=vlm)
         model.embedding_head.to(vlm.get_output_embeddings().weight.device)
         # A quantised or dispatched backbone: Trainer, PEFT and accelerate look for these on the outer model.

@@ -97,6 +97,7 @@ class UniGDTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
         self.add_callback(ClampLogitScale())
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
         self._logged: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -106,6 +107,28 @@ class UniGDTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel):  # PEFT saves no config, and the head's shape is in it
             self.model.config.save_pretrained(output_dir or self.args.output_dir)
+
+    # Saving gives a backbone's tensors their native names, which only `from_pretrained` translates back: Trainer reads
+    # the file itself, finds no such names in the model, and leaves the weights as they are without a word.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._loads_whole_models:
+            self._load_whole_model(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if self._loads_whole_models:
+            self._load_whole_model(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    @property
+    def _loads_whole_models(self) -> bool:
+        return not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _load_whole_model(self, folder) -> None:
+        saved = type(self.model).from_pretrained(folder, dtype=self.model.vlm.dtype)
+        self.model.load_state_dict(saved.state_dict())
 
     def _check_batches(self) -> None:
         """Refuses, before training, batches that cannot train."""

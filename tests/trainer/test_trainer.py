@@ -1,0 +1,358 @@
+"""The trainer on a tiny LLaVA: what the objective is, what is trained, logged, saved and resumed."""
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from tiny_models import make_image, make_vlm
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.data import RowError, RowParser
+from hf_unigd.hub import load_checkpoint
+from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer, UniGDTrainingArguments
+
+
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+def make_rows(n=16, **columns):
+    return Dataset.from_dict(
+        {
+            "image": [make_image(place) for place in range(n)],
+            "short_caption": [f"a {COLOURS[place % 4]} cat {place}" for place in range(n)],
+            "long_caption": [f"A {COLOURS[place % 4]} cat on the grass, seen {place} times." for place in range(n)],
+            **columns,
+        }
+    )
+
+
+def make_args(folder, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "loss_gradient_norm_steps": 0,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return UniGDTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
+
+
+def make_trainer(folder, rows=None, family="llava", peft_config=None, soft_prompts=False, eval_rows=None, **kwargs):
+    tiny = make_vlm(family)
+    model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
+    if soft_prompts:
+        model.add_soft_prompts(**processor.add_soft_prompts())
+    rows = make_rows() if rows is None else rows
+    return UniGDTrainer(model, make_args(folder, **kwargs), rows, eval_rows, processor, peft_config=peft_config)
+
+
+LORA = LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM")
+
+
+def test_the_loss_is_the_weighted_sum_of_infonce_and_next_token(tmp_path):
+    trainer = make_trainer(tmp_path, contrastive_weight=0.5, causal_lm_weight=2.0)
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
+    model = trainer.model
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=trainer._get_num_items_in_batch([batch], "cpu"))
+
+    anchors = {name: value for name, value in batch["anchors"].items() if name != "spans"}
+    backbone = model.vlm(**anchors)
+    images = model.embed(**{name: value for name, value in batch["anchors"].items() if name != "labels"})
+    texts = model.embed(**batch["candidates"])
+    logits = images @ texts.T / 0.07
+    labels = torch.arange(4)
+    contrastive = torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
+    torch.testing.assert_close(loss, 0.5 * contrastive + 2.0 * backbone.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_each_row_runs_once_and_only_labelled_positions_meet_the_head(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
+    rows, positions, pictures = [], [], []
+    model = trainer.model
+    model.vlm.model.language_model.register_forward_hook(
+        lambda _module, _args, output: rows.append(output.last_hidden_state.shape[0])
+    )
+    model.vlm.model.vision_tower.register_forward_hook(
+        lambda _module, args, _output: pictures.append(args[0].shape[0]), with_kwargs=False
+    )
+    model.vlm.lm_head.register_forward_hook(lambda _module, args, _output: positions.append(args[0].shape[0]))
+    trainer.compute_loss(model.train(), batch, num_items_in_batch=1)
+    assert rows == [4, 4]  # the images with their captions, then the texts
+    assert pictures == [4]
+    assert positions == [int((batch["anchors"]["labels"] != -100).sum())]
+
+
+def test_four_accumulation_steps_normalise_by_the_tokens_of_all(tmp_path):
+    """The next-token gradient of 4 x 2 rows of unequal captions is that of one batch of 8."""
+    rows = make_rows(8, long_caption=["A cat." + " on the grass" * place for place in range(8)])
+    gradients = []
+    for steps in (1, 4):
+        trainer = make_trainer(
+            tmp_path,
+            rows,
+            contrastive_weight=0.0,
+            gradient_accumulation_steps=steps,
+            per_device_train_batch_size=8 // steps,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+        )
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        gradients.append(torch.cat([(before[name] - tensor).flatten() for name, tensor in trainer.model.state_dict().items()]))
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_training_learns_the_captions_and_the_pairs(tmp_path, family, adapter):
+    rows = make_rows(8)
+    trainer = make_trainer(
+        tmp_path, rows, family, LORA if adapter else None, adapter, rows, max_steps=60, per_device_train_batch_size=8
+    )
+    before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
+    assert after["eval_perplexity"] < before["eval_perplexity"] * (0.8 if adapter else 0.25)  # a random LM is frozen
+    assert after["eval_anchor_to_positive_recall_at_1"] >= 0.75 > before["eval_anchor_to_positive_recall_at_1"]
+    assert after["eval_positive_to_anchor_recall_at_1"] >= 0.75
+
+
+def test_every_loss_is_logged_apart(tmp_path):
+    trainer = make_trainer(tmp_path, loss_gradient_norm_steps=2, gradient_accumulation_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["contrastive_loss"] + entry["causal_lm_loss"], rel=1e-4)
+        assert entry["temperature"] == pytest.approx(0.07, rel=0.1)
+        assert -1 <= entry["negative_similarity"] <= entry["positive_similarity"] + 1
+        assert entry["masked_fraction"] == 0
+    assert ["contrastive_gradient_norm" in entry for entry in logs] == [True, False, True, False]
+    assert all(entry["causal_lm_gradient_norm"] > 0 for entry in logs[::2])
+
+
+def test_the_logged_gradient_norms_are_the_gradients_norms(tmp_path):
+    trainer = make_trainer(tmp_path, causal_lm_weight=0.0, loss_gradient_norm_steps=1, max_steps=1)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["contrastive_gradient_norm"] == pytest.approx(entry["grad_norm"], rel=1e-4)
+
+
+def test_what_is_trained(tmp_path):
+    def trained(trainer):
+        return {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+
+    full = trained(make_trainer(tmp_path))
+    assert not any("vision_tower" in name or "projector" in name for name in full)
+    assert any("language_model" in name for name in full) and "embedding_head.logit_scale" in full
+    assert any("vision_tower" in name for name in trained(make_trainer(tmp_path, freeze_vision_tower=False)))
+
+    adapter = trained(make_trainer(tmp_path, peft_config=LORA, soft_prompts=True))
+    kinds = {"lora", "trainable_tokens", "modules_to_save"}
+    assert all(any(kind in name for kind in kinds) for name in adapter)
+    assert not any("vision_tower" in name for name in adapter)
+    leaves = {name.split(".lora_")[0].rpartition(".")[2] for name in adapter if "lora_" in name}
+    assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    only = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    some = trained(make_trainer(tmp_path, peft_config=only))
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in some if "lora_" in name} == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="'w_proj'"):
+        make_trainer(tmp_path, peft_config=LoraConfig(target_modules=["w_proj"]))
+
+
+def test_temperature_is_clamped_and_never_decayed(tmp_path):
+    trainer = make_trainer(tmp_path, weight_decay=0.5, learning_rate=1.0, max_steps=2)
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert "embedding_head.logit_scale" not in decayed
+    assert any(name.endswith("q_proj.weight") for name in decayed)
+    trainer.model.embedding_head.logit_scale.data.fill_(10.0)
+    trainer.train()
+    assert trainer.model.embedding_head.logit_scale.exp().item() <= 100.001
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, adapter):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "dataloader_num_workers": 0}
+    peft_config = LoraConfig(r=4, lora_alpha=4, lora_dropout=0.1, task_type="CAUSAL_LM") if adapter else None
+    whole = make_trainer(tmp_path / "whole", peft_config=peft_config, soft_prompts=adapter, **settings)
+    whole.train()
+    interrupted = make_trainer(tmp_path / "parts", peft_config=peft_config, soft_prompts=adapter, **settings)
+
+    class Stop(Exception):
+        pass
+
+    step = interrupted.training_step
+
+    def stop_after_four(*args, **kwargs):
+        if interrupted.state.global_step == 4:
+            raise Stop
+        return step(*args, **kwargs)
+
+    interrupted.training_step = stop_after_four
+    with pytest.raises(Stop):
+        interrupted.train()
+    resumed = make_trainer(tmp_path / "parts", peft_config=peft_config, soft_prompts=adapter, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for (name, expected), tensor in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(expected, tensor), name
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_an_adapter_loads_on_its_base_to_the_same_vectors(tmp_path, family):
+    tiny = make_vlm(family)
+    tiny.model.save_pretrained(tmp_path / "base")
+    tiny.processor.save_pretrained(tmp_path / "base")
+    model = UniGDForConditionalGeneration.from_vlm_pretrained(tmp_path / "base", head_type="linear", embedding_dim=8)
+    processor = UniGDProcessor.from_vlm_pretrained(tmp_path / "base")
+    model.add_soft_prompts(**processor.add_soft_prompts())
+    args = make_args(tmp_path / "adapter", max_steps=3)
+    trainer = UniGDTrainer(model, args, make_rows(), None, processor, peft_config=LORA)
+    trainer.train()
+    trainer.save_model()
+    assert isinstance(trainer.model, PeftModel)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {"logit_scale", "weight"} <= {name.rpartition(".")[2] for name in saved if "embedding_head" in name}
+    assert any("trainable_tokens" in name for name in saved)
+
+    loaded, loaded_processor = load_checkpoint(str(tmp_path / "adapter"))
+    batch = loaded_processor.process_sequences(["a red cat", [make_image(1)]])
+    trainer.model.eval()
+    torch.testing.assert_close(loaded.embed(**batch), trainer.model.embed(**batch), atol=1e-5, rtol=0)
+    assert set(processor.soft_prompt_ids) <= set(loaded.generation_config.suppress_tokens)
+
+
+def test_rows_of_every_kind_mix_in_one_batch(tmp_path):
+    image, text = {"type": "image"}, {"type": "text", "text": "What is it?"}
+    chat = [{"role": "user", "content": [image, text]}, {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
+    parser = RowParser(lambda text: len(text.split()))
+    rows = [
+        {"image": make_image(0), "short_caption": "a red cat", "long_caption": "A red cat on the grass."},
+        {"image": make_image(1), "short_caption": "a blue dog"},
+        {"image": make_image(2), "long_caption": "A green car."},
+        {"anchor": "a question", "positive": ["see", make_image(3)], "negative": "not that"},
+        {"messages": chat, "images": [make_image(4)]},
+        {"messages": [{"role": "user", "content": "two"}], "positive_messages": [[{"role": "user", "content": "three"}]]},
+    ]
+    trainer = make_trainer(tmp_path)
+    batch = trainer.data_collator([parser(row, place) for place, row in enumerate(rows)])
+    assert batch["anchors"]["spans"][:, 0].tolist() == [0, 1, 3, 5]
+    assert len(batch["candidates"]["spans"]) == 5
+    labelled = (batch["anchors"]["labels"] != -100).any(1).tolist()
+    assert labelled == [True, False, True, False, True, False]
+    loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=9)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("missing", ["short_caption", "long_caption"])
+def test_batches_with_one_kind_of_caption_alone_train(tmp_path, missing):
+    trainer = make_trainer(tmp_path, make_rows().remove_columns(missing))
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert (entry["contrastive_loss"] == 0) == (missing == "short_caption")
+    assert (entry["causal_lm_loss"] == 0) == (missing == "long_caption")
+
+
+def test_streaming_rows_train(tmp_path):
+    trainer = make_trainer(tmp_path, make_rows().to_iterable_dataset(), eval_rows=make_rows(8))
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert "eval_perplexity" in trainer.evaluate()
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, peft_config=LORA, soft_prompts=True, gradient_checkpointing=checkpointing)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_non_finite_loss_stops_the_run_and_loses_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=6)
+    step = trainer.training_step
+
+    def poison(model, inputs, *args):
+        if trainer.state.global_step == 2:
+            inputs["anchors"]["pixel_values"][0] = torch.nan
+            trainer.poisoned = inputs["rows"].tolist()
+        return step(model, inputs, *args)
+
+    trainer.training_step = poison
+    with pytest.raises(FloatingPointError, match="not finite at step 2") as error:
+        trainer.train()
+    assert str(trainer.poisoned) in str(error.value)
+    saved = tmp_path / "checkpoint-2"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(saved / "model.safetensors").values())
+    state = json.loads((saved / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    resumed = make_trainer(tmp_path, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(saved))
+    assert resumed.state.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "kwargs", "message"),
+    [
+        (16, {"per_device_train_batch_size": 1}, "no negatives"),
+        (3, {}, "3 rows make no batch of 4"),
+        (5, {"dataloader_drop_last": False}, "a batch of its own"),
+    ],
+)
+def test_batches_that_cannot_train_are_refused_before_training(tmp_path, rows, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, make_rows(rows), **kwargs)
+
+
+def test_a_batch_of_one_trains_without_the_contrastive_loss(tmp_path):
+    make_trainer(tmp_path, per_device_train_batch_size=1, contrastive_weight=0.0).train()
+
+
+def test_bad_rows_stop_or_are_skipped_before_training(tmp_path, caplog):
+    rows = make_rows(short_caption=["a cat"] * 3 + [""] + ["a dog"] * 12)
+    with pytest.raises(RowError, match="Row 3 has an empty `short_caption`"):
+        make_trainer(tmp_path, rows)
+    trainer = make_trainer(tmp_path, rows, skip_bad_rows=True)
+    assert len(trainer.train_dataset) == 15
+    assert "Skipped 1 of 16 rows." in caplog.text
+
+
+def test_rows_longer_than_max_length_are_named(tmp_path):
+    trainer = make_trainer(tmp_path, max_length=20)
+    with pytest.raises(RowError, match=r"Row \d+ has \d+ tokens.*max_length=20"):
+        trainer.train()
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="causal_lm_weight=-1"):
+        make_args(tmp_path, causal_lm_weight=-1)
+    with pytest.raises(ValueError, match="Every loss weight is 0"):
+        make_args(tmp_path, causal_lm_weight=0, contrastive_weight=0)
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        make_args(tmp_path, remove_unused_columns=True)
+    tiny = make_vlm()
+    with pytest.raises(ValueError, match="UniGDProcessor, got LlavaProcessor"):
+        UniGDTrainer(UniGDForConditionalGeneration.from_vlm(tiny.model), make_args(tmp_path), None, None, tiny.processor)
+
+
+def test_the_collator_keeps_duplicates_apart_by_content():
+    tiny = make_vlm()
+    parser = RowParser(lambda text: len(text.split()))
+    rows = [{"image": make_image(seed), "caption": caption} for seed, caption in ((1, "a"), (2, "b"), (1, "c"), (3, "b"))]
+    batch = UniGDDataCollator(UniGDProcessor(tiny.processor))([parser(row, place) for place, row in enumerate(rows)])
+    images, captions = batch["anchor_keys"].tolist(), batch["candidate_keys"].tolist()
+    assert images[0] == images[2] and len(set(images)) == 3
+    assert captions[1] == captions[3] and len(set(captions)) == 3
