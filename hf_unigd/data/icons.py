@@ -24,7 +24,7 @@ COLOURS = {
     "black": "#111111",
 }
 # Share of the picture's side that the icon takes.
-SIZES = {"small": 0.6, "medium": 0.75, "large": 0.92}
+SIZES = {"small": 0.8, "large": 0.95}
 HELD_OUT = 1000
 
 

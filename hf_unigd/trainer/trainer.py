@@ -244,6 +244,14 @@ class UniGDTrainer(Trainer):
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        # `dataloader_drop_last` is about negatives in training; evaluation leaves no row out.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

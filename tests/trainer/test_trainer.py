@@ -272,6 +272,32 @@ def test_streaming_rows_train(tmp_path):
     assert "eval_perplexity" in trainer.evaluate()
 
 
+def test_evaluation_leaves_no_row_out(tmp_path):
+    trainer = make_trainer(tmp_path, eval_rows=make_rows(6))
+    assert trainer.args.dataloader_drop_last
+    assert trainer.evaluation_loop(trainer.get_eval_dataloader(), "evaluation").num_samples == 6
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_rows=make_rows(8),
+        max_steps=2,
+        learning_rate=0.5,  # the second step ruins what the first has learned
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="perplexity",
+        greater_is_better=False,
+    )
+    trainer.train()
+    best = trainer.state.best_metric
+    assert trainer.evaluate()["eval_perplexity"] == pytest.approx(best, rel=1e-4)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     losses = []
     for checkpointing in (False, True):
