@@ -9,9 +9,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # `tiny_models` for every folder of tests
 
-from tiny_models import make_vlm  # noqa: E402
-
-from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor  # noqa: E402
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from tiny_models import make_vlm
 
 
 @pytest.fixture(scope="session", autouse=True)

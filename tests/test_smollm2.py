@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import QWEN_TEMPLATE
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,11 +15,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from peft import LoraConfig
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import load_icons
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
+from tiny_models import QWEN_TEMPLATE
 
 
 pytestmark = [

@@ -46,7 +46,7 @@ QWEN_TEMPLATE = (
 )
 
 
-# transformers builds these two with a video processor alone, which needs torchvision; images are all that is used here.
+# transformers builds these two only with a video processor, which needs torchvision; images are all that is used here.
 class ImageOnevisionProcessor(LlavaOnevisionProcessor):
     def __init__(self, image_processor, tokenizer, num_image_tokens, chat_template):
         self.num_image_tokens = num_image_tokens
@@ -171,7 +171,14 @@ def _qwen2_vl():
     tokenizer = make_tokenizer(specials, eos="<|im_end|>")
     ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials), strict=True))
     config = Qwen2VLConfig(
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 8,
+        },
         text_config=_text_config(
             "qwen2_vl_text",
             tokenizer,

@@ -13,8 +13,8 @@ The paper's setting, on 32 GPUs in 4 nodes:
     accelerate launch --num_machines 4 --num_processes 32 \
         examples/vladva/train_vladva.py --config examples/vladva/llava_1.5_7b.yaml
 
-Each dataset under `datasets:` is a Hub id, a folder or a file of rows with `image` and `short_caption`, `long_caption`, or
-both; CC3M's own `txt` (as `jpg`, `txt`) counts as a short caption, and ShareGPT-4V's `conversations` as a long one.
+Each dataset under `datasets:` is a Hub id or a folder of rows of `image` and `short_caption`, `long_caption` or both.
+CC3M's own `txt` (beside `jpg`) counts as a short caption, the answer in ShareGPT-4V's `conversations` as a long one.
 """
 
 from datasets import DatasetDict
@@ -25,7 +25,7 @@ from hf_unigd.trainer.loading import load_for_training
 
 
 def vladva_columns(row: dict) -> dict:
-    """`image`, `short_caption` and `long_caption` of a row of CC3M, OpenImages or ShareGPT-4V; None where it has none."""
+    """`image`, `short_caption` and `long_caption` of a row of CC3M, OpenImages or ShareGPT-4V; None where absent."""
     conversation = row.get("conversations") or []
     answers = [turn["value"] for turn in conversation if turn["from"] == "gpt"]
     return {

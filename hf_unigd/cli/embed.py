@@ -24,8 +24,7 @@ def main(argv: list[str]) -> None:
     model, processor = load_checkpoint(args.model, **args.model_kwargs())
     rows = script_args.load_rows(script_args.dataset_test_split)
     row_parser = RowParser(lambda text: len(processor.tokenizer(text)["input_ids"]), image_folder=args.image_folder)
-    examples = make_examples(rows, row_parser, args.skip_bad_rows)
-    examples = [examples[place] for place in range(len(examples))]
+    examples = list(make_examples(rows, row_parser, args.skip_bad_rows, check_rows=args.skip_bad_rows))
 
     embeddings = embed_sequences(model.to(args.device()), processor, [e.anchor for e in examples], args.batch_size)
     shown = [_shown(example) for example in examples]

@@ -31,6 +31,9 @@ class ExampleDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __iter__(self) -> Iterator[Example]:
+        return (self[place] for place in range(len(self)))
+
     def __getitem__(self, place: int) -> Example:
         index = self.indices[place]
         try:

@@ -5,6 +5,7 @@ places, it gets a long caption that also says what these are.
 """
 
 import random
+from collections import Counter
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,8 +33,9 @@ def load_icons(split: str = "train", views: int = 1, size: int = 48, seed: int =
     """
     The icons as rows with the columns `image`, `short_caption`, `long_caption` and `icon`.
 
-    Which icons are held out depends on nothing but their names, so that no held-out icon is ever trained on. Icons that
-    are drawn alike count as one.
+    Which icons are held out depends on nothing but their names, so that no held-out icon is ever trained on. Each is a
+    new combination of words that other icons teach (nobody could guess a word never seen). Icons that are drawn alike
+    count as one.
 
     Args:
         split: `"train"`, or `"test"` for the 1,000 held-out icons.
@@ -48,9 +50,8 @@ def load_icons(split: str = "train", views: int = 1, size: int = 48, seed: int =
     if split not in ("train", "test"):
         raise ValueError(f"The icons have the splits 'train' and 'test', not {split!r}.")
     glyphs = _glyphs()
-    names = sorted(glyphs)
-    random.Random(0).shuffle(names)
-    names = names[:HELD_OUT] if split == "test" else names[HELD_OUT:]
+    held_out = _held_out(tuple(glyphs))
+    names = [name for name in sorted(glyphs) if (name in held_out) == (split == "test")]
     draw = random.Random(f"{seed}-{split}")
     rows: dict[str, list] = {"icon": [], "glyph": [], "attributes": []}
     for _ in range(views):
@@ -93,6 +94,21 @@ def _render(rows: dict[str, list]) -> dict[str, list]:
         drawn["short_caption"].append(short_caption(icon))
         drawn["long_caption"].append(long_caption(icon, **attributes))
     return drawn
+
+
+@cache
+def _held_out(names: tuple[str, ...], taught: int = 4) -> frozenset[str]:
+    """Names of several words, each of which at least `taught` of the icons that are left have in theirs."""
+    left = Counter(word for name in names for word in set(name.split("_")))
+    shuffled = sorted(names)
+    random.Random(0).shuffle(shuffled)
+    held_out: set[str] = set()
+    for name in shuffled:
+        words = set(name.split("_"))
+        if len(held_out) < HELD_OUT and len(words) > 1 and all(left[word] > taught for word in words):
+            held_out.add(name)
+            left.subtract(words)
+    return frozenset(held_out)
 
 
 @cache

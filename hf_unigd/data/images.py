@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 
-def open_image(value: Any, folder: Path | None = None) -> Image.Image:
+def open_image(value: Any, folder: str | Path | None = None) -> Image.Image:
     """Decodes a picture completely, as RGB.
 
     Args:

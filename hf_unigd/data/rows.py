@@ -28,7 +28,8 @@ def check_columns(columns: list[str]) -> None:
     if "image" in have and have & {"short_caption", "long_caption", "caption"}:
         return
     raise ValueError(
-        f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n{ACCEPTED}"
+        f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n"
+        + ACCEPTED
     )
 
 
@@ -47,7 +48,7 @@ class RowParser:
     count_tokens: Callable[[str], int]
     short_caption_max_tokens: int = 30
     long_caption_max_tokens: int = 500
-    image_folder: Path | None = None
+    image_folder: str | Path | None = None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Example:
         """

@@ -35,8 +35,8 @@ def retrieval_metrics(
 
     Args:
         anchors, positives (`torch.FloatTensor` of shape `(n, d)`): Unit vectors; row `i` matches row `i`.
-        anchor_keys, positive_keys (`torch.LongTensor` of shape `(n,)`): Rows with equal keys are one item: an image with
-            five captions is one candidate, and any of the five counts (MTEB's `cv_recall_at_k`).
+        anchor_keys, positive_keys (`torch.LongTensor` of shape `(n,)`): Rows with equal keys are one item: an image
+            with five captions is one candidate, and any of the five counts (MTEB's `cv_recall_at_k`).
         ks: Cut-offs.
 
     Returns:
@@ -45,7 +45,7 @@ def retrieval_metrics(
     anchors, anchor_ids = _distinct(anchors, anchor_keys)
     positives, positive_ids = _distinct(positives, positive_keys)
     pairs = list(zip(anchor_ids.tolist(), positive_ids.tolist(), strict=True))
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, queries, candidates, matches in (
         ("anchor_to_positive", anchors, positives, pairs),
         ("positive_to_anchor", positives, anchors, [(positive, anchor) for anchor, positive in pairs]),

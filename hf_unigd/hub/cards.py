@@ -68,4 +68,6 @@ def make_model_card(
 
 
 def _table(heading: str, rows: dict[str, object]) -> str:
-    return "\n".join([f"| {heading} | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(
+        [f"| {heading} | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    )

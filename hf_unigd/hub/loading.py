@@ -25,7 +25,9 @@ def load_checkpoint(name: str, **kwargs) -> tuple[PreTrainedModel, UniGDProcesso
     if base_config.get("model_type") == UniGDConfig.model_type:
         model = UniGDForConditionalGeneration.from_pretrained(base, **kwargs)
     else:
-        head = {key: getattr(config, key) for key in ("head_type", "embedding_dim", "head_hidden_dim", "matryoshka_dims")}
+        head = {
+            key: getattr(config, key) for key in ("head_type", "embedding_dim", "head_hidden_dim", "matryoshka_dims")
+        }
         model = UniGDForConditionalGeneration.from_vlm_pretrained(base, **head, **kwargs)
     if processor.soft_prompts:
         model.add_soft_prompts(**processor.soft_prompt_tokens)

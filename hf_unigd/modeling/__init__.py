@@ -14,6 +14,7 @@ from .modeling_unigd import (
 )
 from .processing_unigd import SequenceError, UniGDProcessor
 
+
 __all__ = [
     "SequenceError",
     "UniGDCausalLMOutput",

@@ -6,6 +6,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 HEAD_TYPES = ("none", "linear", "mlp")
+LOG_INVERSE_TEMPERATURE = math.log(1 / 0.07)
+MAX_LOG_INVERSE_TEMPERATURE = math.log(100.0)
 
 
 class UniGDConfig(PreTrainedConfig):
@@ -36,7 +38,7 @@ class UniGDConfig(PreTrainedConfig):
     """
 
     model_type = "unigd"
-    sub_configs = {"vlm_config": AutoConfig}
+    sub_configs = {"vlm_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,
@@ -45,8 +47,8 @@ class UniGDConfig(PreTrainedConfig):
         embedding_dim=None,
         head_hidden_dim=None,
         matryoshka_dims=None,
-        logit_scale_init_value=math.log(1 / 0.07),
-        logit_scale_max_value=math.log(100.0),
+        logit_scale_init_value=LOG_INVERSE_TEMPERATURE,
+        logit_scale_max_value=MAX_LOG_INVERSE_TEMPERATURE,
         **kwargs,
     ):
         if vlm_config is None:
@@ -55,7 +57,7 @@ class UniGDConfig(PreTrainedConfig):
             vlm_config = AutoConfig.for_model(**vlm_config)
         if vlm_config.is_encoder_decoder:
             raise ValueError(
-                f"`vlm_config` is a {vlm_config.model_type!r} encoder-decoder; embeddings are read from a causal decoder."
+                f"`vlm_config` is a {vlm_config.model_type!r} encoder-decoder; only causal decoders are supported."
             )
         text_config = vlm_config.get_text_config(decoder=True)
         for scaling in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -109,7 +111,11 @@ def _attention_implementations(config) -> dict:
     nested = {name: getattr(config, name, None) for name in config.sub_configs}
     return {
         "": config._attn_implementation,
-        **{name: _attention_implementations(sub_config) for name, sub_config in nested.items() if sub_config is not None},
+        **{
+            name: _attention_implementations(sub_config)
+            for name, sub_config in nested.items()
+            if sub_config is not None
+        },
     }
 
 

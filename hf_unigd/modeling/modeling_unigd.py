@@ -1,7 +1,7 @@
 """A vision-language model that embeds and generates: a composed backbone and a small embedding head.
 
-The backbone is held whole (`self.vlm`), never subclassed: transformers skips its key renames for custom code, so that a
-subclass would load native checkpoints with a random `lm_head`.
+The backbone is held whole (`self.vlm`), never subclassed: transformers skips its key renames for custom code, so that
+a subclass would load native checkpoints with a random `lm_head`.
 """
 
 import inspect
@@ -34,11 +34,11 @@ class UniGDModelOutput(ModelOutput):
         As the backbone returns them, when asked for.
     """
 
-    embeddings: torch.FloatTensor | None = None
-    logit_scale: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    embeddings: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -56,27 +56,27 @@ class UniGDCausalLMOutput(ModelOutput):
         As the backbone returns them, when asked for.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    embeddings: torch.FloatTensor | None = None
-    logit_scale: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class UniGDHead(nn.Module):
     """Turns pooled hidden states `(n, hidden_size)` into embeddings `(n, embedding_dim)`, and owns the temperature.
 
     Computed in the head's own dtype, float32 whatever the backbone's unless cast by hand, also under autocast. The
-    temperature lives here so that a PEFT adapter that saves the head (`modules_to_save`) saves all that embedding needs.
+    temperature lives here so that a PEFT adapter that saves the head (`modules_to_save`) has all that embedding needs.
     """
 
     def __init__(self, config: UniGDConfig):
         super().__init__()
         hidden_size = config.get_text_config().hidden_size
         if config.head_type == "none":
-            self.projection = nn.Identity()
+            self.projection: nn.Module = nn.Identity()
         elif config.head_type == "linear":
             self.projection = nn.Linear(hidden_size, config.embedding_dim)
         else:
@@ -91,7 +91,7 @@ class UniGDHead(nn.Module):
             return F.normalize(self.projection(pooled.to(self.logit_scale.dtype)), dim=-1)
 
 
-def last_token_spans(attention_mask: torch.Tensor) -> torch.LongTensor:
+def last_token_spans(attention_mask: torch.Tensor) -> torch.Tensor:
     """Spans `(batch_size, 3)` of the last attended token of each row, whichever side is padded.
 
     Args:
@@ -103,7 +103,7 @@ def last_token_spans(attention_mask: torch.Tensor) -> torch.LongTensor:
     return torch.stack([rows, last, last + 1], dim=1)
 
 
-def pool_spans(hidden_states: torch.Tensor, spans: torch.LongTensor) -> torch.Tensor:
+def pool_spans(hidden_states: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
     """Mean hidden state of each span, summed in float32 or better.
 
     Args:
@@ -135,7 +135,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["embedding_head"]
+    _keep_in_fp32_modules_strict = {"embedding_head"}  # noqa: RUF012
     # Whether the backbone has these is checked by the backbone itself, a `PreTrainedModel` of its own.
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -273,7 +273,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         suppressed = set(self.vlm.generation_config.suppress_tokens or []) | set(token_ids)
         self.vlm.generation_config.suppress_tokens = sorted(suppressed)
 
-    def embed(self, *, spans=None, attention_mask=None, truncate_dim=None, labels=None, **inputs) -> torch.FloatTensor:
+    def embed(self, *, spans=None, attention_mask=None, truncate_dim=None, labels=None, **inputs) -> torch.Tensor:
         """
         Embeddings alone; the language-modelling head is left out.
 
@@ -292,9 +292,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
             ValueError: `truncate_dim` is not among `config.matryoshka_dims`.
         """
         if truncate_dim is not None and truncate_dim not in (self.config.matryoshka_dims or []):
-            raise ValueError(
-                f"`truncate_dim={truncate_dim}` was not trained for; `matryoshka_dims` is {self.config.matryoshka_dims}."
-            )
+            trained = self.config.matryoshka_dims
+            raise ValueError(f"`truncate_dim={truncate_dim}` was not trained for, only `matryoshka_dims={trained}`.")
         outputs = self._decode(attention_mask=attention_mask, use_cache=False, **inputs)
         embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)
         return embeddings if truncate_dim is None else F.normalize(embeddings[:, :truncate_dim], dim=-1)
@@ -303,7 +302,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         """The backbone without its language-modelling head; inputs that were not given are left out."""
         return self.vlm.base_model(**{name: value for name, value in inputs.items() if value is not None})
 
-    def _pool(self, last_hidden_state, attention_mask, spans) -> torch.FloatTensor:
+    def _pool(self, last_hidden_state, attention_mask, spans) -> torch.Tensor:
         if spans is None:
             if attention_mask is None:
                 attention_mask = torch.ones(last_hidden_state.shape[:2], device=last_hidden_state.device)
@@ -321,10 +320,10 @@ class UniGDModel(UniGDPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        spans: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        spans: torch.Tensor | None = None,
         **kwargs,
     ) -> UniGDModelOutput:
         r"""
@@ -334,9 +333,7 @@ class UniGDModel(UniGDPreTrainedModel):
             kwargs: Every other input goes to the backbone as it is.
         """
         kwargs.setdefault("use_cache", False)
-        outputs = self._decode(
-            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs
-        )
+        outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         return UniGDModelOutput(
             embeddings=self._pool(outputs.last_hidden_state, attention_mask, spans),
             logit_scale=self.embedding_head.logit_scale.exp(),
@@ -376,11 +373,11 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        spans: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        spans: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -398,9 +395,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
                 divided by this; by their number where it is not given.
             kwargs: Every other input goes to the backbone as it is.
         """
-        outputs = self._decode(
-            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs
-        )
+        outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         hidden_states = outputs.last_hidden_state
         lm_head = self.get_output_embeddings()
 
@@ -435,7 +430,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
 
 
-def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> torch.FloatTensor:
+def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> torch.Tensor:
     """Cross-entropy of the labelled tokens, each predicted from the position before it (VladVA, section 3.2).
 
     Args:

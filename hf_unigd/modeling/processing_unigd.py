@@ -43,8 +43,8 @@ class UniGDProcessor(ProcessorMixin):
     Args:
         vlm_processor (`ProcessorMixin`): Processor of the backbone; it needs a chat template.
         prompts (`dict[str, str]`, *optional*): The hand-written prompts by modality, `"image"` (for every sequence
-            that holds an image) and `"text"`. Each ends the user's turn; the embedding is read at the last token before
-            the answer.
+            that holds an image) and `"text"`. Each ends the user's turn; the embedding is read at the last token
+            before the answer.
         soft_prompts (`dict[str, list[str]]`, *optional*): Reserved tokens by modality that stand in for the
             hand-written prompt; [`add_soft_prompts`] makes them.
 
@@ -59,7 +59,9 @@ class UniGDProcessor(ProcessorMixin):
                 "`vlm_processor.chat_template` to the one that the backbone was trained with."
             )
         if vlm_processor.tokenizer.pad_token_id is None:
-            raise ValueError("The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to the EOS token.")
+            raise ValueError(
+                "The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to the EOS token."
+            )
         prompts = {**DEFAULT_PROMPTS, **(prompts or {})}
         if prompts.keys() != DEFAULT_PROMPTS.keys():
             raise ValueError(f"`prompts` takes the keys {sorted(DEFAULT_PROMPTS)}, got {sorted(prompts)}.")
@@ -113,8 +115,8 @@ class UniGDProcessor(ProcessorMixin):
             padding_side (`str`, *optional*): `"left"` or `"right"`; the tokenizer's own by default.
 
         Returns:
-            `BatchFeature` of the backbone's inputs, `spans` (`(num_prompted, 3)`: row, start, end) and, with `targets`,
-            `labels` (`(batch_size, sequence_length)`, -100 where nothing is predicted).
+            `BatchFeature` of the backbone's inputs, `spans` (`(num_prompted, 3)`: row, start, end) and, with
+            `targets`, `labels` (`(batch_size, sequence_length)`, -100 where nothing is predicted).
 
         Raises:
             SequenceError: a sequence is empty, holds an empty text, an image placeholder or something that is neither
@@ -180,8 +182,7 @@ class UniGDProcessor(ProcessorMixin):
         Reserves one token for each token of each hand-written prompt, and uses them instead of it from now on.
 
         Returns:
-            `dict[str, list[int]]`: `token_ids` of the reserved tokens and `source_ids` of the tokens that they replace,
-            as [`UniGDPreTrainedModel.add_soft_prompts`] takes them.
+            `dict[str, list[int]]`: `soft_prompt_tokens`, as [`UniGDPreTrainedModel.add_soft_prompts`] takes them.
 
         Raises:
             ValueError: there are soft prompts already.
@@ -198,7 +199,7 @@ class UniGDProcessor(ProcessorMixin):
 
     @property
     def soft_prompt_tokens(self) -> dict[str, list[int]]:
-        """What the model's `add_soft_prompts` takes: the reserved tokens, and those of the prompts that they replace."""
+        """For the model's `add_soft_prompts`: ids of the reserved tokens, and of those that they replace."""
         source_ids = [token for modality in self.soft_prompts or {} for token in self._prompt_ids(modality)]
         return {"token_ids": self.soft_prompt_ids, "source_ids": source_ids}
 
@@ -264,8 +265,8 @@ class UniGDProcessor(ProcessorMixin):
                 if self.vlm_processor.image_token in part:
                     raise SequenceError(
                         index,
-                        f"holds the image placeholder {self.vlm_processor.image_token!r} inside a text. Pass the image "
-                        "itself at that place.",
+                        f"holds the image placeholder {self.vlm_processor.image_token!r} inside a text. Pass the "
+                        "image itself at that place.",
                     )
                 text += (" " if previous == "text" else "") + part
                 previous = "text"
@@ -287,7 +288,7 @@ class UniGDProcessor(ProcessorMixin):
             self.vlm_processor.apply_chat_template([{"role": "user", "content": content}])
             for content in ([{"type": "image"}, text], [text])
         ]
-        start = len(os.path.commonprefix(rendered))
+        start = len(os.path.commonprefix(rendered))  # noqa: RUF071
         placeholder = rendered[0][start : start + len(rendered[0]) - len(rendered[1])]
         if self.vlm_processor.image_token not in placeholder:
             raise ValueError(

@@ -61,11 +61,14 @@ def run(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     """
     start = time.perf_counter()
     output = Path(args.output)
-    train, test = load_icons("train", views=VIEWS, size=IMAGE_SIZE, seed=args.seed), load_icons("test", size=IMAGE_SIZE)
+    train, test = (
+        load_icons("train", views=VIEWS, size=IMAGE_SIZE, seed=args.seed),
+        load_icons("test", size=IMAGE_SIZE),
+    )
     model, processor = build(train, args.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"A LLaVA of {parameters / 1e6:.1f} million parameters; {len(train)} pictures of {len(train) // VIEWS} icons to "
-          f"train on, {len(test)} pictures of icons never trained on to test.")
+    print(f"A LLaVA of {parameters / 1e6:.1f} million parameters.")
+    print(f"{len(train)} pictures of {len(train) // VIEWS} icons to train on, {len(test)} others to test.")
 
     training_args = UniGDTrainingArguments(
         output_dir=str(output),
@@ -87,7 +90,11 @@ def run(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     before = measure(trainer)
     trainer.train()
     after = measure(trainer)
-    chance = {f"{way}_recall_at_{k}": k / HELD_OUT for way in ("anchor_to_positive", "positive_to_anchor") for k in (1, 5, 10)}
+    chance = {
+        f"{way}_recall_at_{k}": k / HELD_OUT
+        for way in ("anchor_to_positive", "positive_to_anchor")
+        for k in (1, 5, 10)
+    }
     metrics = {"before": before, "after": after, "chance": chance}
     minutes = (time.perf_counter() - start) / 60
 
@@ -109,7 +116,11 @@ def build(train, seed: int) -> tuple[UniGDForConditionalGeneration, UniGDProcess
     captions = [
         train[place][column] for place in range(len(train) // VIEWS) for column in ("short_caption", "long_caption")
     ]
-    prompts = ["Summarize the provided image in one word", "Summarize the provided text in one word", "USER: ASSISTANT:"]
+    prompts = [
+        "Summarize the provided image in one word",
+        "Summarize the provided text in one word",
+        "USER: ASSISTANT:",
+    ]
     processor = UniGDProcessor(build_processor(captions + prompts * 100, IMAGE_SIZE, PATCH_SIZE))
     return UniGDForConditionalGeneration.from_vlm(build_llava(processor.vlm_processor, seed=seed)), processor
 
@@ -176,7 +187,7 @@ def write_card(output: Path, metrics: dict[str, float], args: QuickstartArgument
     card = make_model_card(
         repo_id=str(output),
         title=output.name,
-        summary="a small LLaVA built in code, trained from nothing on drawn Material Design icons by `hf-unigd quickstart`.",
+        summary="a small LLaVA built in code, trained from nothing on drawn icons by `hf-unigd quickstart`.",
         dataset="Material Design icons, held out",
         metrics=metrics,
         training={

@@ -18,7 +18,7 @@ def embed_sequences(
     batch_size: int = 32,
     truncate_dim: int | None = None,
     show_progress: bool = True,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """
     Embeddings of texts, images and mixtures of both, in their order.
 

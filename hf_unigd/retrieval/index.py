@@ -38,7 +38,9 @@ class EmbeddingIndex:
             raise ValueError(f"`k={k}` must lie between 1 and the number of rows in the index, {len(self.rows)}.")
         embeddings = torch.as_tensor(self.rows.with_format("torch", columns=["embedding"])["embedding"][:])
         if queries.shape[1] != embeddings.shape[1]:
-            raise ValueError(f"Queries of width {queries.shape[1]}, but the index holds vectors of {embeddings.shape[1]}.")
+            raise ValueError(
+                f"Queries of width {queries.shape[1]}, but the index holds vectors of {embeddings.shape[1]}."
+            )
         ranking = rank_candidates(queries, embeddings, k)
         shown = self.rows.remove_columns("embedding")
         return [

@@ -9,9 +9,7 @@ from torch import nn
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 
 
-def add_adapter(
-    model: UniGDForConditionalGeneration, processor: UniGDProcessor, peft_config: LoraConfig
-) -> PeftModel:
+def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor, peft_config: LoraConfig) -> PeftModel:
     """
     Wraps a model so that LoRA, the processor's soft prompts and the embedding head train and are saved together
     (VladVA, section 3.3; PEFT combines LoRA with trained prompts only through `trainable_token_indices`).

@@ -89,7 +89,9 @@ class UniGDTrainingArguments(TrainingArguments):
         if self.contrastive_weight == self.causal_lm_weight == 0:
             raise ValueError("Every loss weight is 0: set `contrastive_weight` or `causal_lm_weight`.")
         if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns=True` would remove every column: rows are parsed by the collator.")
+            raise ValueError(
+                "`remove_unused_columns=True` would remove every column: rows are parsed by the collator."
+            )
 
 
 @dataclass
@@ -117,9 +119,7 @@ class UniGDModelConfig(ModelConfig):
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Prefix sizes for which a new model is trained."}
     )
-    soft_prompts: bool = field(
-        default=False, metadata={"help": "Replace the hand-written prompts by trained tokens."}
-    )
+    soft_prompts: bool = field(default=False, metadata={"help": "Replace the hand-written prompts by trained tokens."})
 
     def __post_init__(self):
         super().__post_init__()

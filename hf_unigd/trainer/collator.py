@@ -32,7 +32,7 @@ class UniGDDataCollator:
     max_length: int | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        matched = [example for example in examples if example.positive is not None]
+        matched = [(example, example.positive) for example in examples if example.positive is not None]
         prompted = [example.prompted for example in examples]
         anchors = self._process(
             examples,
@@ -48,11 +48,10 @@ class UniGDDataCollator:
             "rows": torch.tensor([example.row for example in examples]),
         }
         if matched:
-            negatives = [(example, negative) for example in matched for negative in example.negatives]
-            owners = matched + [example for example, _ in negatives]
-            sequences = [example.positive for example in matched] + [negative for _, negative in negatives]
-            batch["candidates"] = dict(self._process(owners, sequences))
-            batch["anchor_keys"] = torch.tensor([content_key(example.anchor) for example in matched])
+            pairs = matched + [(example, negative) for example, _ in matched for negative in example.negatives]
+            owners, sequences = zip(*pairs, strict=True)
+            batch["candidates"] = dict(self._process(owners, list(sequences)))
+            batch["anchor_keys"] = torch.tensor([content_key(example.anchor) for example, _ in matched])
             batch["candidate_keys"] = torch.tensor([content_key(sequence) for sequence in sequences])
         return batch
 

@@ -12,8 +12,8 @@ def load_for_training(
     model_args: UniGDModelConfig, seed: int = 42
 ) -> tuple[UniGDForConditionalGeneration, UniGDProcessor, PeftConfig | None]:
     """
-    Loads what `model_args.model_name_or_path` names, one of our checkpoints or a plain vision-language model, which gets
-    a new head; adds soft prompts where asked for and not there yet.
+    Loads what `model_args.model_name_or_path` names, one of our checkpoints or a plain vision-language model, which
+    gets a new head; adds soft prompts where asked for and not there yet.
 
     Args:
         model_args: The parsed arguments.

@@ -100,7 +100,7 @@ class UniGDTrainer(Trainer):
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
         self.add_callback(ClampLogitScale())
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
-        self._logged: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._logged: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         self._check_batches()
 
     def _save(self, output_dir=None, state_dict=None):
@@ -212,8 +212,9 @@ class UniGDTrainer(Trainer):
         values = ", ".join(f"{name} {part.item()}" for name, part in parts.items())
         raise FloatingPointError(
             f"The loss is not finite at step {self.state.global_step} ({values}), in the batch of rows "
-            f"{inputs['rows'].tolist()}. The state before this step is saved as checkpoint-{self.state.global_step} in "
-            f"{self.args.output_dir}. Look at these rows, lower the learning rate, or train in bfloat16 or float32."
+            f"{inputs['rows'].tolist()}. The state before this step is saved as "
+            f"checkpoint-{self.state.global_step} in {self.args.output_dir}. Look at these rows, lower the learning "
+            "rate, or train in bfloat16 or float32."
         )
 
     def _log_gradient_norms(self, model, weighted) -> None:
@@ -260,7 +261,7 @@ class UniGDTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.to(self.args.device).eval()
         gathered: dict[str, list] = defaultdict(list)
-        for step, batch in enumerate(dataloader):
+        for batch in dataloader:
             batch = self._prepare_inputs(batch)
             with self.accelerator.autocast():
                 gathered["rows"].append(batch["rows"].cpu())
@@ -277,7 +278,7 @@ class UniGDTrainer(Trainer):
                     gathered["positives"].append(model.embed(**batch["candidates"])[: len(anchors)].cpu())
                     gathered["anchor_keys"].append(batch["anchor_keys"].cpu())
                     gathered["positive_keys"].append(batch["candidate_keys"][: len(anchors)].cpu())
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         # One list an item, so that a process without any still takes part in the exchange.
         everywhere = {
@@ -289,8 +290,12 @@ class UniGDTrainer(Trainer):
             loss = torch.stack(everywhere["loss"]).sum().item() / sum(int(count) for count in everywhere["tokens"])
             metrics["causal_lm_loss"], metrics["perplexity"] = loss, math.exp(min(loss, 700.0))
         if everywhere["anchors"]:
-            pairs = {name: torch.cat(everywhere[name]) for name in ("anchors", "positives", "anchor_keys", "positive_keys")}
-            metrics |= retrieval_metrics(**pairs)
+            metrics |= retrieval_metrics(
+                torch.cat(everywhere["anchors"]),
+                torch.cat(everywhere["positives"]),
+                torch.cat(everywhere["anchor_keys"]),
+                torch.cat(everywhere["positive_keys"]),
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=sum(map(len, everywhere["rows"]))

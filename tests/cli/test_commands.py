@@ -4,10 +4,10 @@ import json
 
 import pytest
 from datasets import Dataset
-from tiny_models import make_image, make_vlm
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.cli.main import COMMANDS, main
+from tiny_models import make_image, make_vlm
 
 
 @pytest.fixture(scope="module")
@@ -121,5 +121,5 @@ def test_a_head_for_a_model_that_has_one_is_refused(folder, tmp_path):
 
 
 def test_a_missing_picture_is_named(folder):
-    with pytest.raises(SystemExit, match="no file nothing.png"):
+    with pytest.raises(SystemExit, match=r"no file nothing\.png"):
         main(["generate", "--model", str(folder / "model"), "--image", "nothing.png"])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from PIL import Image
-from tiny_models import make_image
 
 from hf_unigd.data import RowError, RowParser, make_examples
 from hf_unigd.data.example import content_key
 from hf_unigd.data.rows import check_columns
+from tiny_models import make_image
 
 
 def encoded(image):
@@ -60,7 +60,10 @@ def test_chat_with_positives_keeps_the_order_of_slices():
     example = parse(
         {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "one"}, {"type": "image"}, {"type": "text", "text": "two"}],
+                },
                 {"role": "assistant", "content": "the answer"},
             ],
             "images": [IMAGE],
@@ -98,7 +101,13 @@ def test_llava_columns():
 
 def test_images_in_every_form(tmp_path):
     IMAGE.save(tmp_path / "a.png")
-    forms = [IMAGE, encoded(IMAGE), str(tmp_path / "a.png"), tmp_path / "a.png", {"bytes": encoded(IMAGE), "path": None}]
+    forms = [
+        IMAGE,
+        encoded(IMAGE),
+        str(tmp_path / "a.png"),
+        tmp_path / "a.png",
+        {"bytes": encoded(IMAGE), "path": None},
+    ]
     keys = {content_key(parse({"image": form, "caption": "a cat"}).anchor) for form in forms}
     assert len(keys) == 1
     assert parse({"image": "a.png", "caption": "a cat"}, image_folder=tmp_path).anchor
@@ -125,12 +134,18 @@ def test_images_in_every_form(tmp_path):
         ({"messages": [{"role": "user", "content": "hi"}]}, "nothing to learn"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "without a user's turn"),
         (
-            {"messages": [{"role": "user", "content": "<image> <image>"}, {"role": "assistant", "content": "a"}], "images": [IMAGE]},
+            {
+                "messages": [{"role": "user", "content": "<image> <image>"}, {"role": "assistant", "content": "a"}],
+                "images": [IMAGE],
+            },
             "2 image placeholders in `messages`, but 1 images",
         ),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "'robot'"),
         (
-            {"messages": [{"role": "user", "content": "a"}], "positive_messages": [[{"role": "user", "content": "b"}]] * 2},
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "positive_messages": [[{"role": "user", "content": "b"}]] * 2,
+            },
             "2 conversations in `positive_messages`",
         ),
         ({"label": 3}, "no usable columns"),

@@ -4,9 +4,9 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict
-from tiny_models import make_image
 
 from hf_unigd.data import load_icons, load_rows
+from tiny_models import make_image
 
 
 ROWS = {"image": [make_image(place) for place in range(3)], "caption": ["a cat", "a dog", "a car"]}
@@ -63,6 +63,15 @@ def test_icons_views_differ_and_repeat_with_their_seed():
     assert [rows[place]["long_caption"] for place in range(20)] != [
         rows[half + place]["long_caption"] for place in range(20)
     ]
-    assert [rows[place]["long_caption"] for place in range(20)] == [again[place]["long_caption"] for place in range(20)]
+    assert [rows[place]["long_caption"] for place in range(20)] == [
+        again[place]["long_caption"] for place in range(20)
+    ]
     with pytest.raises(ValueError, match="'valid'"):
         load_icons("valid")
+
+
+def test_held_out_icons_are_new_combinations_of_taught_words():
+    taught = {word for row in load_icons("train").with_format(None) for word in row["icon"].split("_")}
+    for row in load_icons("test").with_format(None):
+        words = row["icon"].split("_")
+        assert len(words) > 1 and set(words) <= taught

@@ -15,7 +15,9 @@ def unit(n, d, seed):
 
 
 @settings(max_examples=15, deadline=None)
-@given(n=st.integers(1, 30), m=st.integers(1, 30), k=st.integers(1, 12), chunk=st.integers(1, 7), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 30), m=st.integers(1, 30), k=st.integers(1, 12), chunk=st.integers(1, 7), seed=st.integers(0, 99)
+)
 def test_ranking_equals_a_full_sort(n, m, k, chunk, seed):
     queries, candidates = unit(n, 6, seed), unit(m, 6, seed + 100)
     expected = (queries @ candidates.T).argsort(dim=1, descending=True)[:, :k]
@@ -23,7 +25,9 @@ def test_ranking_equals_a_full_sort(n, m, k, chunk, seed):
 
 
 @settings(max_examples=15, deadline=None)
-@given(items=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=20), seed=st.integers(0, 99))
+@given(
+    items=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=20), seed=st.integers(0, 99)
+)
 def test_recall_equals_brute_force_with_several_captions_an_image(items, seed):
     image_of, caption_of = unit(6, 4, seed), unit(6, 4, seed + 100)
     images, captions = (torch.tensor(column) for column in zip(*items, strict=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+
 from tiny_models import make_image, make_vlm
 
 
@@ -23,7 +24,10 @@ def value(kind, place):
     if kind == "image":
         return make_image(place)
     if kind == "chat":
-        return [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": f"A picture of cat {place}."}]
+        return [
+            {"from": "human", "value": "<image>\nDescribe it."},
+            {"from": "gpt", "value": f"A picture of cat {place}."},
+        ]
     return f"{kind} cat {place}"
 
 

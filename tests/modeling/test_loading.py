@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, make_image, make_vlm
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
+from tiny_models import FAMILIES, make_image, make_vlm
 
 
 SEQUENCES = [[make_image(1)], "a red cat", ["two blue dogs", make_image(2, (40, 20))]]
@@ -136,7 +136,10 @@ def test_from_vlm_pretrained_reads_old_and_new_checkpoints(family, era, tmp_path
         for name, tensor in tiny.model.state_dict().items()
         if not (family == "qwen2_vl" and name == "lm_head.weight")  # tied: not in released files
     }
-    expected_prefix = {"old": {"qwen2_vl": "visual."}.get(family, "language_model.lm_head."), "new": "model.language_model."}
+    expected_prefix = {
+        "old": {"qwen2_vl": "visual."}.get(family, "language_model.lm_head."),
+        "new": "model.language_model.",
+    }
     assert any(name.startswith(expected_prefix[era]) for name in weights)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model = UniGDForConditionalGeneration.from_vlm_pretrained(tmp_path)
@@ -166,7 +169,7 @@ def test_loading_names_the_tensors_that_would_be_random(cls, on_disk, lost, tmp_
 
 def test_loading_with_another_head_than_saved_raises(llava, tmp_path):
     llava[0].save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="embedding_head.projection"):
+    with pytest.raises(RuntimeError, match=r"embedding_head\.projection"):
         UniGDModel.from_pretrained(tmp_path, head_type="mlp", embedding_dim=8)
 
 

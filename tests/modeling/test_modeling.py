@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, make_image, make_vlm
 
 from hf_unigd import UniGDConfig, UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.modeling.modeling_unigd import last_token_spans, next_token_loss, pool_spans
+from tiny_models import FAMILIES, make_image, make_vlm
 
 
 SEQUENCES = [

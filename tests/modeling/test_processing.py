@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, make_image, make_vlm
 
 from hf_unigd import UniGDProcessor
 from hf_unigd.modeling import SequenceError
+from tiny_models import FAMILIES, make_image, make_vlm
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -29,9 +29,7 @@ def test_images_keep_their_number_and_place(processor):
 
 def test_the_span_is_the_last_token_before_the_answer(processor):
     for padding_side in ("left", "right"):
-        batch = processor.process_sequences(
-            ["a cat", [make_image(1)]], ["two dogs", None], padding_side=padding_side
-        )
+        batch = processor.process_sequences(["a cat", [make_image(1)]], ["two dogs", None], padding_side=padding_side)
         for row, start, end in batch["spans"].tolist():
             assert end == start + 1
             ids, labels = batch["input_ids"][row], batch["labels"][row]
@@ -110,7 +108,7 @@ def test_bad_sequences_name_their_place(sequence, message):
 
 
 def test_rows_longer_than_max_length_are_refused_not_cut(processor):
-    with pytest.raises(SequenceError, match="Sequence 1 has .* more than `max_length=40`"):
+    with pytest.raises(SequenceError, match=r"Sequence 1 has .* more than `max_length=40`"):
         processor.process_sequences(["a cat", "a red cat " * 30], max_length=40)
     with pytest.raises(SequenceError, match="of them the target"):
         processor.process_sequences(["a cat", "a dog"], [None, "the green grass " * 30], max_length=40)

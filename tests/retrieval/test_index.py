@@ -3,9 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import make_image
 
 from hf_unigd.retrieval import EmbeddingIndex, embed_sequences
+from tiny_models import make_image
 
 
 SEQUENCES = ["a red cat", [make_image(1)], ["two", make_image(2)], "a blue dog", [make_image(3)]]

@@ -33,7 +33,11 @@ def reference(queries, positives, scale, negatives=(), masked=()):
 @settings(max_examples=20, deadline=None)
 @given(n=st.integers(2, 6), m=st.integers(0, 4), d=st.integers(2, 8), scale=st.floats(0.1, 50))
 def test_it_equals_the_reference_with_gradients(n, m, d, scale):
-    inputs = [unit(n, d, seed=1).requires_grad_(), unit(n, d, seed=2).requires_grad_(), unit(m, d, seed=3).requires_grad_()]
+    inputs = [
+        unit(n, d, seed=1).requires_grad_(),
+        unit(n, d, seed=2).requires_grad_(),
+        unit(m, d, seed=3).requires_grad_(),
+    ]
     scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     loss = InfoNCELoss()(inputs[0], inputs[1], scale, inputs[2])["loss"]
     expected = reference(inputs[0], inputs[1], scale, inputs[2])
@@ -72,7 +76,9 @@ def test_matryoshka_is_the_mean_over_normalised_prefixes():
     queries, positives, scale = unit(4, 8, seed=1), unit(4, 8, seed=2), torch.tensor(5.0, dtype=torch.float64)
     expected = torch.stack(
         [
-            InfoNCELoss()(*(torch.nn.functional.normalize(x[:, :dim], dim=-1) for x in (queries, positives)), scale)["loss"]
+            InfoNCELoss()(*(torch.nn.functional.normalize(x[:, :dim], dim=-1) for x in (queries, positives)), scale)[
+                "loss"
+            ]
             for dim in (2, 4, 8)
         ]
     ).mean()

@@ -8,12 +8,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny_models import make_image, make_vlm
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowError, RowParser
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer, UniGDTrainingArguments
+from tiny_models import make_image, make_vlm
 
 
 COLOURS = ("red", "green", "blue", "yellow")
@@ -70,7 +70,9 @@ def test_the_loss_is_the_weighted_sum_of_infonce_and_next_token(tmp_path):
     texts = model.embed(**batch["candidates"])
     logits = images @ texts.T / 0.07
     labels = torch.arange(4)
-    contrastive = torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
+    contrastive = torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(
+        logits.T, labels
+    )
     torch.testing.assert_close(loss, 0.5 * contrastive + 2.0 * backbone.loss, rtol=1e-5, atol=1e-5)
 
 
@@ -110,7 +112,9 @@ def test_four_accumulation_steps_normalise_by_the_tokens_of_all(tmp_path):
         )
         before = copy.deepcopy(trainer.model.state_dict())
         trainer.train()
-        gradients.append(torch.cat([(before[name] - tensor).flatten() for name, tensor in trainer.model.state_dict().items()]))
+        gradients.append(
+            torch.cat([(before[name] - tensor).flatten() for name, tensor in trainer.model.state_dict().items()])
+        )
     assert gradients[0].norm() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
@@ -188,18 +192,18 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, adapter):
     whole.train()
     interrupted = make_trainer(tmp_path / "parts", peft_config=peft_config, soft_prompts=adapter, **settings)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     step = interrupted.training_step
 
     def stop_after_four(*args, **kwargs):
         if interrupted.state.global_step == 4:
-            raise Stop
+            raise StopError
         return step(*args, **kwargs)
 
     interrupted.training_step = stop_after_four
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         interrupted.train()
     resumed = make_trainer(tmp_path / "parts", peft_config=peft_config, soft_prompts=adapter, **settings)
     resumed.train(resume_from_checkpoint=True)
@@ -235,7 +239,10 @@ def test_an_adapter_loads_on_its_base_to_the_same_vectors(tmp_path, family):
 
 def test_rows_of_every_kind_mix_in_one_batch(tmp_path):
     image, text = {"type": "image"}, {"type": "text", "text": "What is it?"}
-    chat = [{"role": "user", "content": [image, text]}, {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
+    chat = [
+        {"role": "user", "content": [image, text]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+    ]
     parser = RowParser(lambda text: len(text.split()))
     rows = [
         {"image": make_image(0), "short_caption": "a red cat", "long_caption": "A red cat on the grass."},
@@ -243,7 +250,10 @@ def test_rows_of_every_kind_mix_in_one_batch(tmp_path):
         {"image": make_image(2), "long_caption": "A green car."},
         {"anchor": "a question", "positive": ["see", make_image(3)], "negative": "not that"},
         {"messages": chat, "images": [make_image(4)]},
-        {"messages": [{"role": "user", "content": "two"}], "positive_messages": [[{"role": "user", "content": "three"}]]},
+        {
+            "messages": [{"role": "user", "content": "two"}],
+            "positive_messages": [[{"role": "user", "content": "three"}]],
+        },
     ]
     trainer = make_trainer(tmp_path)
     batch = trainer.data_collator([parser(row, place) for place, row in enumerate(rows)])
@@ -371,13 +381,17 @@ def test_bad_arguments(tmp_path):
         make_args(tmp_path, remove_unused_columns=True)
     tiny = make_vlm()
     with pytest.raises(ValueError, match="UniGDProcessor, got LlavaProcessor"):
-        UniGDTrainer(UniGDForConditionalGeneration.from_vlm(tiny.model), make_args(tmp_path), None, None, tiny.processor)
+        UniGDTrainer(
+            UniGDForConditionalGeneration.from_vlm(tiny.model), make_args(tmp_path), None, None, tiny.processor
+        )
 
 
 def test_the_collator_keeps_duplicates_apart_by_content():
     tiny = make_vlm()
     parser = RowParser(lambda text: len(text.split()))
-    rows = [{"image": make_image(seed), "caption": caption} for seed, caption in ((1, "a"), (2, "b"), (1, "c"), (3, "b"))]
+    rows = [
+        {"image": make_image(seed), "caption": caption} for seed, caption in ((1, "a"), (2, "b"), (1, "c"), (3, "b"))
+    ]
     batch = UniGDDataCollator(UniGDProcessor(tiny.processor))([parser(row, place) for place, row in enumerate(rows)])
     images, captions = batch["anchor_keys"].tolist(), batch["candidate_keys"].tolist()
     assert images[0] == images[2] and len(set(images)) == 3

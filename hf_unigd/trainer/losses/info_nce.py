@@ -57,19 +57,17 @@ class InfoNCELoss(nn.Module):
         """
         if negatives is None:
             negatives = queries.new_empty(0, queries.shape[1])
-        keys = []
-        for rows, given in ((queries, query_keys), (positives, positive_keys), (negatives, negative_keys)):
-            keys.append(gather_rows(given) if given is not None else None)
+        keys = [None if given is None else gather_rows(given) for given in (query_keys, positive_keys, negative_keys)]
         queries, positives, negatives = gather_rows(queries), gather_rows(positives), gather_rows(negatives)
 
         count, candidates = len(queries), torch.cat([positives, negatives])
         if count == 0:
             zero = logit_scale * 0.0
-            return {name: zero for name in ("loss", "positive_similarity", "negative_similarity", "masked_fraction")}
+            return dict.fromkeys(("loss", "positive_similarity", "negative_similarity", "masked_fraction"), zero)
         if len(candidates) == 1:
             raise ValueError(
-                "One query and one candidate: there are no negatives, so the contrastive loss is zero. Raise the batch "
-                "size, or give hard negatives."
+                "One query and one candidate: there are no negatives, so the contrastive loss is zero. Raise the "
+                "batch size, or give hard negatives."
             )
         masked = self._masked_pairs(count, candidates, *keys)
         dims = self.matryoshka_dims or [queries.shape[1]]
