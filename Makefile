@@ -28,8 +28,9 @@ install: $(VENV)/.installed  ## Create .venv and install hf-unigd
 install-dev: $(VENV)/.installed-dev  ## The same, with everything the tests and linters need
 
 OUTPUT ?= runs/quickstart
+# Passive waiting: threads that spin for each other slow a shared machine tenfold.
 quickstart: install  ## Train a small LLaVA on icons, print retrieval before and after, write runs/quickstart
-	$(BIN)/hf-unigd quickstart --output $(OUTPUT)
+	OMP_WAIT_POLICY=passive $(BIN)/hf-unigd quickstart --output $(OUTPUT)
 
 test: install-dev  ## Run every test (offline)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

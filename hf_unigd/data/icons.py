@@ -97,7 +97,7 @@ def _render(rows: dict[str, list]) -> dict[str, list]:
 
 
 @cache
-def _held_out(names: tuple[str, ...], taught: int = 4) -> frozenset[str]:
+def _held_out(names: tuple[str, ...], taught: int = 10) -> frozenset[str]:
     """Names of several words, each of which at least `taught` of the icons that are left have in theirs."""
     left = Counter(word for name in names for word in set(name.split("_")))
     shuffled = sorted(names)

@@ -187,21 +187,21 @@ class UniGDTrainer(Trainer):
         if self.args.causal_lm_weight:
             parts["causal_lm"] = outputs.logit_scale * 0.0 if outputs.loss is None else outputs.loss
         if self.args.contrastive_weight:
-            queries, keys = outputs.embeddings, {}
-            positives, negatives = queries[:0], queries[:0]
+            queries = outputs.embeddings
+            positives = negatives = queries[:0]
+            no_keys = torch.zeros(0, dtype=torch.long, device=queries.device)
+            candidate_keys = inputs.get("candidate_keys", no_keys)
             if "candidates" in inputs:
                 candidates = model(**inputs["candidates"], skip_logits=True, use_cache=False).embeddings
                 positives, negatives = candidates[: len(queries)], candidates[len(queries) :]
-            for name, length in (("anchor_keys", 0), ("candidate_keys", 0)):
-                keys[name] = inputs.get(name, torch.zeros(length, dtype=torch.long, device=queries.device))
             contrastive = self.contrastive_loss(
                 queries,
                 positives,
                 outputs.logit_scale,
                 negatives,
-                query_keys=keys["anchor_keys"],
-                positive_keys=keys["candidate_keys"][: len(queries)],
-                negative_keys=keys["candidate_keys"][len(queries) :],
+                query_keys=inputs.get("anchor_keys", no_keys),
+                positive_keys=candidate_keys[: len(queries)],
+                negative_keys=candidate_keys[len(queries) :],
             )
             parts["contrastive"] = contrastive.pop("loss")
             metrics = {**contrastive, "temperature": 1 / outputs.logit_scale}
@@ -218,12 +218,15 @@ class UniGDTrainer(Trainer):
         )
 
     def _log_gradient_norms(self, model, weighted) -> None:
-        """Gradient norm of each weighted loss over this process's rows, without touching `.grad`."""
+        """Gradient norm of each weighted loss over this process's rows, without touching `.grad`.
+
+        Over accumulation steps the norms are added: an upper bound of the norm of the accumulated gradient.
+        """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for name, part in weighted.items():
             gradients = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
-            norms = torch.stack([gradient.detach().float().norm() for gradient in gradients if gradient is not None])
-            self._logged[f"{name}_gradient_norm"].append((self.state.global_step, norms.norm()))
+            squares = sum(gradient.float().square().sum() for gradient in gradients if gradient is not None)
+            self._logged[f"{name}_gradient_norm"].append((self.state.global_step, torch.as_tensor(squares).sqrt()))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # a training log, neither an evaluation's nor the final one
