@@ -1,7 +1,7 @@
 """Datasets of examples, and the check of every row before training time is spent."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -21,21 +21,36 @@ class ExampleDataset(torch.utils.data.Dataset):
         rows: The rows, of any accepted format.
         parser: Turns one into an [`Example`].
         indices: The rows to use; all of them by default.
+        skip_bad_rows: A bad row is None, with its reason in the log, instead of an error; the collator leaves it out.
     """
 
-    def __init__(self, rows: Dataset, parser: RowParser, indices: list[int] | None = None):
+    def __init__(
+        self, rows: Dataset, parser: RowParser, indices: Sequence[int] | None = None, skip_bad_rows: bool = False
+    ):
         self.rows = rows
         self.parser = parser
-        self.indices = list(range(len(rows))) if indices is None else indices
+        self.indices = range(len(rows)) if indices is None else indices
+        self.skip_bad_rows = skip_bad_rows
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Example]:
-        return (self[place] for place in range(len(self)))
+        examples = (self[place] for place in range(len(self)))
+        return (example for example in examples if example is not None)
 
-    def __getitem__(self, place: int) -> Example:
+    def __getitem__(self, place: int) -> Example | None:
         index = self.indices[place]
+        try:
+            return self.parse(index)
+        except RowError as error:
+            if not self.skip_bad_rows:
+                raise
+            logger.warning("Skipped: %s", error)
+            return None
+
+    def parse(self, index: int) -> Example:
+        """The example of row `index`, or a RowError."""
         try:
             row = self.rows[index]
         except (OSError, ValueError, SyntaxError) as error:  # `datasets.Image` decodes here
@@ -92,13 +107,13 @@ def make_examples(
         raise ValueError("The dataset has no rows.")
     if rows.format["type"] != "custom":  # a transform may make other columns than are stored
         check_columns(rows.column_names)
-    examples = ExampleDataset(rows, parser)
+    examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows)
     if not check_rows:
         return examples
     good = []
     for index in tqdm(range(len(rows)), desc="Checking rows", unit="row"):
         try:
-            examples[index]
+            examples.parse(index)
             good.append(index)
         except RowError as error:
             if not skip_bad_rows:

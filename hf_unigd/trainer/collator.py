@@ -1,5 +1,6 @@
 """Batches of examples: anchors with their captions, then the sequences that they are contrasted with."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from ..data import Example, RowError
 from ..data.example import content_key
 from ..modeling import SequenceError, UniGDProcessor
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,13 +29,32 @@ class UniGDDataCollator:
 
     Args:
         processor: Turns sequences into model inputs.
-        max_length: Longest row in tokens; a longer one raises.
+        max_length: Longest row in tokens; a longer one is a bad row.
+        skip_bad_rows: Leave bad rows out, counted in the log, instead of raising. None stands for one that was found
+            bad before.
+
+    Raises:
+        RowError: a row cannot be processed and `skip_bad_rows` is off.
+        ValueError: every row of the batch is bad.
     """
 
     processor: UniGDProcessor
     max_length: int | None = None
+    skip_bad_rows: bool = False
 
-    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+    def __call__(self, examples: list[Example | None]) -> dict[str, Any]:
+        good = [example for example in examples if example is not None]
+        while good:
+            try:
+                return self._collate(good)
+            except RowError as error:
+                if not self.skip_bad_rows:
+                    raise
+                logger.warning("Skipped: %s", error)
+                good = [example for example in good if example.row != error.row]
+        raise ValueError(f"None of the {len(examples)} rows of a batch can be used; the log has each one's reason.")
+
+    def _collate(self, examples: list[Example]) -> dict[str, Any]:
         matched = [(example, example.positive) for example in examples if example.positive is not None]
         prompted = [example.prompted for example in examples]
         anchors = self._process(

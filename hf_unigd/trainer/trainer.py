@@ -88,7 +88,7 @@ class UniGDTrainer(Trainer):
                 return {name: examples_of(part) for name, part in rows.items()}
             return None if rows is None else make_examples(rows, parser, args.skip_bad_rows, args.check_rows)
 
-        kwargs.setdefault("data_collator", UniGDDataCollator(processing_class, args.max_length))
+        kwargs.setdefault("data_collator", UniGDDataCollator(processing_class, args.max_length, args.skip_bad_rows))
         super().__init__(
             model=model,
             args=args,

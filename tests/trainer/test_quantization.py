@@ -3,10 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import make_image, make_vlm
 
 from hf_unigd.trainer import UniGDModelConfig, UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.loading import load_for_training
+from tiny_models import make_image, make_vlm
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

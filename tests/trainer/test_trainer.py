@@ -366,6 +366,21 @@ def test_bad_rows_stop_or_are_skipped_before_training(tmp_path, caplog):
     assert "Skipped 1 of 16 rows." in caplog.text
 
 
+def test_bad_rows_that_were_not_checked_before_are_skipped_as_they_come(tmp_path, caplog):
+    rows = make_rows(8, short_caption=["a cat"] * 3 + [""] + ["a dog"] * 3 + ["a dog " * 40])
+    settings = {"check_rows": False, "max_length": 60, "per_device_train_batch_size": 8, "max_steps": 1}
+    trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, **settings)
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(8)])
+    assert batch["rows"].tolist() == [0, 1, 2, 4, 5, 6]
+    assert len(batch["anchors"]["input_ids"]) == len(batch["candidates"]["input_ids"]) == 6
+    assert "Row 3 has an empty" in caplog.text and "Row 7 has" in caplog.text
+    trainer.train()
+    with pytest.raises(ValueError, match="None of the 2 rows of a batch"):
+        trainer.data_collator([trainer.train_dataset[3]] * 2)
+    with pytest.raises(RowError, match="Row 3 has an empty"):
+        make_trainer(tmp_path, rows, **settings).train()
+
+
 def test_rows_longer_than_max_length_are_named(tmp_path):
     trainer = make_trainer(tmp_path, max_length=20)
     with pytest.raises(RowError, match=r"Row \d+ has \d+ tokens.*max_length=20"):
