@@ -50,6 +50,8 @@ class UniGDCausalLMOutput(ModelOutput):
         Next-token scores; `None` where they were skipped (see `skip_logits`).
     embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`, *optional*):
         As in [`UniGDModelOutput`]; `None` while decoding from a cache without `spans`.
+    candidate_embeddings (`torch.FloatTensor` of shape `(num_candidate_spans, embedding_dim)`, *optional*):
+        Embeddings of `candidates`, where they were given.
     logit_scale (`torch.FloatTensor` of shape `()`):
         Inverse temperature of the contrastive loss.
     past_key_values, hidden_states, attentions:
@@ -59,6 +61,7 @@ class UniGDCausalLMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
+    candidate_embeddings: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -380,6 +383,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        candidates: dict | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> UniGDCausalLMOutput:
@@ -391,6 +395,8 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
                 loss, -100 where there is none. Only labelled positions meet the language-modelling head.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): As in the backbone.
             skip_logits (`bool`, *optional*): Leave `logits` out. Defaults to `True` in training with `labels`.
+            candidates (`dict`, *optional*): A second batch of inputs to embed, the sequences that these are contrasted
+                with. In the same call, because DDP and FSDP count on one forward a step.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): The loss is the sum over labelled positions
                 divided by this; by their number where it is not given.
             kwargs: Every other input goes to the backbone as it is.
@@ -418,6 +424,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             embeddings=embeddings,
+            candidate_embeddings=None if candidates is None else self.embed(**candidates),
             logit_scale=self.embedding_head.logit_scale.exp(),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

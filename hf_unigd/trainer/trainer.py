@@ -161,7 +161,10 @@ class UniGDTrainer(Trainer):
             "contrastive": self.args.contrastive_weight / self.current_gradient_accumulation_steps,
         }
         weighted = {name: scales[name] * part for name, part in parts.items()}
-        loss = torch.stack(list(weighted.values())).sum()
+        # DDP waits for a gradient of all that its outputs depend on: every output takes part, if with weight 0.
+        idle = [outputs.embeddings, outputs.candidate_embeddings, outputs.logit_scale]
+        idle_loss = sum(output.sum() * 0.0 for output in idle if output is not None)
+        loss = torch.stack(list(weighted.values())).sum() + idle_loss
         if not torch.isfinite(loss):
             self._stop_at_non_finite_loss(parts, inputs)
         if model.training:
@@ -182,23 +185,26 @@ class UniGDTrainer(Trainer):
         anchors = dict(inputs["anchors"])
         if not self.args.causal_lm_weight:
             anchors.pop("labels", None)
-        outputs = model(**anchors, num_items_in_batch=num_items_in_batch, skip_logits=True, use_cache=False)
+        outputs = model(
+            **anchors,
+            candidates=inputs.get("candidates"),
+            num_items_in_batch=num_items_in_batch,
+            skip_logits=True,
+            use_cache=False,
+        )
         parts, metrics = {}, {}
         if self.args.causal_lm_weight:
             parts["causal_lm"] = outputs.logit_scale * 0.0 if outputs.loss is None else outputs.loss
         if self.args.contrastive_weight:
             queries = outputs.embeddings
-            positives = negatives = queries[:0]
+            candidates = queries[:0] if outputs.candidate_embeddings is None else outputs.candidate_embeddings
             no_keys = torch.zeros(0, dtype=torch.long, device=queries.device)
             candidate_keys = inputs.get("candidate_keys", no_keys)
-            if "candidates" in inputs:
-                candidates = model(**inputs["candidates"], skip_logits=True, use_cache=False).embeddings
-                positives, negatives = candidates[: len(queries)], candidates[len(queries) :]
             contrastive = self.contrastive_loss(
                 queries,
-                positives,
+                candidates[: len(queries)],
                 outputs.logit_scale,
-                negatives,
+                candidates[len(queries) :],
                 query_keys=inputs.get("anchor_keys", no_keys),
                 positive_keys=candidate_keys[: len(queries)],
                 negative_keys=candidate_keys[len(queries) :],

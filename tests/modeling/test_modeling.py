@@ -125,12 +125,9 @@ def test_the_head_is_float32_under_autocast(llava):
 
 def test_compiled_embedding_gives_the_same_vectors(llava):
     model, processor = llava
-    batch = processor.process_sequences(SEQUENCES[1:2])
-    expected = model.embed(**batch)
-    compiled = torch.compile(model.embed, backend="aot_eager")
-    torch.testing.assert_close(compiled(**batch), expected, atol=1e-6, rtol=0)
     batch = processor.process_sequences(SEQUENCES)
-    torch.testing.assert_close(compiled(**batch), model.embed(**batch), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model.embed)(**batch), model.embed(**batch), atol=1e-6, rtol=0)
 
 
 def test_next_token_loss_meets_the_head_at_labelled_positions_only():
