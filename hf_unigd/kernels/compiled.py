@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem, largest
+from .problem import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
 
 def _align(problem: Problem, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor, float]:
     x, y = problem.x, problem.y
-    scale = 0.5 / problem.bandwidth / problem.bandwidth if problem.bandwidth > 1e-150 else float("inf")
     return _library().align(
         x.slices,
         x.offsets,
@@ -52,7 +51,7 @@ def _align(problem: Problem, grad: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         None if problem.pairs is None else problem.pairs.contiguous(),
         grad,
         [value for space in problem.spaces for value in space],
-        min(scale, largest(x.slices.dtype)),
+        problem.scale,
         problem.per_pair_bandwidth,
         problem.local == "gaussian",
         LINEAR_LIMIT,

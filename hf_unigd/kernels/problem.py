@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -77,15 +76,16 @@ class Problem:
         """The distinct column ranges, in a fixed order."""
         return sorted({(start, stop) for _, _, start, stop in self.spaces})
 
-    def inverse_scale(self, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-        """c of u = c d^2: 1 / (2 sigma^2), sigma times sqrt((n + m) / 2) where the bandwidth is per pair.
+    @property
+    def scale(self) -> float:
+        """1 / (2 sigma^2), clamped so that u = scale d^2 is finite for every finite distance."""
+        most = largest(self.x.slices.dtype)
+        return min(0.5 / self.bandwidth / self.bandwidth, most) if self.bandwidth > 1e-150 else most
 
-        Clamped, so that u is finite for every finite distance.
-        """
+    def inverse_scale(self, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
+        """c of u = c d^2 for pairs of these lengths: the scale; over (n + m) / 2 where the bandwidth is per pair."""
         lengths = (x_lengths + y_lengths).to(torch.float64)
-        scale = 0.5 / self.bandwidth / self.bandwidth if self.bandwidth > 1e-150 else math.inf
-        inverse = scale * (2.0 / lengths if self.per_pair_bandwidth else torch.ones_like(lengths))
-        return inverse.clamp(max=largest(self.x.slices.dtype))
+        return self.scale * 2 / lengths if self.per_pair_bandwidth else torch.full_like(lengths, self.scale)
 
 
 def largest(dtype: torch.dtype) -> float:
