@@ -173,11 +173,12 @@ template <typename T> class Gram {
         for (int l = 0; l < kLanes; l++) {
           unit.x_length[l] = unit.rows;
           unit.y_length[l] = group.length[l];
-          const T scale = scales_[(i - first_) * kLanes + l] = g_.scale_.template of<T>(unit.rows, group.length[l]);
-          unit.coefficient[l] = g_.grad_ ? -weight(i, b * kLanes + l) * scale : 0;
+          unit.scale[l] = scales_[(i - first_) * kLanes + l] = g_.scale_.template of<T>(unit.rows, group.length[l]);
+          unit.grad[l] = g_.grad_ ? weight(i, b * kLanes + l) : 0;
         }
       }
       recursion_.run(*this, units_, group.stride, g_.grad_ != nullptr);
+      for (const Unit& unit : units_) by_log_scale_ += unit.by_log_scale;
       for (int64_t i = first_; i < last && g_.log_k_; i++)
         for (int64_t j = b * kLanes; j < std::min((b + 1) * kLanes, g_.y_.count); j++) {
           if (g_.symmetric_ && j < i) continue;
@@ -208,25 +209,25 @@ template <typename T> class Gram {
     // d d^2 / dx = 2 (x - y): the sum of V times x less V y.
     void add_row_gradient() {
       const int64_t d = g_.x_.d;
-      double by_log_scale = 0;
       for (int64_t r = 0; r < rows_; r++) {
         const T* x = g_.x_.row(row0_ + r);
         const T* product = products_.data() + r * d;
         T* dx = g_.gradients_->dx + (row0_ + r) * d;
-        for (int64_t k = 0; k < d; k++) dx[k] = -2 * product[k], by_log_scale -= 2.0 * x[k] * product[k];
+        for (int64_t k = 0; k < d; k++) dx[k] = -2 * product[k];
         for (int64_t s = 0; s < g_.spaces_.count(); s++) {
           const T sum = sums_[s * rows_ + r];
           const auto [start, stop] = g_.spaces_.ranges[s];
           for (int64_t k = start; k < stop; k++) dx[k] += 2 * sum * x[k];
-          by_log_scale += double(sum) * g_.x_.norms[s * g_.x_.total + row0_ + r];
         }
       }
       std::lock_guard<std::mutex> lock(g_.locks_[0]);
-      g_.gradients_->by_log_scale += by_log_scale;
+      g_.gradients_->by_log_scale += by_log_scale_;
+      by_log_scale_ = 0;
     }
 
     Gram& g_;
     Recursion<T> recursion_;
+    double by_log_scale_ = 0;
     int64_t first_ = 0, row0_ = 0, rows_ = 0, row_stride_ = 0, b_ = 0;
     std::vector<Unit> units_;
     std::vector<T> scales_, other_, transposed_, products_, sums_, column_sums_;
@@ -235,7 +236,6 @@ template <typename T> class Gram {
   // The gradient of the lanes' side, back from its interleaving.
   void finish() {
     at::parallel_for(0, groups_.size(), 1, [&](int64_t begin, int64_t end) {
-      double by_log_scale = 0;
       for (int64_t b = begin; b < end; b++) {
         const LaneGroup<T>& group = groups_[b];
         const T* products = products_[b].template const_data_ptr<T>();
@@ -248,12 +248,9 @@ template <typename T> class Gram {
             const T sum = sums_[b][s * group.stride + x];
             const auto [start, stop] = spaces_.ranges[s];
             for (int64_t k = start; k < stop; k++) dy[k] += 2 * sum * y[k];
-            by_log_scale += double(sum) * group.norms[s * group.stride + x];
           }
         }
       }
-      std::lock_guard<std::mutex> lock(locks_[0]);
-      gradients_->by_log_scale += by_log_scale;
     });
   }
 

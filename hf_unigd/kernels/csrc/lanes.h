@@ -26,11 +26,12 @@ struct LaneKernels {
   // alpha_stride 0 keeps the last row only; `before` may then be `alpha`.
   void (*forward)(const T* cells, int64_t stride, int64_t rows, int64_t columns, bool logarithm, bool first,
                   const double* before, double* alpha, int64_t alpha_stride);
-  // From kappa to coefficient * alpha beta / K * (1 + kappa, or 1), in place, last row first. `below` holds
+  // From kappa to weight = coefficient * alpha beta / K * (1 + kappa, or 1), in place, last row first. `below` holds
   // kappa beta / K of the row after and is left with that of row 0; `seeds` start beta / K in the last row.
-  void (*backward)(T* cells, int64_t stride, int64_t rows, int64_t columns, bool gaussian, bool logarithm,
+  // by_u[lane] += weight * u.
+  void (*backward)(T* cells, const T* u, int64_t stride, int64_t rows, int64_t columns, bool gaussian, bool logarithm,
                    const double* alpha, int64_t alpha_stride, double* below, const double* seeds,
-                   const double* coefficient);
+                   const double* coefficient, double* by_u);
   // One row: masked = v * mask (where there is a mask), column_sums += it; returns its sum.
   T (*sums)(const T* v, const T* mask, T* masked, int64_t columns, T* column_sums);
 };

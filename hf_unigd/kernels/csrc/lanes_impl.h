@@ -176,10 +176,12 @@ void forward(const T* cells, int64_t stride, int64_t rows, int64_t columns, bool
 }
 
 template <typename T, bool gaussian, bool logarithm>
-void backward_loop(T* cells, int64_t stride, int64_t rows, int64_t columns, const double* alpha, int64_t alpha_stride,
-                   double* below, const double* seeds, const double* coefficient) {
+void backward_loop(T* cells, const T* u, int64_t stride, int64_t rows, int64_t columns, const double* alpha,
+                   int64_t alpha_stride, double* below, const double* seeds, const double* coefficient, double* by_u) {
   constexpr int parts = kParts<double>, width = kWidth<double>;
   const Vector<double> nothing = broadcast(logarithm ? kNever : 0.0);
+  Vector<double> total[parts];
+  for (int p = 0; p < parts; p++) total[p] = load(by_u + p * width);
   for (int64_t i = rows - 1; i >= 0; i--) {
     Vector<double> diagonal[parts], right[parts];
     for (int p = 0; p < parts; p++) diagonal[p] = right[p] = nothing;
@@ -206,17 +208,19 @@ void backward_loop(T* cells, int64_t stride, int64_t rows, int64_t columns, cons
         store(below + x + p * width, right[p]);
         expected *= load(coefficient + p * width);
         if (gaussian) expected *= 1.0 + (logarithm ? exp_of<double>(k) : k);
+        total[p] += expected * load_double(u + i * stride + x + p * width);
         store_double(cell, expected);
       }
   }
+  for (int p = 0; p < parts; p++) store(by_u + p * width, total[p]);
 }
 template <typename T>
-void backward(T* cells, int64_t stride, int64_t rows, int64_t columns, bool gaussian, bool logarithm,
-              const double* alpha, int64_t alpha_stride, double* below, const double* seeds,
-              const double* coefficient) {
+void backward(T* cells, const T* u, int64_t stride, int64_t rows, int64_t columns, bool gaussian, bool logarithm,
+              const double* alpha, int64_t alpha_stride, double* below, const double* seeds, const double* coefficient,
+              double* by_u) {
   auto* loop = gaussian ? (logarithm ? backward_loop<T, true, true> : backward_loop<T, true, false>)
                         : (logarithm ? backward_loop<T, false, true> : backward_loop<T, false, false>);
-  loop(cells, stride, rows, columns, alpha, alpha_stride, below, seeds, coefficient);
+  loop(cells, u, stride, rows, columns, alpha, alpha_stride, below, seeds, coefficient, by_u);
 }
 
 template <typename T> T sums(const T* v, const T* mask, T* masked, int64_t columns, T* column_sums) {

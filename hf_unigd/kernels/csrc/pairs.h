@@ -53,11 +53,15 @@ template <typename T> class Pairs {
         unit.y_length[l] = p_.y_.length(j_[l]);
         unit.rows = std::max(unit.rows, unit.x_length[l]);
         unit.columns = std::max(unit.columns, unit.y_length[l]);
-        scale_[l] = p_.scale_.template of<T>(unit.x_length[l], unit.y_length[l]);
-        unit.coefficient[l] = p_.grad_ && l < used_ ? -double(p_.grad_[k]) * scale_[l] : 0;
+        unit.scale[l] = scale_[l] = p_.scale_.template of<T>(unit.x_length[l], unit.y_length[l]);
+        unit.grad[l] = p_.grad_ && l < used_ ? p_.grad_[k] : 0;
       }
       stride_ = unit.columns * kLanes;
       recursion_.run(*this, units, stride_, p_.grad_ != nullptr);
+      if (p_.grad_) {
+        std::lock_guard<std::mutex> lock(p_.lock_);
+        p_.gradients_->by_log_scale += unit.by_log_scale;
+      }
       for (int64_t l = 0; l < used_ && p_.log_k_; l++) p_.log_k_[p_.order_[first + l]] = unit.log_k[l];
     }
 
@@ -101,12 +105,9 @@ template <typename T> class Pairs {
           const at::Tensor x = p_.x_.tensor.narrow(0, r0, rows).narrow(1, start, width);
           const at::Tensor y = p_.y_.tensor.narrow(0, c0, columns).narrow(1, start, width);
           const at::Tensor to_x = (v.sum(1, true) * x - v.mm(y)) * 2, to_y = (v.sum(0).unsqueeze(1) * y - v.t().mm(x)) * 2;
-          const double by_log_scale = (to_x * x).sum().template item<double>() + (to_y * y).sum().template item<double>();
           std::lock_guard<std::mutex> lock(p_.lock_);
           p_.add(p_.gradients_->dx, p_.x_, r0, start, to_x);
           p_.add(p_.gradients_->dy, p_.y_, c0, start, to_y);
-          // sum V d^2 = sum V (x - y) (x - y), half of what the two gradients give by x and y.
-          p_.gradients_->by_log_scale += by_log_scale / 2;
         }
     }
 

@@ -14,7 +14,9 @@ struct Unit {
   int64_t rows = 0, columns = 0;  // the longest lanes'
   int64_t x_length[kLanes], y_length[kLanes];
   double log_k[kLanes];
-  double coefficient[kLanes] = {};  // of the gradient: -dL/dlogK times c, where u = c d^2
+  double scale[kLanes];         // c of u = c d^2
+  double grad[kLanes] = {};     // dL/dlogK
+  double by_log_scale = 0;      // out: dL/dlog c
 };
 
 struct Settings {
@@ -63,13 +65,14 @@ template <typename T> class Recursion {
       logarithm = logarithm || !linear_is_safe(settings_, max_u, longest, columns);
       bool certified = true;
       T* cells = cells_.data();
+      if (backward) u_.assign(cells_.begin(), cells_.begin() + rows * stride);
       for (Unit& unit : units) {
         apply_local_kernel(cells, unit.rows, columns, logarithm);
         start(columns, logarithm, backward ? unit.rows : 1);
         forward(unit, cells, 0, unit.rows, logarithm, backward);
         if (backward) {
-          start_backward(columns, logarithm);
-          this->backward(unit, cells, 0, unit.rows, logarithm);
+          start_backward(unit, logarithm);
+          this->backward(unit, cells, u_.data() + (cells - cells_.data()), 0, unit.rows, logarithm);
           certified = certified && certificate(logarithm);
         }
         cells += unit.rows * stride;
@@ -96,14 +99,15 @@ template <typename T> class Recursion {
     }
     if (!backward) return;
     start(unit.columns, true, part);
-    start_backward(unit.columns, true);
+    start_backward(unit, true);
     for (int64_t begin = (unit.rows - 1) / part * part; begin >= 0; begin -= part) {
       const int64_t end = std::min(unit.rows, begin + part);
       std::copy_n(checkpoints.begin() + begin / part * width, width, alpha_.begin());
       source.fill(begin, end, cells_.data(), &max_u);
+      u_.assign(cells_.begin(), cells_.begin() + (end - begin) * stride_);
       apply_local_kernel(cells_.data(), end - begin, unit.columns, true);
       forward(unit, cells_.data(), begin, end, true, true);
-      this->backward(unit, cells_.data(), begin, end, true);
+      this->backward(unit, cells_.data(), u_.data(), begin, end, true);
       source.drain(begin, end, cells_.data());
     }
   }
@@ -117,9 +121,10 @@ template <typename T> class Recursion {
     alpha_.resize((rows + 1) * columns * kLanes);
     std::fill_n(alpha_.begin(), (rows == 1 ? 2 : 1) * columns * kLanes, logarithm ? kNever : 0.0);
   }
-  void start_backward(int64_t columns, bool logarithm) {
-    below_.assign(columns * kLanes, logarithm ? kNever : 0.0);
-    seeds_.resize(columns * kLanes);
+  void start_backward(Unit& unit, bool logarithm) {
+    below_.assign(unit.columns * kLanes, logarithm ? kNever : 0.0);
+    seeds_.resize(unit.columns * kLanes);
+    unit.by_log_scale = 0;
   }
 
   // Rows [begin, end), in runs that end where a lane's x does, to read its answer. Without `keep` only the last row of
@@ -145,9 +150,11 @@ template <typename T> class Recursion {
   }
 
   // Rows [begin, end) from the last back, in runs that end where a lane's x does, to seed it.
-  void backward(Unit& unit, T* cells, int64_t begin, int64_t end, bool logarithm) {
+  void backward(Unit& unit, T* cells, const T* u, int64_t begin, int64_t end, bool logarithm) {
     const int64_t width = unit.columns * kLanes;
     const double* alpha = alpha_.data() + width;
+    double coefficient[kLanes], by_u[kLanes] = {};
+    for (int l = 0; l < kLanes; l++) coefficient[l] = -unit.grad[l] * unit.scale[l];
     for (int64_t stop = end, i; stop > begin; stop = i) {
       i = begin;
       bool seeded = false;
@@ -161,10 +168,13 @@ template <typename T> class Recursion {
           if (unit.x_length[l] == stop)
             seeds_[(unit.y_length[l] - 1) * kLanes + l] = logarithm ? -unit.log_k[l] : std::exp(-unit.log_k[l]);
       }
-      kernels_.backward(cells + (i - begin) * stride_, stride_, stop - i, unit.columns, settings_.gaussian, logarithm,
+      const int64_t at = (i - begin) * stride_;
+      kernels_.backward(cells + at, u + at, stride_, stop - i, unit.columns, settings_.gaussian, logarithm,
                         alpha + (i - begin) * width, width, below_.data(), seeded ? seeds_.data() : nullptr,
-                        unit.coefficient);
+                        coefficient, by_u);
     }
+    for (int l = 0; l < kLanes; l++)
+      if (unit.scale[l] > 0) unit.by_log_scale += by_u[l] / unit.scale[l];
   }
 
   // All alignments start in cell (0, 0): there kappa beta / K, which the two sweeps reach apart, must be 1.
@@ -177,7 +187,7 @@ template <typename T> class Recursion {
   const LaneKernels<T> kernels_;
   const Settings settings_;
   int64_t stride_ = 0;
-  std::vector<T> cells_;
+  std::vector<T> cells_, u_;
   std::vector<double> alpha_, below_, seeds_;
 };
 
