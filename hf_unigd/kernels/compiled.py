@@ -85,15 +85,20 @@ def _library() -> Any:
     return getattr(torch.ops, path.stem)
 
 
+def _library_name() -> str:
+    digest = hashlib.sha256("\n".join([torch.__version__, *FLAGS]).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.read_bytes())
+    return f"unigd_{digest.hexdigest()[:16]}"
+
+
 def _build(sources: list[Path]) -> Path:
     """The shared library's path; compiles it unless the cache has it. Its name tells everything it depends on."""
     from torch.utils import cpp_extension
 
-    digest = hashlib.sha256("\n".join([torch.__version__, *FLAGS]).encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.read_bytes())
-    name = f"unigd_{digest.hexdigest()[:16]}"
-    cache = Path(cpp_extension.get_default_build_root()) / "unigd"
+    name = _library_name()
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    cache = Path(root) / "unigd"
     library = cache / f"{name}.so"
     if library.exists():
         return library

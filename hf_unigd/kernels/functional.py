@@ -299,11 +299,11 @@ def mean_slice_similarity(
     flat = inputs.spaces or [0, 0, 0, x.shape[-1]]
     result: Tensor | None = None
     for a, b, start, stop in (flat[i : i + 4] for i in range(0, len(flat), 4)):
-        of_x = _mean_direction(x, inputs.x_extents, x_modalities, a, start, stop)
+        of_x = _mean_direction(x, inputs.x_extents, "x", x_modalities, a, start, stop)
         if y is None or inputs.y_extents is None:
-            of_y = _mean_direction(x, inputs.x_extents, x_modalities, b, start, stop)
+            of_y = _mean_direction(x, inputs.x_extents, "x", x_modalities, b, start, stop)
         else:
-            of_y = _mean_direction(y, inputs.y_extents, y_modalities, b, start, stop)
+            of_y = _mean_direction(y, inputs.y_extents, "y", y_modalities, b, start, stop)
         if pairs is None:
             part = of_x @ of_y.T
         else:
@@ -315,14 +315,14 @@ def mean_slice_similarity(
 
 
 def _mean_direction(
-    x: Tensor, extents: Tensor, modalities: Tensor | None, modality: int, start: int, stop: int
+    x: Tensor, extents: Tensor, name: str, modalities: Tensor | None, modality: int, start: int, stop: int
 ) -> Tensor:
     """`(n, stop - start)`: each sequence's sum of unit slices of one modality over its number of slices."""
     unit = F.normalize(x[..., start:stop].to(COMPUTE_DTYPE[x.dtype]), dim=-1)
-    extents = extents.to(x.device)
+    lengths = ops.sequence_lengths(x, extents, name)
     if modalities is not None:
         unit = torch.where((modalities.to(x.device) == modality)[..., None], unit, 0)
     if x.dim() == 3:
-        valid = torch.arange(x.shape[1], device=x.device) < extents[:, None]
-        return torch.where(valid[..., None], unit, 0).sum(1) / extents[:, None]
-    return torch.segment_reduce(unit, "mean", offsets=extents.long(), axis=0)
+        valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return torch.where(valid[..., None], unit, 0).sum(1) / lengths[:, None]
+    return torch.segment_reduce(unit, "mean", lengths=lengths, axis=0)

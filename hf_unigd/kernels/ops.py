@@ -191,6 +191,17 @@ def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
     )
 
 
+@torch.library.custom_op(f"{NAMESPACE}::sequence_lengths", mutates_args=())
+def sequence_lengths(x: Tensor, extents: Tensor, name: str) -> Tensor:
+    """The `(n,)` int64 lengths, checked against the features, on their device."""
+    return packing.locate(x, extents, name)[1].to(x.device, copy=True)
+
+
+@sequence_lengths.register_fake
+def _(x, extents, name):  # type: ignore[no-untyped-def]
+    return x.new_empty((extents.shape[0] - (1 if x.dim() == 2 else 0),), dtype=torch.int64)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::log_path_count", mutates_args=())
 def log_path_count(x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
     """log of the number of alignments of two sequences (Delannoy numbers), float64, for broadcastable lengths.

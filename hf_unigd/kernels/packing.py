@@ -70,10 +70,9 @@ def magnitude(sequences: Sequences, name: str) -> float:
     lowest, highest = torch.aminmax(sequences.slices)
     largest = max(-lowest.item(), highest.item())
     if not largest < torch.inf:
-        bad = (~sequences.slices.isfinite()).any(1).nonzero().flatten()
-        row = int(sequences.rows[bad[0]])
+        bad = sequences.rows[(~sequences.slices.isfinite()).any(1)]
         raise ValueError(
-            f"`{name}` must be finite, but {len(bad)} slice(s) hold NaN or inf, the first at flattened position {row}. "
+            f"`{name}` must be finite, but {len(bad)} slice(s) hold NaN or inf, the first at flattened position {int(bad.min())}. "
             "Check the encoder that made it; padding beyond the lengths may hold anything."
         )
     return largest

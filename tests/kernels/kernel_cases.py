@@ -51,6 +51,8 @@ def enumerate_alignments(matrix):
 
 def values_and_gradients(x, x_offsets, y=None, y_offsets=None, *, bandwidth, backend, seed=0, **options):
     """log K and the gradients to x, y and the bandwidth of a random weighing of it."""
+    # Eager's many small steps crawl when other processes hold the cores that its threads wait for.
+    torch.set_num_threads(1 if backend == "eager" else 2)
     leaves = [x.detach().clone().requires_grad_()]
     if y is not None:
         leaves.append(y.detach().clone().requires_grad_())
