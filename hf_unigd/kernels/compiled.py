@@ -116,7 +116,7 @@ def _build(sources: list[Path]) -> Path:
                 is_python_module=False,
             )
             # Into place in one step: nobody ever loads half a library.
-            os.replace(Path(directory) / f"{name}.so", library)
+            (Path(directory) / f"{name}.so").replace(library)
     return library
 
 

@@ -51,9 +51,7 @@ class Block:
             yield (*self.problem.ranges[0], None)
             return
         device = x.slices.device
-        p, q = self._outer(
-            x.modalities.to(device)[self.x_index], y.modalities.to(device)[self.y_index]
-        )
+        p, q = self._outer(x.modalities.to(device)[self.x_index], y.modalities.to(device)[self.y_index])
         for start, stop in self.problem.ranges:
             mask = torch.zeros((), dtype=torch.bool, device=device)
             for s, t, *columns in self.problem.spaces:
@@ -111,18 +109,19 @@ def _blocks(problem: Problem) -> Iterator[tuple[Block, Tensor]]:
         for a, b in zip(i.split(size), j.split(size), strict=True):
             yield Block(problem, a, b), torch.ones(len(a), dtype=torch.bool)
         return
-    i = 0
-    while i < len(x):
-        longest = int(x.lengths[i]) * int(y.lengths[i if problem.symmetric else 0])
-        rows = torch.arange(i, min(len(x), i + min(32, max(1, BLOCK_CELLS // longest))))
-        j = i if problem.symmetric else 0
-        while j < len(y):
-            cells = len(rows) * int(x.lengths[i]) * int(y.lengths[j])
-            columns = torch.arange(j, min(len(y), j + max(1, BLOCK_CELLS // cells)))
+    top = 0
+    while top < len(x):
+        longest = int(x.lengths[top])
+        left = top if problem.symmetric else 0
+        height = min(32, max(1, BLOCK_CELLS // (longest * int(y.lengths[left]))))
+        rows = torch.arange(top, min(len(x), top + height))
+        while left < len(y):
+            width = max(1, BLOCK_CELLS // (height * longest * int(y.lengths[left])))
+            columns = torch.arange(left, min(len(y), left + width))
             everything = torch.ones(len(rows), len(columns), dtype=torch.bool)
             yield Block(problem, rows, columns), rows[:, None] <= columns if problem.symmetric else everything
-            j += len(columns)
-        i += len(rows)
+            left += width
+        top += height
 
 
 def _skew(cells: Tensor, outside: float) -> Tensor:
@@ -186,9 +185,7 @@ class _Recursion:
         for t in range(self.steps - 1, -1, -1):
             first, last = self._valid(t)
             beta = torch.full_like(one, self.never)
-            beta[first:last] = _log_sum_exp(
-                one[first:last], one[first + 1 : last + 1], two[first + 1 : last + 1]
-            )
+            beta[first:last] = _log_sum_exp(one[first:last], one[first + 1 : last + 1], two[first + 1 : last + 1])
             here = end == t
             beta[row[here], batch[here]] = -self.log_k[here]
             expected[t, first:last] = (self.log_alpha[t, first:last] + beta[first:last]).exp_()

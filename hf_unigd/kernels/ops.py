@@ -31,7 +31,8 @@ def _backend(name: str, device: torch.device) -> Any:
         return compiled if compiled.is_available() else eager
     if name == "triton" and not triton_backend.is_available(device):
         raise ValueError(
-            f'`backend="triton"` needs the `triton` package and a CUDA input, but the input is on {device}: use "auto".'
+            f'`backend="triton"` needs the `triton` package and a CUDA input, but the input is on {device}: '
+            'use "auto".'
         )
     return BACKENDS[name]
 
@@ -124,7 +125,7 @@ def alignment(
 
 
 @alignment.register_fake
-def _(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, *_):  # type: ignore[no-untyped-def]
+def _(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, *_):
     def count(features: Tensor, extents: Tensor) -> Any:
         return extents.shape[0] - (1 if features.dim() == 2 else 0)
 
@@ -165,7 +166,7 @@ def alignment_backward(
 
 
 @alignment_backward.register_fake
-def _(grad, x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, *_):  # type: ignore[no-untyped-def]
+def _(grad, x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, *_):
     return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y), torch.empty_like(bandwidth)
 
 
@@ -184,7 +185,7 @@ alignment.register_autograd(_backward, setup_context=_setup_context)
 
 
 @alignment.register_vmap
-def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
+def _(info, in_dims, *args):
     raise NotImplementedError(
         "alignment_kernel does not support torch.func.vmap: sequences differ in length. Pack all of them into one "
         "(total, d) tensor with offsets, and name the pairs wanted with `pairs`."
@@ -198,7 +199,7 @@ def sequence_lengths(x: Tensor, extents: Tensor, name: str) -> Tensor:
 
 
 @sequence_lengths.register_fake
-def _(x, extents, name):  # type: ignore[no-untyped-def]
+def _(x, extents, name):
     return x.new_empty((extents.shape[0] - (1 if x.dim() == 2 else 0),), dtype=torch.int64)
 
 
@@ -219,7 +220,7 @@ def log_path_count(x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
 
 
 @log_path_count.register_fake
-def _(x_lengths, y_lengths):  # type: ignore[no-untyped-def]
+def _(x_lengths, y_lengths):
     shape = torch.broadcast_shapes(x_lengths.shape, y_lengths.shape)
     return x_lengths.new_empty(shape, dtype=torch.float64)
 
@@ -254,5 +255,5 @@ def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, 
 
 
 @median_bandwidth.register_fake
-def _(x, x_extents, x_modalities, spaces):  # type: ignore[no-untyped-def]
+def _(x, x_extents, x_modalities, spaces):
     return x.new_empty((), dtype=torch.float64)

@@ -72,8 +72,8 @@ def magnitude(sequences: Sequences, name: str) -> float:
     if not largest < torch.inf:
         bad = sequences.rows[(~sequences.slices.isfinite()).any(1)]
         raise ValueError(
-            f"`{name}` must be finite, but {len(bad)} slice(s) hold NaN or inf, the first at flattened position {int(bad.min())}. "
-            "Check the encoder that made it; padding beyond the lengths may hold anything."
+            f"`{name}` must be finite, but {len(bad)} slice(s) hold NaN or inf, the first at flattened position "
+            f"{int(bad.min())}. Check the encoder that made it; padding beyond the lengths may hold anything."
         )
     return largest
 

@@ -39,7 +39,7 @@ def expected_alignment(log_kappa: Tensor) -> Tensor:
 def _columns(problem: Problem, i: int, j: int) -> Tensor:
     """`(n, m, d)` bool: the features in which the slices of sequences i and j are compared (Sugar, equation 4)."""
     x, y = problem.x, problem.other
-    n, m = x.lengths[i], y.lengths[j]
+    n, m = int(x.lengths[i]), int(y.lengths[j])
     result = torch.zeros(n, m, x.slices.shape[1], dtype=torch.bool)
     for s, t, start, stop in problem.spaces:
         if x.modalities is None or y.modalities is None:

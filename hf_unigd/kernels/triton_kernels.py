@@ -1,7 +1,7 @@
 """The recursion in Triton: a lane a pair, one warp a program, no barrier and no shuffle.
 
-W sequences of y are interleaved, so that column `j * W + lane` of `CELLS` is slice j of sequence `lane`. A cell beyond a
-lane's own lengths cannot reach its answer, so nothing is masked. All logarithms are to base 2.
+W sequences of y are interleaved, so that column `j * W + lane` of `CELLS` is slice j of sequence `lane`. A cell beyond
+a lane's own lengths cannot reach its answer, so nothing is masked. All logarithms are to base 2.
 """
 
 import triton
@@ -86,7 +86,7 @@ def forward_kernel(
     scale = _pair_scale(SCALE, n, m, PER_PAIR)
     never = tl.zeros([W], CELLS.dtype.element_ty) + NEVER
     answer = never
-    for i in range(0, n):
+    for i in range(n):
         cells = CELLS + (first + i).to(tl.int64) * columns + start + lane
         if KEEP:
             alpha = ALPHA + (first + i).to(tl.int64) * columns + start + lane
@@ -97,7 +97,7 @@ def forward_kernel(
         has_above = lane < tl.where(i > 0, W, 0)
         diagonal = tl.where(i == 0, never * 0.0, never)
         left = never
-        for j in range(0, width):
+        for j in range(width):
             up = tl.load(above + j * W, mask=has_above, other=NEVER)
             value = _log_kappa(tl.load(cells + j * W), scale, GAUSSIAN, FAST)
             left = value + _log_sum_exp(up, diagonal, left, FAST)
@@ -140,14 +140,14 @@ def backward_kernel(
     never = tl.zeros([W], CELLS.dtype.element_ty) + NEVER
     by_scale = never * 0.0
     below = BELOW + sequence.to(tl.int64) * columns + start + lane
-    for back in range(0, n):
+    for back in range(n):
         i = n - 1 - back
         cells = CELLS + (first + i).to(tl.int64) * columns + start + lane
         alpha = ALPHA + (first + i).to(tl.int64) * columns + start + lane
         has_below = lane < tl.where(back > 0, W, 0)
         diagonal = never
         right = never
-        for step in range(0, width):
+        for step in range(width):
             j = width - 1 - step
             down = tl.load(below + j * W, mask=has_below, other=NEVER)
             beta = _log_sum_exp(down, diagonal, right, FAST)

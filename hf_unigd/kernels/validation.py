@@ -16,7 +16,8 @@ def features(x: Tensor, offsets: Tensor | None, lengths: Tensor | None, name: st
         raise ValueError(f"`{name}` must be a tensor, but is {type(x).__name__}.")
     if x.dtype not in COMPUTE_DTYPE:
         raise ValueError(
-            f"`{name}` must be float64, float32, bfloat16 or float16, but is {x.dtype}: convert it with `{name}.float()`."
+            f"`{name}` must be float64, float32, bfloat16 or float16, but is {x.dtype}: convert it with "
+            f"`{name}.float()`."
         )
     if x.dim() not in (2, 3):
         raise ValueError(

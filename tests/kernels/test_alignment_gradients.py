@@ -8,7 +8,9 @@ from hf_unigd.kernels import alignment_kernel, alignment_posterior, compiled, me
 from hf_unigd.kernels.reference import expected_alignment, log_alpha
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": "cosine"}, {"per_pair_bandwidth": True}, {"local": "plain_gaussian"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": "cosine"}, {"per_pair_bandwidth": True}, {"local": "plain_gaussian"}]
+)
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 def test_gradcheck(backend, options):
     x, x_offsets = packed([1, 3, 2], 2)

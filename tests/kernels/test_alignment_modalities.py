@@ -58,7 +58,12 @@ def test_values_and_gradients(backend, dtype, paired):
     assert_close(
         alignment_posterior(x, x_offsets, y, y_offsets, **{**options, "pairs": torch.tensor([[1, 2]])}),
         alignment_posterior(
-            x.double(), x_offsets, y.double(), y_offsets, **{**options, "pairs": torch.tensor([[1, 2]])}, backend="reference"
+            x.double(),
+            x_offsets,
+            y.double(),
+            y_offsets,
+            **{**options, "pairs": torch.tensor([[1, 2]])},
+            backend="reference",
         ),
         1e-5,
     )

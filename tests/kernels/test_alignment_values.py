@@ -35,7 +35,9 @@ def test_every_alignment_is_counted(backend, local):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_slices_count_the_alignments(backend):
     """kappa = 1 everywhere: Delannoy numbers, 1, 3, 13, 63, 321 on the diagonal (papers.md 1.3)."""
-    log_k = alignment_kernel(torch.ones(15, 2), offsets_of([1, 2, 3, 4, 5]), bandwidth=1.0, normalize="none", backend=backend)
+    log_k = alignment_kernel(
+        torch.ones(15, 2), offsets_of([1, 2, 3, 4, 5]), bandwidth=1.0, normalize="none", backend=backend
+    )
     assert log_k.diagonal().exp().round().tolist() == [1, 3, 13, 63, 321]
 
 
