@@ -54,6 +54,7 @@ def _align(problem: Problem, grad: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         problem.scale,
         problem.per_pair_bandwidth,
         problem.local == "gaussian",
+        problem.bfloat16,
         LINEAR_LIMIT,
         INSTRUCTION_SET,
     )

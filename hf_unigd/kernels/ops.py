@@ -60,8 +60,8 @@ def make_problem(
         assert y_extents is not None
         parts.append(packing.pack(y, y_extents, y_modalities, "y"))
         largest = max(largest, packing.magnitude(parts[1], "y"))
-    half_precision = x.dtype in (torch.bfloat16, torch.float16)
-    k = packing.condition(parts, largest, center=not half_precision)
+    # A shift would take 16-bit features off their grid, on which their products are exact.
+    k = packing.condition(parts, largest, center=x.dtype in (torch.float64, torch.float32))
     if parts[0].modalities is not None:
         packing.check_spaces(parts, spaces)
     if pairs is not None:
@@ -82,7 +82,7 @@ def make_problem(
         per_pair_bandwidth=per_pair_bandwidth,
         local=local,
         spaces=tuple(columns) or ((0, 0, 0, x.shape[-1]),),
-        half_precision=half_precision and k == 0,
+        bfloat16=x.dtype == torch.bfloat16,
     )
     return problem, k
 

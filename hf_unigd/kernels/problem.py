@@ -51,7 +51,7 @@ class Sequences:
 class Problem:
     """One call: the Gram matrix of `x` with `y` (with itself where `y` is None), or the given `pairs` of them.
 
-    `pairs` is `(p, 2)` int64 on the CPU and counts in the order of the packed sequences.
+    `bfloat16`: the slices' values are bfloat16's, whatever their dtype. `pairs` is `(p, 2)` int64 on the CPU and counts in the order of the packed sequences.
     """
 
     x: Sequences
@@ -61,7 +61,7 @@ class Problem:
     per_pair_bandwidth: bool
     local: str
     spaces: tuple[Space, ...]
-    half_precision: bool = False
+    bfloat16: bool = False
 
     @property
     def other(self) -> Sequences:

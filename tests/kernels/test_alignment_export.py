@@ -1,6 +1,8 @@
 """The folder as a repository of Hugging Face's `kernels` library."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,19 @@ def test_is_pure_python_with_a_namespace_of_its_own(tmp_path):
     assert len(imports) > 20 and not any("hf_unigd" in line for line in imports)
     assert metadata["id"] in (build / "namespace.py").read_text()
     assert (tmp_path / "README.md").read_text().startswith("---\nlibrary_name: kernels\n")
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    pytest.importorskip("kernels")
+    guide = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    export("DIR")
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["log_k"].shape == (2, 2)
 
 
 def test_refuses_a_folder_in_use(tmp_path, capsys):

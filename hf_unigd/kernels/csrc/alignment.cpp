@@ -43,18 +43,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, double> align(
     const at::Tensor& x, const at::Tensor& x_offsets, const std::optional<at::Tensor>& x_modalities,
     const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& y_offsets,
     const std::optional<at::Tensor>& y_modalities, const std::optional<at::Tensor>& pairs,
-    const std::optional<at::Tensor>& grad, at::IntArrayRef spaces_, double scale, bool per_pair, bool gaussian,
+    const std::optional<at::Tensor>& grad, at::IntArrayRef spaces_, double scale, bool per_pair, bool gaussian, bool bfloat16,
     double linear_limit, int64_t instruction_set) {
   at::NoGradGuard no_grad;
   const Spaces spaces = read_spaces(spaces_, x_modalities.has_value());
   const int64_t isa = instruction_set < 0 ? best_instruction_set() : std::min(instruction_set, best_instruction_set());
+  // Two consecutive features of bfloat16 are multiplied together: none may fall between two spaces.
+  bfloat16 = bfloat16 && !pairs && isa == 2 && x.scalar_type() == at::kFloat && x.size(1) % 2 == 0 && has_bfloat16_products();
+  for (const auto& [start, stop] : spaces.ranges) bfloat16 = bfloat16 && start % 2 == 0 && stop % 2 == 0;
   const bool one_thread = at::globalContext().deterministicAlgorithms();
   at::Tensor log_k, dx, dy;
   double by_log_scale = 0;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "alignment", [&] {
-    const Side<scalar_t> first(x, x_offsets, x_modalities, spaces);
+    const Side<scalar_t> first(x, x_offsets, x_modalities, spaces, bfloat16);
     std::optional<Side<scalar_t>> second;
-    if (y) second.emplace(*y, *y_offsets, y_modalities, spaces);
+    if (y) second.emplace(*y, *y_offsets, y_modalities, spaces, bfloat16);
     const Side<scalar_t>& other = y ? *second : first;
     Gradients<scalar_t> gradients{};
     if (grad) {
@@ -88,8 +91,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, double> align(
 TORCH_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def(
       "align(Tensor x, Tensor x_offsets, Tensor? x_modalities, Tensor? y, Tensor? y_offsets, Tensor? y_modalities, "
-      "Tensor? pairs, Tensor? grad, int[] spaces, float scale, bool per_pair, bool gaussian, float linear_limit, "
-      "int instruction_set) -> (Tensor, Tensor, Tensor, float)",
+      "Tensor? pairs, Tensor? grad, int[] spaces, float scale, bool per_pair, bool gaussian, bool bfloat16, "
+      "float linear_limit, int instruction_set) -> (Tensor, Tensor, Tensor, float)",
       &align);
 }
 

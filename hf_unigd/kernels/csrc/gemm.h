@@ -4,6 +4,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <vector>
 
 namespace unigd {
 
@@ -41,6 +42,27 @@ void block_gemm(int64_t m, int64_t n, int64_t k, const In* a, int64_t lda, const
   }
 }
 #endif
+
+// Whether this processor multiplies bfloat16 (AVX-512 BF16 or AMX), found by trying: oneDNN refuses otherwise.
+inline bool has_bfloat16_products() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  static const bool works = [] {
+    if (!has_block_products()) return false;
+    const std::vector<c10::BFloat16> ones(256, c10::BFloat16(1.f));
+    std::vector<float> product(256);
+    try {
+      block_gemm<c10::BFloat16>(16, 16, 16, ones.data(), 16, ones.data(), 16, product.data(), 16, false);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    at::native::cpublas::brgemm_release(true);
+    return product[0] == 16.f && product[255] == 16.f;
+  }();
+  return works;
+#else
+  return false;
+#endif
+}
 
 template <typename T>
 void gemm(bool blocks, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,

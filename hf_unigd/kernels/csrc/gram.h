@@ -66,7 +66,7 @@ template <typename T> class Gram {
         for (int64_t k; (k = next++) + 1 < int64_t(starts.size());) block.run(starts[k], starts[k + 1]);
       }
 #ifdef CPUBLAS_BRGEMM_F32F32F32
-      if (blocks_) at::native::cpublas::brgemm_release(false);
+      if (blocks_) at::native::cpublas::brgemm_release(x_.narrow.defined());
 #endif
     });
     if (grad_) finish();
@@ -119,9 +119,7 @@ template <typename T> class Gram {
       }
       for (int64_t s = 0; s < g_.spaces_.count(); s++) {
         const auto [start, stop] = g_.spaces_.ranges[s];
-        gemm(g_.blocks_, height, width, stop - start, g_.x_.row(from) + start, g_.x_.d,
-             group.transposed.template const_data_ptr<T>() + start * group.stride, group.stride, dots, group.stride,
-             false);
+        multiply(height, width, from, start, stop, dots);
         const T* norms = group.norms.data() + s * group.stride;
         int64_t i = first_ + (std::upper_bound(g_.x_.offsets + first_, g_.x_.offsets + g_.x_.count, from) -
                               (g_.x_.offsets + first_)) - 1;
@@ -161,6 +159,22 @@ template <typename T> class Gram {
     }
 
    private:
+    // The products of rows of x with all lanes, in these columns.
+    void multiply(int64_t height, int64_t width, int64_t from, int64_t start, int64_t stop, T* dots) {
+      const LaneGroup<T>& group = g_.groups_[b_];
+      const int64_t d = g_.x_.d, offset = start * group.stride;
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+      if constexpr (std::is_same_v<T, float>)
+        if (g_.x_.narrow.defined())
+          return block_gemm(height, width, stop - start,
+                            g_.x_.narrow.template const_data_ptr<c10::BFloat16>() + from * d + start, d,
+                            group.transposed.template const_data_ptr<c10::BFloat16>() + offset, group.stride, dots,
+                            group.stride, false);
+#endif
+      gemm(g_.blocks_, height, width, stop - start, g_.x_.row(from) + start, d,
+           group.transposed.template const_data_ptr<T>() + offset, group.stride, dots, group.stride, false);
+    }
+
     void align(int64_t b, int64_t last) {
       b_ = b;
       const LaneGroup<T>& group = g_.groups_[b];

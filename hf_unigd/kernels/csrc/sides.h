@@ -21,6 +21,7 @@ struct Spaces {
 
 template <typename T> struct Side {
   at::Tensor tensor;  // (total, d)
+  at::Tensor narrow;  // the same in bfloat16, where they come from it and the processor multiplies it
   const T* slices;
   int64_t total, d, count;
   const int64_t* offsets;
@@ -28,8 +29,9 @@ template <typename T> struct Side {
   std::vector<T> norms;       // (spaces, total)
 
   Side(const at::Tensor& slices_, const at::Tensor& offsets_, const std::optional<at::Tensor>& modalities_,
-       const Spaces& spaces)
+       const Spaces& spaces, bool bfloat16)
       : tensor(slices_),
+        narrow(bfloat16 ? slices_.to(at::kBFloat16) : at::Tensor()),
         slices(slices_.const_data_ptr<T>()),
         total(slices_.size(0)),
         d(slices_.size(1)),
@@ -55,7 +57,7 @@ template <typename T> struct LaneGroup {
   int64_t length[kLanes];
   std::vector<int64_t> source;  // (columns * lanes): the slice's row, -1 for padding
   at::Tensor slices;            // (columns * lanes, d), for products with the gradient; only for a backward
-  at::Tensor transposed;        // (d, stride), for the slices' products
+  at::Tensor transposed;        // (d, stride), for the slices' products; of bfloat16 (d / 2, stride, 2)
   std::vector<T> norms;         // (spaces, stride), -inf for padding: its u becomes 0
   std::vector<T> masks;         // (spaces, 32, stride): whether modality m of x meets the column; empty for one space
 
@@ -72,9 +74,9 @@ LaneGroup<T> interleave(const Side<T>& y, int64_t first, const Spaces& spaces, b
   group.source.assign(group.columns * kLanes, -1);
   group.norms.assign(spaces.count() * group.stride, -std::numeric_limits<T>::infinity());
   if (!spaces.single) group.masks.assign(spaces.count() * 32 * group.stride, T(0));
-  group.transposed = at::empty({y.d, group.stride}, y.tensor.options());
+  const bool narrow = y.narrow.defined();
+  group.transposed = at::empty({y.d, group.stride}, narrow ? y.narrow.options() : y.tensor.options());
   if (backward) group.slices = at::empty({group.columns * kLanes, y.d}, y.tensor.options());
-  T* transposed = group.transposed.template mutable_data_ptr<T>();
   for (int l = 0; l < kLanes; l++) {
     const int64_t i = first + l;
     group.length[l] = i < y.count ? y.length(i) : 1;
@@ -96,8 +98,16 @@ LaneGroup<T> interleave(const Side<T>& y, int64_t first, const Spaces& spaces, b
       rows[l] = row < 0 ? zeros.data() : y.row(row);
       if (backward) std::copy_n(rows[l], y.d, group.slices.template mutable_data_ptr<T>() + (j * kLanes + l) * y.d);
     }
-    for (int64_t k = 0; k < y.d; k++)
-      for (int l = 0; l < kLanes; l++) transposed[k * group.stride + j * kLanes + l] = rows[l][k];
+    if (narrow) {
+      c10::BFloat16* transposed = group.transposed.template mutable_data_ptr<c10::BFloat16>();
+      for (int64_t k = 0; k < y.d; k++)
+        for (int l = 0; l < kLanes; l++)
+          transposed[(k / 2 * group.stride + j * kLanes + l) * 2 + k % 2] = c10::BFloat16(float(rows[l][k]));
+    } else {
+      T* transposed = group.transposed.template mutable_data_ptr<T>();
+      for (int64_t k = 0; k < y.d; k++)
+        for (int l = 0; l < kLanes; l++) transposed[k * group.stride + j * kLanes + l] = rows[l][k];
+    }
   }
   return group;
 }
