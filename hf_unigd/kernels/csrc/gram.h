@@ -212,11 +212,14 @@ template <typename T> class Gram {
     void refine(int64_t row, int64_t s, T norm, const T* norms, const T* mask, const T* scale, T* u) {
       const LaneGroup<T>& group = g_.groups_[b_];
       const auto [start, stop] = g_.spaces_.ranges[s];
-      for (int64_t x = 0; x < group.columns * kLanes; x++) {
-        const T c = scale[x % kLanes];
-        if (group.source[x] < 0 || (mask && mask[x] == 0) || u[x] > c * Limits<T>::cancellation * (norm + norms[x]))
-          continue;
-        u[x] = std::min(c * exact_distance(g_.x_.row(row), g_.y_.row(group.source[x]), start, stop), Limits<T>::cap);
+      for (int64_t j = 0; j < group.columns * kLanes; j += kLanes) {
+        int any = 0;  // padding's norm is -inf: never close
+        for (int l = 0; l < kLanes; l++) any |= u[j + l] <= scale[l] * Limits<T>::cancellation * (norm + norms[j + l]);
+        for (int64_t x = j; any && x < j + kLanes; x++) {
+          const T c = scale[x - j];
+          if (u[x] <= c * Limits<T>::cancellation * (norm + norms[x]) && !(mask && mask[x] == 0))
+            u[x] = std::min(c * exact_distance(g_.x_.row(row), g_.y_.row(group.source[x]), start, stop), Limits<T>::cap);
+        }
       }
     }
 
