@@ -44,27 +44,20 @@ class Block:
         """Per-slice values `(n, L)` of both sides, shaped to broadcast over the block's cells."""
         return (x[:, :, None], y[:, None, :]) if self.paired else (x[:, None, :, None], y[None, :, None, :])
 
-    def masks(self) -> Iterator[tuple[int, int, Tensor | None]]:
-        """For each space, the cells whose two modalities are compared in it (None: all of them)."""
+    def _comparisons(self) -> Iterator[tuple[int, int, Tensor | None]]:
         x, y = self.problem.x, self.problem.other
         if x.modalities is None or y.modalities is None:
-            yield (*self.problem.ranges[0], None)
-            return
+            return self.problem.comparisons(None, None)
         device = x.slices.device
-        p, q = self._outer(x.modalities.to(device)[self.x_index], y.modalities.to(device)[self.y_index])
-        for start, stop in self.problem.ranges:
-            mask = torch.zeros((), dtype=torch.bool, device=device)
-            for s, t, *columns in self.problem.spaces:
-                if columns == [start, stop]:
-                    mask = mask | ((p == s) & (q == t))
-            yield start, stop, mask
+        modalities = self._outer(x.modalities.to(device)[self.x_index], y.modalities.to(device)[self.y_index])
+        return self.problem.comparisons(*modalities)
 
     def scaled_distances(self) -> Tensor:
         """u = c d^2 for every cell of the block: `(..., Lx, Ly)`."""
         x, y = self.problem.x.slices[self.x_index], self.problem.other.slices[self.y_index]
         product = "pid,pjd->pij" if self.paired else "nid,mjd->nmij"
         result = None
-        for start, stop, mask in self.masks():
+        for start, stop, mask in self._comparisons():
             a, b = x[..., start:stop], y[..., start:stop]
             norms = sum(self._outer(a.square().sum(-1), b.square().sum(-1)))
             d2 = (norms - 2 * torch.einsum(product, a, b)).clamp_(min=0)
@@ -82,7 +75,7 @@ class Block:
         to_x, to_y = ("pij,pjd->pid", "pij,pid->pjd") if self.paired else ("nmij,mjd->nid", "nmij,nid->mjd")
         x_sum, y_sum = ("pij->pi", "pij->pj") if self.paired else ("nmij->ni", "nmij->mj")
         gx, gy = torch.zeros_like(x), torch.zeros_like(y)
-        for start, stop, mask in self.masks():
+        for start, stop, mask in self._comparisons():
             w = v if mask is None else v * mask
             a, b = x[..., start:stop], y[..., start:stop]
             gx[..., start:stop] += 2 * (torch.einsum(x_sum, w)[..., None] * a - torch.einsum(to_x, w, b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,8 @@ class Sequences:
 class Problem:
     """One call: the Gram matrix of `x` with `y` (with itself where `y` is None), or the given `pairs` of them.
 
-    `bfloat16`: the slices' values are bfloat16's, whatever their dtype. `pairs` is `(p, 2)` int64 on the CPU and counts in the order of the packed sequences.
+    `pairs` is `(p, 2)` int64 on the CPU and counts in the order of the packed sequences. `bfloat16`: the slices' values
+    are bfloat16's, whatever their dtype.
     """
 
     x: Sequences
@@ -75,6 +77,19 @@ class Problem:
     def ranges(self) -> list[tuple[int, int]]:
         """The distinct column ranges, in a fixed order."""
         return sorted({(start, stop) for _, _, start, stop in self.spaces})
+
+    def comparisons(self, p: Tensor | None, q: Tensor | None) -> Iterator[tuple[int, int, Tensor | None]]:
+        """Column ranges with a mask of the cells compared in them (None: all), from the modalities of both sides,
+        shaped to broadcast over the cells."""
+        if p is None or q is None:
+            yield (*self.ranges[0], None)
+            return
+        for start, stop in self.ranges:
+            mask = torch.zeros((), dtype=torch.bool, device=p.device)
+            for s, t, *columns in self.spaces:
+                if columns == [start, stop]:
+                    mask = mask | ((p == s) & (q == t))
+            yield start, stop, mask
 
     @property
     def scale(self) -> float:

@@ -85,25 +85,18 @@ class _Block:
         }
         self.grid = (self.i_end - self.i, self.g_end - self.g)
 
-    def masks(self) -> Iterator[tuple[int, int, Tensor | None]]:
-        """For each space, the cells compared in it (None: all of them)."""
-        x, y = self.problem.x, self.problem.other
+    def _comparisons(self) -> Iterator[tuple[int, int, Tensor | None]]:
+        x, y, device = self.problem.x, self.problem.other, self.columns.device
         if x.modalities is None or y.modalities is None:
-            yield (*self.problem.ranges[0], None)
-            return
-        p = x.modalities[self.rows].to(self.columns.device)[:, None]
-        q = y.modalities.to(self.columns.device)[self.columns]
-        for start, stop in self.problem.ranges:
-            mask = torch.zeros((), dtype=torch.bool, device=p.device)
-            for s, t, *columns in self.problem.spaces:
-                if columns == [start, stop]:
-                    mask = mask | ((p == s) & (q == t))
-            yield start, stop, mask
+            return self.problem.comparisons(None, None)
+        return self.problem.comparisons(
+            x.modalities[self.rows].to(device)[:, None], y.modalities.to(device)[self.columns]
+        )
 
     def squared_distances(self) -> Tensor:
         x, y = self.problem.x.slices[self.rows], self.problem.other.slices[self.columns]
         result = None
-        for start, stop, mask in self.masks():
+        for start, stop, mask in self._comparisons():
             a, b = x[:, start:stop], y[:, start:stop]
             norms = a.square().sum(1)[:, None] + b.square().sum(1)
             d2 = torch.addmm(norms, a, b.T, alpha=-2).clamp_(min=0)
@@ -136,7 +129,7 @@ class _Block:
     def add_gradient(self, v: Tensor, dx: Tensor, dy: Tensor) -> None:
         x, y = self.problem.x.slices[self.rows], self.problem.other.slices[self.columns]
         to_y = torch.zeros_like(y)
-        for start, stop, mask in self.masks():
+        for start, stop, mask in self._comparisons():
             w = v if mask is None else v * mask
             a, b = x[:, start:stop], y[:, start:stop]
             dx[self.rows, start:stop] += 2 * (w.sum(1, keepdim=True) * a - w @ b)

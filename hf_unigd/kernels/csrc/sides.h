@@ -115,10 +115,10 @@ LaneGroup<T> interleave(const Side<T>& y, int64_t first, const Spaces& spaces, b
 // The expanded square lost this distance's digits: take the difference itself.
 template <typename T> T exact_distance(const T* a, const T* b, int64_t start, int64_t stop) {
   T sum[8] = {};
-  for (int64_t k = start; k < stop; k++) {
-    const T difference = a[k] - b[k];
-    sum[k % 8] += difference * difference;
-  }
+  int64_t k = start;
+  for (; k + 8 <= stop; k += 8)
+    for (int t = 0; t < 8; t++) sum[t] += (a[k + t] - b[k + t]) * (a[k + t] - b[k + t]);
+  for (; k < stop; k++) sum[0] += (a[k] - b[k]) * (a[k] - b[k]);
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
