@@ -52,8 +52,8 @@ class Sequences:
 class Problem:
     """One call: the Gram matrix of `x` with `y` (with itself where `y` is None), or the given `pairs` of them.
 
-    `pairs` is `(p, 2)` int64 on the CPU and counts in the order of the packed sequences. `bfloat16`: the slices' values
-    are bfloat16's, whatever their dtype.
+    `pairs` is `(p, 2)` int64 on the CPU and counts in the order of the packed sequences. `bfloat16`: the values of the
+    slices are bfloat16's, whatever their dtype.
     """
 
     x: Sequences

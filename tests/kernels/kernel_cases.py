@@ -65,9 +65,9 @@ def values_and_gradients(x, x_offsets, y=None, y_offsets=None, *, bandwidth, bac
     return [log_k.detach(), *gradients]
 
 
-def assert_close(actual, expected, tolerance):
+def assert_close(actual, expected, tolerance, absolute=0.0):
     """Within `tolerance` of the largest entry (at least 1): log K's own scale."""
     assert torch.isfinite(actual).all()
     scale = max(1.0, expected.abs().max().item())
-    error = (actual.double() - expected.double()).abs().max().item() / scale
+    error = max(0.0, (actual.double() - expected.double()).abs().max().item() - absolute) / scale
     assert error <= tolerance, f"{error:.2e} of scale {scale:.3g}"
