@@ -44,7 +44,9 @@ def test_compiles_ahead_of_time(name, capability):
             constants |= {} if keep is None else {"KEEP": keep}
             signature |= dict.fromkeys(constants, "constexpr")
             source = ASTSource(kernel, signature=signature, constexprs=constants)
-            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+            binary = triton.compile(
+                source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1, "enable_fp_fusion": True}
+            )
             assert f".target sm_{capability}" in binary.asm["ptx"]
             assert len(binary.asm["cubin"]) > 0
             if dtype == "fp32":
