@@ -1,7 +1,7 @@
 """The Triton kernels in their interpreter.
 
-Run by test_alignment_triton.py with TRITON_INTERPRET=1, in a process of its own: Triton's library is decorated when it is
-imported, for the interpreter or not.
+Run by test_alignment_triton.py with TRITON_INTERPRET=1, in a process of its own: Triton's library is decorated when it
+is imported, for the interpreter or not.
 """
 
 import pytest
