@@ -1,0 +1,332 @@
+"""The alignment kernels beside their peers, in one run: `python benchmarks/kernels.py [headline] [grid] [scaling]`.
+
+Peers take turns, repeat by repeat, and each figure is the median: what else the machine does hits all of them alike.
+`product` is the floor, the bare matrix product of all slices, and `xfloor` the ratio to it. `eager autograd` is what
+one writes without this library: batched anti-diagonals, differentiated by autograd. Memory is a fresh process's peak
+less what it held before the call. Writes benchmarks/results/kernels-*.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pack_sequence
+
+from hf_unigd.kernels import alignment_kernel, soft_dtw
+
+RESULTS = Path(__file__).parent / "results"
+LIMIT = 60.0  # seconds a call may take by what the peer took before; else it is left out
+TURNS = 8.0  # seconds after which a slow peer takes no more turns than two
+
+
+class Case:
+    def __init__(self, n, lengths, d, dtype, backward):
+        self.n, self.range, self.d, self.dtype, self.backward = n, lengths, d, dtype, backward
+        generator = torch.Generator().manual_seed(0)
+        self.lengths = torch.randint(lengths[0], lengths[1] + 1, (n,), generator=generator)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)])
+        self.total = int(self.offsets[-1])
+        self.x = F.normalize(torch.randn(self.total, d, generator=generator), dim=-1).to(dtype)
+        self.weights = torch.randn(n, n, generator=generator).to(dtype)
+        # The textbook rule: median distance (sqrt 2 for random directions) times sqrt(median length).
+        self.bandwidth = (2 * self.lengths.median().item()) ** 0.5
+        self.gamma = 2 * self.bandwidth**2
+
+    def __str__(self):
+        what = "forward+backward" if self.backward else "forward"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"N={self.n} lengths {self.range[0]}..{self.range[1]} d={self.d} {name} {what}"
+
+    def sequences(self, x):
+        return x.split(self.lengths.tolist())
+
+    def differentiate(self, function):
+        """The function's result, and in a backward case its gradient to the features."""
+        if not self.backward:
+            with torch.no_grad():
+                return function(self.x)
+        x = self.x.clone().requires_grad_()
+        return torch.autograd.grad((function(x) * self.weights).sum(), x)
+
+    @property
+    def work(self):
+        return self.total**2 * (self.d + 60)
+
+
+def product(case):
+    """Forward: X X^T; with a backward the same. In blocks of rows, for it may not fit."""
+    rows = max(1, (1 << 28) // case.total)
+    for part in case.x.split(rows):
+        part @ case.x.T
+
+
+def ours(case, backend):
+    return case.differentiate(
+        lambda x: alignment_kernel(x, case.offsets, bandwidth=case.bandwidth, normalize="none", backend=backend)
+    )
+
+
+def ours_soft_dtw(case):
+    return case.differentiate(lambda x: soft_dtw(x, case.offsets, gamma=case.gamma, backend="compiled"))
+
+
+def step(kappa, one, two):
+    above, diagonal = F.pad(one[..., :-1], (1, 0), value=-1e30), F.pad(two[..., :-1], (1, 0), value=-1e30)
+    return kappa + torch.logsumexp(torch.stack([one, above, diagonal]), 0)
+
+
+def autograd(case, step_function):
+    """All pairs padded, skewed to anti-diagonals, log domain."""
+
+    def gram(x):
+        padded = torch.nn.utils.rnn.pad_sequence(case.sequences(x), batch_first=True)
+        n, length, d = padded.shape
+        flat = padded.reshape(n * length, d)
+        norms = flat.square().sum(1)
+        u = (norms[:, None] + norms - 2 * flat @ flat.T).clamp_min(0) / (2 * case.bandwidth**2)
+        kappa = (-u - torch.log(2 - torch.exp(-u))).view(n, length, n, length).transpose(1, 2)
+        steps = 2 * length - 1
+        skewed = F.pad(kappa, (0, length), value=-1e30).reshape(n, n, length * (steps + 1))
+        skewed = skewed[..., : length * steps].view(n, n, length, steps).permute(3, 0, 1, 2).contiguous()
+        two = torch.full_like(skewed[0], -1e30)
+        one = F.pad(skewed[0][..., :1], (0, length - 1), value=-1e30)
+        diagonals = [one]
+        for t in range(1, steps):
+            one, two = step_function(skewed[t], one, two), one
+            diagonals.append(one)
+        rows = torch.arange(n)
+        ends = case.lengths[:, None] + case.lengths - 2
+        return torch.stack(diagonals)[ends, rows[:, None], rows, (case.lengths - 1)[:, None]]
+
+    return case.differentiate(gram)
+
+
+_compiled_step = torch.compile(step, dynamic=True)
+
+
+def tslearn_dataset(case):
+    from tslearn.utils import to_time_series_dataset
+
+    return to_time_series_dataset([part.numpy() for part in case.sequences(case.x)])
+
+
+def tslearn_gak(case):
+    from tslearn.metrics import cdist_gak
+
+    cdist_gak(tslearn_dataset(case), sigma=case.bandwidth)
+
+
+def tslearn_soft_dtw(case):
+    from tslearn.metrics import cdist_soft_dtw
+
+    cdist_soft_dtw(tslearn_dataset(case), gamma=case.gamma)
+
+
+def pysdtw_soft_dtw(case):
+    """The upper triangle, 2,048 pairs at a time: it cannot hold all."""
+    import pysdtw
+
+    function = pysdtw.SoftDTW(gamma=case.gamma, use_cuda=False)
+    i, j = torch.triu_indices(case.n, case.n).unbind()
+
+    def gram(x):
+        parts = case.sequences(x)
+        values = []
+        for a, b in zip(i.split(2048), j.split(2048), strict=True):
+            first = pack_sequence([parts[k] for k in a.tolist()], enforce_sorted=False)
+            second = pack_sequence([parts[k] for k in b.tolist()], enforce_sorted=False)
+            values.append(function(first, second))
+        return torch.zeros_like(case.weights).index_put((i, j), torch.cat(values).flatten())
+
+    return case.differentiate(gram)
+
+
+# name -> (what to call, whether it has a backward)
+PEERS = {
+    "product": (product, True),
+    "compiled (ours)": (lambda case: ours(case, "compiled"), True),
+    "eager (ours)": (lambda case: ours(case, "eager"), True),
+    "eager autograd": (lambda case: autograd(case, step), True),
+    "torch.compile of it": (lambda case: autograd(case, _compiled_step), True),
+    "tslearn cdist_gak": (tslearn_gak, False),
+    "soft-DTW compiled (ours)": (ours_soft_dtw, True),
+    "soft-DTW tslearn": (tslearn_soft_dtw, False),
+    "soft-DTW pysdtw": (pysdtw_soft_dtw, True),
+}
+ALWAYS_FIT = ("product", "compiled (ours)", "soft-DTW compiled (ours)")
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def fits(name, case, rates):
+    if case.backward and not PEERS[name][1]:
+        return False
+    if name in ("eager autograd", "torch.compile of it"):
+        padded = (case.n * case.range[1]) ** 2 * case.dtype.itemsize
+        if padded * (100 if case.backward else 12) > 16e9:  # measured: out of 24 GB at N = 256 with a backward
+            return False
+    rate = rates.get((name, case.backward), rates.get((name, False), 0.0) * 3)
+    return rate * case.work < (4 * LIMIT if name in ALWAYS_FIT else LIMIT)
+
+
+def measure(case, names, repeats, rates):
+    """Median seconds of each peer: one unmeasured call each, then turns."""
+    chosen = []
+    for name in names:
+        if fits(name, case, rates):
+            first = seconds(lambda name=name: PEERS[name][0](case))
+            rates.setdefault((name, case.backward), first / case.work)
+            chosen.append(name)
+    times = {name: [] for name in chosen}
+    for _ in range(repeats):
+        for name in chosen:
+            if sum(times[name]) < TURNS or len(times[name]) < 2:
+                times[name].append(seconds(lambda name=name: PEERS[name][0](case)))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def _peak(arguments, name, queue):
+    torch.set_num_threads(2)
+    small = Case(4, (2, 3), 4, arguments[3], arguments[4])
+    PEERS[name][0](small)  # code and libraries are not the call's memory
+    case = Case(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident("VmRSS")
+    PEERS[name][0](case)
+    queue.put(_resident("VmHWM") - before)
+
+
+def peak_memory(arguments, name):
+    """MB of a call in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(arguments, name, queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def report(case, medians, memory=None):
+    floor = medians.get("product")
+    ours_time = medians.get("soft-DTW compiled (ours)"), medians.get("compiled (ours)")
+    print(f"\n{case}, {case.total} slices")
+    print(f"  {'':26}{'ms':>12}{'xours':>9}{'xfloor':>9}" + (f"{'peak MB':>10}" if memory else ""))
+    for name, value in medians.items():
+        mine = ours_time[0] if name.startswith("soft-DTW") else ours_time[1]
+        row = f"  {name:26}{value * 1e3:12.1f}{value / mine if mine else float('nan'):9.1f}"
+        row += f"{value / floor:9.2f}" if floor else f"{'':9}"
+        print(row + (f"{memory[name]:10.0f}" if memory and name in memory else ""), flush=True)
+    return {"case": str(case), "slices": case.total, "seconds": medians, "peak_mb": memory or {}}
+
+
+def headline():
+    """N = 256, lengths 8 to 32, float32, every peer, with memory."""
+    results, rates = [], {}
+    for d in (64, 768):
+        for backward in (False, True):
+            arguments = (256, (8, 32), d, torch.float32, backward)
+            case = Case(*arguments)
+            # What gains little by compilation gains as little with a backward; d = 64 says enough of the slow ones.
+            skipped = {"torch.compile of it"} if backward else set()
+            if d > 64:
+                skipped = {"eager autograd", "torch.compile of it", "soft-DTW tslearn", "soft-DTW pysdtw"}
+            medians = measure(case, [name for name in PEERS if name not in skipped], 9, rates)
+            weighed = [name for name in medians if "soft-DTW" not in name and "torch.compile" not in name]
+            results.append(report(case, medians, {name: peak_memory(arguments, name) for name in weighed}))
+    return results
+
+
+def grid():
+    results, rates = [], {}
+    names = [name for name in PEERS if "torch.compile" not in name]
+    for dtype in (torch.float32, torch.float64):
+        for lengths in ((8, 32), (64, 256)):
+            for d in (64, 768):
+                for n in (64, 256, 1024):
+                    for backward in (False, True):
+                        case = Case(n, lengths, d, dtype, backward)
+                        if case.total**2 * (d + 60) * (4 if backward else 1) * dtype.itemsize > 1.5e12 * 4:
+                            print(f"\n{case}: left out, minutes on two cores")
+                            continue
+                        results.append(report(case, measure(case, names, 3, rates)))
+    return results
+
+
+def scaling():
+    """Cost by total slices squared and nothing else: N to 4,096, and other lengths with as many slices."""
+    results, rates = [], {}
+    print(f"\n{'N':>6}{'lengths':>10}{'slices':>9}{'forward s':>11}{'ns/slices^2':>13}{'f+b s':>9}{'ns/slices^2':>13}")
+    for n, lengths in ((256, (8, 32)), (512, (8, 32)), (1024, (8, 32)), (2048, (8, 32)), (4096, (8, 32)),
+                       (2560, (4, 12)), (640, (16, 48)), (160, (64, 192))):  # fmt: skip
+        row = {"n": n, "lengths": lengths}
+        for backward in (False, True):
+            case = Case(n, lengths, 64, torch.float32, backward)
+            row["slices"] = case.total
+            key = "forward_backward" if backward else "forward"
+            row[key] = measure(case, ["compiled (ours)"], 3, rates)["compiled (ours)"]
+        forward, both, unit = row["forward"], row["forward_backward"], 1e9 / row["slices"] ** 2
+        print(
+            f"{n:6}{lengths[0]:>6}..{lengths[1]:<3}{row['slices']:8}{forward:11.3f}{forward * unit:13.3f}"
+            f"{both:9.3f}{both * unit:13.3f}",
+            flush=True,
+        )
+        results.append(row)
+    return results
+
+
+PARTS = {"headline": headline, "grid": grid, "scaling": scaling}
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {"name": platform.processor()}
+    read = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = read.get("flags", "").split()
+    return {
+        "name": read.get("model name"),
+        "flags": [f for f in flags if f in ("avx2", "avx512f", "amx_bf16", "avx512_bf16")],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown parts {sorted(unknown)}")
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    machine = {
+        "processor": processor(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(machine))
+    RESULTS.mkdir(exist_ok=True)
+    for part in arguments.parts or PARTS:
+        result = {"machine": machine, "results": PARTS[part]()}
+        (RESULTS / f"kernels-{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

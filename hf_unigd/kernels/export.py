@@ -1,0 +1,67 @@
+"""This folder as a repository for Hugging Face's `kernels` library: one universal build, pure Python and Triton."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+NAME = "unigd-alignment"
+VERSION = 1
+
+CARD = """---
+library_name: kernels
+license: apache-2.0
+tags:
+- kernel
+- global-alignment-kernel
+- soft-dtw
+---
+
+# Global alignment kernels and soft-DTW
+
+For batches of variable-length embedding sequences: log K of all pairs or of given ones, with gradients to the features
+and the bandwidth. Triton on CUDA, batched PyTorch elsewhere. Part of hf-unigd, whose package adds a C++ CPU backend.
+
+```python
+import torch
+from kernels import get_kernel
+
+kernel = get_kernel("<this repository>", version={version}, trust_remote_code=True)
+x = torch.nn.functional.normalize(torch.randn(9, 64), dim=-1)
+log_k = kernel.alignment_kernel(x, torch.tensor([0, 4, 9]), bandwidth=1.0)  # two sequences, of 4 and 5 slices
+```
+"""
+
+
+def export(directory: str | Path) -> Path:
+    """Writes the repository into `directory`, a new or empty folder, and returns the build's folder.
+
+    The operators get a namespace of their own, so that the export and hf_unigd.kernels can be loaded together.
+
+    Raises:
+        ValueError: If `directory` holds anything.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"`directory` must be a new or empty folder, but {directory} is not.")
+    here = Path(__file__).parent
+    sources = {path.name: path.read_text() for path in sorted(here.glob("*.py")) if path != Path(__file__)}
+    digest = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:8]
+    identity = f"_{NAME.replace('-', '_')}_{digest}"
+    sources["namespace.py"] = sources["namespace.py"].replace('"unigd"', f'"{identity}"')
+    metadata = {
+        "name": NAME,
+        "id": identity,
+        "version": VERSION,
+        "license": "apache-2.0",
+        "python-depends": [],
+        "backend": {"type": "cpu"},
+    }
+    build = directory / "build" / "torch-universal"
+    build.mkdir(parents=True)
+    for name, text in sources.items():
+        (build / name).write_text(text)
+    (build / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    (directory / "README.md").write_text(CARD.format(version=VERSION))
+    return build

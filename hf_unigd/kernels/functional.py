@@ -1,0 +1,328 @@
+"""The public functions. Every one takes packed features `(total_slices, d)` with offsets, or padded ones `(n, L, d)`
+with lengths, and returns torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import eager, ops, reference, validation
+from .packing import COMPUTE_DTYPE
+from .problem import LOCAL_KERNELS
+
+NORMALIZATIONS = ("none", "cosine", "length", "content")
+Spaces = Mapping[tuple[int, int], tuple[int, int]]
+
+
+class _Inputs:
+    """The arguments all functions share, checked, in the form the operators take."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        x_offsets: Tensor | None,
+        y: Tensor | None,
+        y_offsets: Tensor | None,
+        x_lengths: Tensor | None,
+        y_lengths: Tensor | None,
+        pairs: Tensor | None,
+        spaces: Spaces | None,
+        x_modalities: Tensor | None,
+        y_modalities: Tensor | None,
+    ) -> None:
+        if y is None and (y_offsets is not None or y_lengths is not None or y_modalities is not None):
+            raise ValueError("`y_offsets`, `y_lengths` and `y_modalities` describe `y`, but `y` is None.")
+        self.x, self.x_extents = x, validation.features(x, x_offsets, x_lengths, "x")
+        self.y, self.y_extents = y, None if y is None else validation.features(y, y_offsets, y_lengths, "y")
+        if y is not None:
+            validation.same_kind(x, y)
+        validation.index_pairs(pairs)
+        self.pairs = pairs
+        self.x_modalities, self.y_modalities = x_modalities, y_modalities
+        self.spaces = validation.flat_spaces(spaces, x, x_modalities, y, y_modalities)
+
+    @property
+    def x_lengths(self) -> Tensor:
+        return self.x_extents.diff() if self.x.dim() == 2 else self.x_extents
+
+    @property
+    def y_lengths(self) -> Tensor:
+        if self.y is None or self.y_extents is None:
+            return self.x_lengths
+        return self.y_extents.diff() if self.y.dim() == 2 else self.y_extents
+
+    def of_pairs(self, x_values: Tensor, y_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-sequence values of both sides, shaped to broadcast to the result: `(n, m)` or `(p,)`."""
+        if self.pairs is None:
+            return x_values[:, None], y_values[None]
+        index = self.pairs.to(x_values.device)
+        return x_values[index[:, 0]], y_values[index[:, 1]]
+
+    def bandwidth(self, value: float | Tensor | str) -> Tensor:
+        if not isinstance(value, str):
+            return validation.positive(value, "bandwidth", self.x.device)
+        validation.choice(value, "bandwidth", ("median",))
+        return ops.median_bandwidth(self.x, self.x_extents, self.x_modalities, self.spaces)
+
+    def log_kernel(self, *settings: Any) -> Tensor:
+        return ops.alignment(
+            self.x, self.x_extents, self.x_modalities, self.y, self.y_extents, self.y_modalities, self.pairs, *settings
+        )
+
+    def self_log_kernels(self, *settings: Any) -> tuple[Tensor, Tensor]:
+        """log K(x, x) of every sequence of both sides: `(n,)`, `(m,)`."""
+
+        def diagonal(features: Tensor, extents: Tensor, modalities: Tensor | None) -> Tensor:
+            n = extents.shape[0] - (1 if features.dim() == 2 else 0)
+            index = torch.arange(n)[:, None].expand(n, 2)
+            return ops.alignment(features, extents, modalities, None, None, None, index, *settings)
+
+        of_x = diagonal(self.x, self.x_extents, self.x_modalities)
+        if self.y is None or self.y_extents is None:
+            return of_x, of_x
+        return of_x, diagonal(self.y, self.y_extents, self.y_modalities)
+
+    def without_selves(self, log_k: Tensor, *settings: Any) -> Tensor:
+        """log K(x, y) - (log K(x, x) + log K(y, y)) / 2."""
+        if self.y is None and self.pairs is None:
+            of_x = of_y = log_k.diagonal()
+        else:
+            of_x, of_y = self.self_log_kernels(*settings)
+        of_x, of_y = self.of_pairs(of_x, of_y)
+        return log_k - (of_x + of_y) / 2
+
+
+def alignment_kernel(
+    x: Tensor,
+    x_offsets: Tensor | None = None,
+    y: Tensor | None = None,
+    y_offsets: Tensor | None = None,
+    *,
+    bandwidth: float | Tensor | str,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    pairs: Tensor | None = None,
+    normalize: str = "cosine",
+    local: str = "gaussian",
+    per_pair_bandwidth: bool = False,
+    spaces: Spaces | None = None,
+    x_modalities: Tensor | None = None,
+    y_modalities: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The logarithm of the global alignment kernel between sequences of feature vectors.
+
+    `K(x, y) = sum over alignments pi of prod_i kappa(x_pi1(i), y_pi2(i))`: all ways to walk through both sequences
+    in steps of one, each weighed by the local kernel of the slices it brings together (Cuturi, Vert, Birkenes and
+    Matsui 2007, equation 3; Cuturi 2011, section 3; Sugar, arXiv 2411.00304, equation 2). The cost is one matrix
+    product of all slices.
+
+    Args:
+        x: `(total_slices, d)` packed or `(n, L, d)` padded; float64, float32, bfloat16 or float16.
+        x_offsets: `(n + 1,)` int, for packed `x`: sequence i is `x[x_offsets[i]:x_offsets[i + 1]]`. On a GPU, offsets
+            and lengths kept on the CPU save a synchronisation.
+        y, y_offsets: The other side; without it, `x` against itself, at half the work.
+        bandwidth: sigma of the local kernel, in the units of the features' distances: a number, a scalar tensor
+            (receives a gradient), or `"median"`: median distance times sqrt(median length) (Cuturi 2011, section 5),
+            estimated from `x` and detached.
+        x_lengths, y_lengths: `(n,)`, `(m,)` int, for padded features; all of length L where not given. What lies in
+            the padding does not matter.
+        pairs: `(p, 2)` int. Only these pairs (i of x, j of y; of x twice where `y` is None) are aligned.
+        normalize: See Returns.
+        local: `"gaussian"`, kappa = k / (2 - k) with k = exp(-|a - b|^2 / 2 sigma^2); or `"plain_gaussian"`,
+            kappa = k, whose log K is -softDTW / gamma with gamma = 2 sigma^2.
+        per_pair_bandwidth: Multiply sigma by sqrt((n + m) / 2) of each pair's lengths (Sugar, section 3.2, where
+            `bandwidth` is called delta).
+        spaces: The Triple Kernel (Sugar, section 3.3, equation 4) in general form: for each pair of modalities the
+            columns `(start, stop)` in which two such slices are compared. Sugar's, with modality 0 for images and 1
+            for text, features [DINOv2 or BGE | CLIP] of 768 each:
+            `{(0, 0): (0, 768), (1, 1): (0, 768), (0, 1): (768, 1536)}`. Both orders of a pair are meant.
+        x_modalities, y_modalities: `(total_slices,)` or `(n, L)` int, the modality of each slice; with `spaces`.
+        backend: `"auto"`, `"reference"`, `"eager"`, `"compiled"` (C++ on the CPU, built at first use) or `"triton"`.
+
+    Returns:
+        `(n, m)`, or `(p,)` with `pairs`: float64 for float64 features, else float32. With `L~ = log K(x, y) -
+        (log K(x, x) + log K(y, y)) / 2` and D the number of alignments (K of kappa = 1):
+
+        - `"none"`: log K.
+        - `"cosine"`: L~, 0 for a sequence with itself.
+        - `"length"`: L~ / ((n + m) / 2), per step.
+        - `"content"`: L~ less the same expression of log D: what the contents say beyond the two lengths, which
+          alone explain over 99 per cent of L~ at the textbook bandwidth. For contrastive logits.
+
+        exp of `"none"` and `"cosine"` is positive definite for `local="gaussian"`, one space and one bandwidth for
+        all pairs; not promised for several spaces (the Triple Kernel), `"plain_gaussian"`, a bandwidth per pair,
+        `"length"` or `"content"`. log K itself is never promised to be, nor conditionally.
+
+    Raises:
+        ValueError: Naming the argument, what was given and what is needed.
+    """
+    inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, spaces, x_modalities, y_modalities)
+    validation.choice(normalize, "normalize", NORMALIZATIONS)
+    validation.choice(local, "local", LOCAL_KERNELS)
+    validation.choice(backend, "backend", ("auto", *ops.BACKENDS))
+    settings = (inputs.bandwidth(bandwidth), inputs.spaces, local, per_pair_bandwidth, backend)
+    log_k = inputs.log_kernel(*settings)
+    if normalize == "none":
+        return log_k
+    log_k = inputs.without_selves(log_k, *settings)
+    n, m = inputs.of_pairs(inputs.x_lengths, inputs.y_lengths)
+    if normalize == "length":
+        return log_k / ((n + m) / 2).to(log_k)
+    if normalize == "content":
+        count = ops.log_path_count(n, m) - (ops.log_path_count(n, n) + ops.log_path_count(m, m)) / 2
+        return log_k - count.to(log_k)
+    return log_k
+
+
+def soft_dtw(
+    x: Tensor,
+    x_offsets: Tensor | None = None,
+    y: Tensor | None = None,
+    y_offsets: Tensor | None = None,
+    *,
+    gamma: float | Tensor = 1.0,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    pairs: Tensor | None = None,
+    divergence: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Soft dynamic time warping of squared Euclidean costs (Cuturi and Blondel 2017, equation 1), in cost units.
+
+    `softDTW = -gamma log sum_pi exp(-cost(pi) / gamma)`; it is -gamma log K of the alignment kernel's engine, so it
+    shares its speed, gradients (to x, y and gamma) and arguments (see `alignment_kernel`).
+
+    Args:
+        gamma: Smoothing, in the units of squared distances; towards 0 the result becomes DTW's.
+        divergence: Subtract the mean of the two self-alignments (Blondel, Mensch and Vert 2021, equation 8): then it
+            is zero for equal sequences and not negative.
+
+    Returns:
+        `(n, m)`, or `(p,)` with `pairs`: float64 for float64 features, else float32.
+
+    Raises:
+        ValueError: As `alignment_kernel`.
+    """
+    inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, None, None, None)
+    validation.choice(backend, "backend", ("auto", *ops.BACKENDS))
+    scale = validation.positive(gamma, "gamma", x.device)
+    settings = ((scale / 2).sqrt(), inputs.spaces, "plain_gaussian", False, backend)
+    log_k = inputs.log_kernel(*settings)
+    if divergence:
+        log_k = inputs.without_selves(log_k, *settings)
+    return -scale.to(log_k.dtype) * log_k
+
+
+@torch.no_grad()
+def alignment_posterior(
+    x: Tensor,
+    x_offsets: Tensor | None = None,
+    y: Tensor | None = None,
+    y_offsets: Tensor | None = None,
+    *,
+    bandwidth: float | Tensor | str,
+    pairs: Tensor | None = None,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    local: str = "gaussian",
+    per_pair_bandwidth: bool = False,
+    spaces: Spaces | None = None,
+    x_modalities: Tensor | None = None,
+    y_modalities: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The expected alignment matrices: how often an alignment, drawn with the kernel's weights, meets each cell.
+
+    `E[k, i, j]` is the derivative of log K by log kappa(x_i, y_j), the sum over alignments through (i, j) over the sum
+    of all. It lies in [0, 1], is 1 at both corners, and every row and column of a pair sums to at least 1. For
+    explanation: no gradient flows through it. Arguments and errors as `alignment_kernel`.
+
+    Args:
+        pairs: `(p, 2)` int; by default the one pair (0, 0), or (0, 1) where `y` is None.
+        backend: `"auto"`, `"eager"` or `"reference"`; the compiled backends have no posterior, and take eager's.
+
+    Returns:
+        `(p, n_max, m_max)`, float64 for float64 features, else float32; zero beyond each pair's lengths.
+    """
+    if pairs is None:
+        pairs = torch.tensor([[0, 1 if y is None else 0]])
+    inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, spaces, x_modalities, y_modalities)
+    validation.choice(local, "local", LOCAL_KERNELS)
+    validation.choice(backend, "backend", ("auto", *ops.BACKENDS))
+    problem, _ = ops.make_problem(
+        x,
+        inputs.x_extents,
+        x_modalities,
+        y,
+        inputs.y_extents,
+        y_modalities,
+        pairs,
+        inputs.bandwidth(bandwidth),
+        inputs.spaces,
+        local,
+        per_pair_bandwidth,
+    )
+    implementation = reference if backend == "reference" else eager
+    expected = implementation.posterior(problem).to(x.device, COMPUTE_DTYPE[x.dtype])
+    lengths = inputs.of_pairs(inputs.x_lengths, inputs.y_lengths)
+    return expected[:, : int(lengths[0].max()), : int(lengths[1].max())]
+
+
+def mean_slice_similarity(
+    x: Tensor,
+    x_offsets: Tensor | None = None,
+    y: Tensor | None = None,
+    y_offsets: Tensor | None = None,
+    *,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    pairs: Tensor | None = None,
+    spaces: Spaces | None = None,
+    x_modalities: Tensor | None = None,
+    y_modalities: Tensor | None = None,
+) -> Tensor:
+    """The mean cosine similarity of all slices of x with all slices of y, without alignment: the ablation's baseline
+    (Sugar, table 4b, "w/o GAK").
+
+    Linear in the number of slices, for the mean of all products is the product of the means. Arguments and errors as
+    `alignment_kernel`; differentiable in x and y.
+
+    Returns:
+        `(n, m)`, or `(p,)` with `pairs`, in [-1, 1]: float64 for float64 features, else float32.
+    """
+    inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, spaces, x_modalities, y_modalities)
+    flat = inputs.spaces or [0, 0, 0, x.shape[-1]]
+    result: Tensor | None = None
+    for a, b, start, stop in (flat[i : i + 4] for i in range(0, len(flat), 4)):
+        of_x = _mean_direction(x, inputs.x_extents, "x", x_modalities, a, start, stop)
+        if y is None or inputs.y_extents is None:
+            of_y = _mean_direction(x, inputs.x_extents, "x", x_modalities, b, start, stop)
+        else:
+            of_y = _mean_direction(y, inputs.y_extents, "y", y_modalities, b, start, stop)
+        if pairs is None:
+            part = of_x @ of_y.T
+        else:
+            index = pairs.to(x.device)
+            part = (of_x[index[:, 0]] * of_y[index[:, 1]]).sum(-1)
+        result = part if result is None else result + part
+    assert result is not None
+    return result
+
+
+def _mean_direction(
+    x: Tensor, extents: Tensor, name: str, modalities: Tensor | None, modality: int, start: int, stop: int
+) -> Tensor:
+    """`(n, stop - start)`: each sequence's sum of unit slices of one modality over its number of slices."""
+    unit = F.normalize(x[..., start:stop].to(COMPUTE_DTYPE[x.dtype]), dim=-1)
+    lengths = ops.sequence_lengths(x, extents, name)
+    if modalities is not None:
+        unit = torch.where((modalities.to(x.device) == modality)[..., None], unit, 0)
+    if x.dim() == 3:
+        valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return torch.where(valid[..., None], unit, 0).sum(1) / lengths[:, None]
+    return torch.segment_reduce(unit, "mean", lengths=lengths, axis=0)

@@ -1,0 +1,259 @@
+"""The operators (`torch.library`): what torch.compile, autograd and autocast see, and the choice of the backend."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import compiled, eager, packing, reference, triton_backend
+from .namespace import NAMESPACE
+from .packing import COMPUTE_DTYPE
+from .problem import Problem, Space
+
+BACKENDS: dict[str, Any] = {
+    "reference": reference,
+    "eager": eager,
+    "compiled": compiled,
+    "triton": triton_backend,
+}
+
+
+def _backend(name: str, device: torch.device) -> Any:
+    if name == "auto":
+        name = {"cpu": "compiled", "cuda": "triton"}.get(device.type, "eager")
+        if name == "triton" and not triton_backend.is_available(device):
+            name = "eager"
+    if name == "compiled":
+        if device.type != "cpu":
+            raise ValueError(f'`backend="compiled"` runs on the CPU, but the input is on {device}: use "auto".')
+        return compiled if compiled.is_available() else eager
+    if name == "triton" and not triton_backend.is_available(device):
+        raise ValueError(
+            f'`backend="triton"` needs the `triton` package and a CUDA input, but the input is on {device}: '
+            'use "auto".'
+        )
+    return BACKENDS[name]
+
+
+def make_problem(
+    x: Tensor,
+    x_extents: Tensor,
+    x_modalities: Tensor | None,
+    y: Tensor | None,
+    y_extents: Tensor | None,
+    y_modalities: Tensor | None,
+    pairs: Tensor | None,
+    bandwidth: Tensor,
+    spaces: list[int],
+    local: str,
+    per_pair_bandwidth: bool,
+) -> tuple[Problem, int]:
+    """The packed problem and the k of `packing.condition`. Checks every value."""
+    sigma = bandwidth.item()
+    if not 0 < sigma < torch.inf:
+        raise ValueError(f"`bandwidth` must be positive and finite, but is {sigma}.")
+    parts = [packing.pack(x, x_extents, x_modalities, "x")]
+    largest = packing.magnitude(parts[0], "x")
+    if y is not None:
+        assert y_extents is not None
+        parts.append(packing.pack(y, y_extents, y_modalities, "y"))
+        largest = max(largest, packing.magnitude(parts[1], "y"))
+    # A shift would take 16-bit features off their grid, on which their products are exact.
+    k = packing.condition(parts, largest, center=x.dtype in (torch.float64, torch.float32))
+    if parts[0].modalities is not None:
+        packing.check_spaces(parts, spaces)
+    if pairs is not None:
+        pairs = pairs.detach().cpu().to(torch.int64)
+        limits = torch.tensor([len(parts[0]), len(parts[-1])])
+        if ((pairs < 0) | (pairs >= limits)).any():
+            raise ValueError(
+                f"`pairs` must index {len(parts[0])} sequences of x and {len(parts[-1])} of y, but ranges over "
+                f"{pairs.amin(0).tolist()} to {pairs.amax(0).tolist()}."
+            )
+        pairs = torch.stack([parts[0].rank[pairs[:, 0]], parts[-1].rank[pairs[:, 1]]], 1)
+    columns = [cast(Space, tuple(spaces[i : i + 4])) for i in range(0, len(spaces), 4)]
+    problem = Problem(
+        x=parts[0],
+        y=parts[1] if y is not None else None,
+        pairs=pairs,
+        bandwidth=sigma * 2.0**k,
+        per_pair_bandwidth=per_pair_bandwidth,
+        local=local,
+        spaces=tuple(columns) or ((0, 0, 0, x.shape[-1]),),
+        bfloat16=x.dtype == torch.bfloat16,
+    )
+    return problem, k
+
+
+def _reorder(matrix: Tensor, problem: Problem, *, to_caller: bool) -> Tensor:
+    """Gram matrices between the caller's order of sequences and the packed one; pairs keep theirs."""
+    if problem.pairs is not None:
+        return matrix
+    rows = problem.x.rank if to_caller else problem.x.order
+    columns = problem.other.rank if to_caller else problem.other.order
+    return matrix[rows.to(matrix.device)[:, None], columns.to(matrix.device)[None]]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::alignment", mutates_args=())
+def alignment(
+    x: Tensor,
+    x_extents: Tensor,
+    x_modalities: Tensor | None,
+    y: Tensor | None,
+    y_extents: Tensor | None,
+    y_modalities: Tensor | None,
+    pairs: Tensor | None,
+    bandwidth: Tensor,
+    spaces: list[int],
+    local: str,
+    per_pair_bandwidth: bool,
+    backend: str,
+) -> Tensor:
+    """log K of all pairs, `(n, m)`, or of the given pairs, `(p,)`.
+
+    `x_extents` are offsets for packed `(total, d)` features, lengths for padded `(n, L, d)` ones; `spaces` is flat:
+    (modality of x, modality of y, first column, last column + 1) each.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        problem, _ = make_problem(
+            x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, spaces, local, per_pair_bandwidth
+        )
+        result = _backend(backend, x.device).forward(problem)
+        return _reorder(result.to(x.device, COMPUTE_DTYPE[x.dtype]), problem, to_caller=True)
+
+
+@alignment.register_fake
+def _(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, *_):
+    def count(features: Tensor, extents: Tensor) -> Any:
+        return extents.shape[0] - (1 if features.dim() == 2 else 0)
+
+    n = count(x, x_extents)
+    shape = (n, n if y is None else count(y, y_extents)) if pairs is None else (pairs.shape[0],)
+    return x.new_empty(shape, dtype=COMPUTE_DTYPE[x.dtype])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::alignment_backward", mutates_args=())
+def alignment_backward(
+    grad: Tensor,
+    x: Tensor,
+    x_extents: Tensor,
+    x_modalities: Tensor | None,
+    y: Tensor | None,
+    y_extents: Tensor | None,
+    y_modalities: Tensor | None,
+    pairs: Tensor | None,
+    bandwidth: Tensor,
+    spaces: list[int],
+    local: str,
+    per_pair_bandwidth: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to x, to y (empty where y is None) and to the bandwidth."""
+    with torch.autocast(x.device.type, enabled=False):
+        problem, k = make_problem(
+            x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, spaces, local, per_pair_bandwidth
+        )
+        grad = _reorder(grad.to(COMPUTE_DTYPE[x.dtype]), problem, to_caller=False).contiguous()
+        dx, dy, d_bandwidth = _backend(backend, x.device).backward(problem, grad)
+        x_grad = packing.scatter(dx.to(x.device) * 2.0**k, problem.x, x)
+        y_grad = x.new_empty(0)
+        if y is not None:
+            assert problem.y is not None
+            y_grad = packing.scatter(dy.to(x.device) * 2.0**k, problem.y, y)
+        return x_grad, y_grad, torch.full_like(bandwidth, d_bandwidth * 2.0**k)
+
+
+@alignment_backward.register_fake
+def _(grad, x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, *_):
+    return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y), torch.empty_like(bandwidth)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.settings = inputs[8:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    dx, dy, d_bandwidth = alignment_backward(grad, *tensors, *ctx.settings)
+    return dx, None, None, None if tensors[3] is None else dy, None, None, None, d_bandwidth, *[None] * 4
+
+
+alignment.register_autograd(_backward, setup_context=_setup_context)
+
+
+@alignment.register_vmap
+def _(info, in_dims, *args):
+    raise NotImplementedError(
+        "alignment_kernel does not support torch.func.vmap: sequences differ in length. Pack all of them into one "
+        "(total, d) tensor with offsets, and name the pairs wanted with `pairs`."
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sequence_lengths", mutates_args=())
+def sequence_lengths(x: Tensor, extents: Tensor, name: str) -> Tensor:
+    """The `(n,)` int64 lengths, checked against the features, on their device."""
+    return packing.locate(x, extents, name)[1].to(x.device, copy=True)
+
+
+@sequence_lengths.register_fake
+def _(x, extents, name):
+    return x.new_empty((extents.shape[0] - (1 if x.dim() == 2 else 0),), dtype=torch.int64)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::log_path_count", mutates_args=())
+def log_path_count(x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
+    """log of the number of alignments of two sequences (Delannoy numbers), float64, for broadcastable lengths.
+
+    It is log K of a content-free kernel, kappa = 1, whose recursion becomes a cumulative sum along each row.
+    """
+    x_index, y_index = torch.broadcast_tensors(x_lengths.cpu() - 1, y_lengths.cpu() - 1)
+    table = torch.empty(int(x_index.max()) + 1, int(y_index.max()) + 1, dtype=torch.float64)
+    table[0] = 0
+    before = torch.full((1,), -torch.inf, dtype=torch.float64)
+    for i in range(1, len(table)):
+        above = table[i - 1]
+        table[i] = torch.logaddexp(above, torch.cat([before, above[:-1]])).logcumsumexp(0)
+    return table[x_index, y_index].to(x_lengths.device)
+
+
+@log_path_count.register_fake
+def _(x_lengths, y_lengths):
+    shape = torch.broadcast_shapes(x_lengths.shape, y_lengths.shape)
+    return x_lengths.new_empty(shape, dtype=torch.float64)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::median_bandwidth", mutates_args=())
+def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, spaces: list[int]) -> Tensor:
+    """median |x_i - x_j| sqrt(median length) over at most 1,000 evenly spaced valid slices: a float64 scalar."""
+    sequences = packing.pack(x, x_extents, x_modalities, "x")
+    packing.magnitude(sequences, "x")
+    if sequences.modalities is not None:
+        packing.check_spaces([sequences], spaces)
+    total = len(sequences.slices)
+    sample = torch.linspace(0, total - 1, min(total, 1000), dtype=torch.float64).long()
+    # In the caller's order, so that the result does not depend on how ties in length were broken.
+    sample = torch.argsort(sequences.rows.cpu())[sample]
+    slices = sequences.slices[sample.to(x.device)].double()
+    if sequences.modalities is None:
+        distances = torch.cdist(slices, slices)
+    else:
+        modalities = sequences.modalities[sample].to(x.device)
+        distances = slices.new_zeros(len(slices), len(slices))
+        for a, b, start, stop in (spaces[i : i + 4] for i in range(0, len(spaces), 4)):
+            part = slices[:, start:stop]
+            meet = (modalities[:, None] == a) & (modalities == b)
+            distances = torch.where(meet, torch.cdist(part, part), distances)
+    upper = torch.triu_indices(len(slices), len(slices), 1)
+    distances = distances[upper[0], upper[1]]
+    distances = distances[distances > 0]
+    # One slice, or none that differ: any scale does.
+    typical = distances.median() if len(distances) else distances.new_ones(())
+    return typical * sequences.lengths.double().median().to(x.device).sqrt()
+
+
+@median_bandwidth.register_fake
+def _(x, x_extents, x_modalities, spaces):
+    return x.new_empty((), dtype=torch.float64)

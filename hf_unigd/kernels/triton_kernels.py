@@ -1,0 +1,166 @@
+"""The recursion in Triton: a lane a pair, one warp a program, no barrier and no shuffle.
+
+W sequences of y are interleaved, so that column `j * W + lane` of `CELLS` is slice j of sequence `lane`. A cell beyond
+a lane's own lengths cannot reach its answer, so nothing is masked. All logarithms are to base 2.
+"""
+
+import triton
+import triton.language as tl
+
+# Below every sum of capped terms; sums of two stay finite in float32.
+NEVER = tl.constexpr(-1e37)
+CAP = tl.constexpr(1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# FAST: one instruction each. tl.log2 compiles to a polynomial and tl.exp2 to a denormal-safe sequence.
+@triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    if FAST:
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def _log2(x, FAST: tl.constexpr):
+    if FAST:
+        y = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.log2(x)
+    return y
+
+
+@triton.jit
+def _log_kappa(d2, scale, GAUSSIAN: tl.constexpr, FAST: tl.constexpr):
+    r = tl.maximum(-d2 * scale, -CAP)
+    if GAUSSIAN:
+        r = r - _log2(2.0 - _exp2(r, FAST), FAST)
+    return r
+
+
+@triton.jit
+def _log_sum_exp(a, b, c, FAST: tl.constexpr):
+    top = tl.maximum(tl.maximum(a, b), c)
+    return top + _log2(_exp2(a - top, FAST) + _exp2(b - top, FAST) + _exp2(c - top, FAST), FAST)
+
+
+@triton.jit
+def _pair_scale(SCALE, n, m, PER_PAIR: tl.constexpr):
+    """log2(e) c of each lane: u = c d^2."""
+    scale = tl.load(SCALE)
+    if PER_PAIR:
+        scale = scale * 2.0 / (n + m)
+    return tl.minimum(scale, CAP) * LOG2_E
+
+
+@triton.jit
+def forward_kernel(
+    CELLS,  # (rows, columns): squared distances
+    ALPHA,  # KEEP: (rows, columns), every row of log alpha; else (sequences, columns), the last one
+    LOG_K,  # (sequences, groups * W)
+    OFFSETS,  # (sequences + 1,): rows of each sequence of x
+    GROUPS,  # (groups + 1,): columns of each group
+    LENGTHS,  # (groups * W,): of the sequences of y
+    SCALE,  # (1,)
+    columns,
+    W: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    PER_PAIR: tl.constexpr,
+    KEEP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    sequence, group = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, W)
+    first = tl.load(OFFSETS + sequence)
+    n = tl.load(OFFSETS + sequence + 1) - first
+    start = tl.load(GROUPS + group)
+    width = (tl.load(GROUPS + group + 1) - start) // W
+    m = tl.load(LENGTHS + group * W + lane)
+    scale = _pair_scale(SCALE, n, m, PER_PAIR)
+    never = tl.zeros([W], CELLS.dtype.element_ty) + NEVER
+    answer = never
+    for i in range(n):
+        cells = CELLS + (first + i).to(tl.int64) * columns + start + lane
+        if KEEP:
+            alpha = ALPHA + (first + i).to(tl.int64) * columns + start + lane
+            above = alpha - columns
+        else:
+            alpha = ALPHA + sequence.to(tl.int64) * columns + start + lane
+            above = alpha
+        has_above = lane < tl.where(i > 0, W, 0)
+        diagonal = tl.where(i == 0, never * 0.0, never)
+        left = never
+        for j in range(width):
+            up = tl.load(above + j * W, mask=has_above, other=NEVER)
+            value = _log_kappa(tl.load(cells + j * W), scale, GAUSSIAN, FAST)
+            left = value + _log_sum_exp(up, diagonal, left, FAST)
+            left = tl.maximum(left, NEVER)
+            diagonal = up
+            tl.store(alpha + j * W, left)
+            answer = tl.where((i == n - 1) & (j == m - 1), left, answer)
+    tl.store(LOG_K + sequence * tl.num_programs(1) * W + group * W + lane, answer * LN_2)
+
+
+@triton.jit
+def backward_kernel(
+    CELLS,  # (rows, columns): squared distances in, dL/d(squared distance) out
+    ALPHA,  # (rows, columns): log alpha
+    BELOW,  # (sequences, columns): scratch, log (kappa beta / K) of the row after
+    LOG_K,  # (sequences, groups * W)
+    GRAD,  # (sequences, groups * W): dL/dlogK
+    BY_SCALE,  # (sequences, groups * W): out, sum of dL/du u
+    OFFSETS,
+    GROUPS,
+    LENGTHS,
+    SCALE,
+    columns,
+    W: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    PER_PAIR: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    sequence, group = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, W)
+    first = tl.load(OFFSETS + sequence)
+    n = tl.load(OFFSETS + sequence + 1) - first
+    start = tl.load(GROUPS + group)
+    width = (tl.load(GROUPS + group + 1) - start) // W
+    m = tl.load(LENGTHS + group * W + lane)
+    scale = _pair_scale(SCALE, n, m, PER_PAIR)
+    pair = sequence * tl.num_programs(1) * W + group * W + lane
+    log_k = tl.load(LOG_K + pair) * LOG2_E
+    grad = tl.load(GRAD + pair)
+    never = tl.zeros([W], CELLS.dtype.element_ty) + NEVER
+    by_scale = never * 0.0
+    below = BELOW + sequence.to(tl.int64) * columns + start + lane
+    for back in range(n):
+        i = n - 1 - back
+        cells = CELLS + (first + i).to(tl.int64) * columns + start + lane
+        alpha = ALPHA + (first + i).to(tl.int64) * columns + start + lane
+        has_below = lane < tl.where(back > 0, W, 0)
+        diagonal = never
+        right = never
+        for step in range(width):
+            j = width - 1 - step
+            down = tl.load(below + j * W, mask=has_below, other=NEVER)
+            beta = _log_sum_exp(down, diagonal, right, FAST)
+            beta = tl.where((i == n - 1) & (j == m - 1), -log_k, beta)
+            d2 = tl.load(cells + j * W)
+            value = _log_kappa(d2, scale, GAUSSIAN, FAST)
+            weight = -grad * _exp2(tl.minimum(tl.load(alpha + j * W) + beta, 0.0), FAST)
+            if GAUSSIAN:
+                weight = weight * (1.0 + _exp2(value, FAST))
+            weight = weight * scale * LN_2
+            by_scale += weight * d2
+            tl.store(cells + j * W, weight)
+            diagonal = down
+            right = tl.maximum(value + beta, NEVER)
+            tl.store(below + j * W, right)
+    tl.store(BY_SCALE + pair, by_scale)

@@ -1,0 +1,50 @@
+"""The Triton kernels in their interpreter.
+
+Run by test_alignment_triton.py with TRITON_INTERPRET=1, in a process of its own: Triton's library is decorated when it
+is imported, for the interpreter or not.
+"""
+
+import pytest
+import torch
+from kernel_cases import assert_close, packed, values_and_gradients
+
+from hf_unigd.kernels import triton_backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bandwidth": 2.0, "normalize": "none"},
+        {"bandwidth": 0.05, "normalize": "cosine"},
+        {"bandwidth": 1.0, "per_pair_bandwidth": True},
+        {"bandwidth": 2.0, "local": "plain_gaussian"},
+    ],
+)
+def test_against_the_reference(options, dtype):
+    """More than one group of lanes, and both Gram matrices."""
+    x, x_offsets = packed([3, 7, 1, 5], 6, dtype=dtype)
+    y, y_offsets = packed([2, 4, 1] * 12, 6, seed=1, dtype=dtype)
+    values, gradients = (1e-12, 1e-9) if dtype == torch.float64 else (2e-5, 1e-3)
+    for other in ((), (y, y_offsets)):
+        wide = tuple(t.double() if t.is_floating_point() else t for t in other)
+        actual = values_and_gradients(x, x_offsets, *other, backend="triton", **options)
+        expected = values_and_gradients(x.double(), x_offsets, *wide, backend="reference", **options)
+        assert_close(actual[0], expected[0], values)
+        rounding = 2 * torch.finfo(dtype).eps * expected[0].abs().max().item()
+        for a, e in zip(actual[1:], expected[1:], strict=True):
+            assert_close(a, e, gradients + rounding)
+
+
+def test_blocks_and_modalities(monkeypatch):
+    monkeypatch.setattr(triton_backend, "BLOCK_CELLS", 400)
+    x, offsets = packed([3, 4, 1, 2] * 10, 6)
+    options = {
+        "bandwidth": 2.0,
+        "spaces": {(0, 0): (0, 2), (1, 1): (2, 4), (0, 1): (4, 6)},
+        "x_modalities": torch.arange(len(x)) % 2,
+    }
+    actual = values_and_gradients(x, offsets, backend="triton", **options)
+    expected = values_and_gradients(x, offsets, backend="eager", **options)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-10)

@@ -1,0 +1,66 @@
+"""Building the C++ backend: nothing at import, once between processes, and never in the way."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hf_unigd.kernels import compiled
+
+USE = """
+import warnings
+warnings.simplefilter("always")
+import torch
+from hf_unigd.kernels import alignment_kernel, compiled
+x, offsets = torch.randn(9, 4), torch.tensor([0, 4, 9])
+for _ in range(3):
+    alignment_kernel(x, offsets, bandwidth=1.0, backend={backend!r}).sum()
+print("built:", compiled.is_available())
+"""
+
+
+def start(cache, backend="auto", **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", USE.format(backend=backend)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), **environment},
+    )
+
+
+def test_import_compiles_nothing(tmp_path):
+    code = "import hf_unigd.kernels, hf_unigd.kernels.compiled as c; print(c._library.cache_info().currsize)"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert output.stdout.strip() == "0"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["auto", "compiled"])
+def test_without_a_compiler_eager_runs_and_says_so_once(tmp_path, backend):
+    process = start(tmp_path, backend, CXX="/nonexistent/c++")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert output.strip() == "built: False"
+    assert errors.count("could not be built, so the eager one is used") == 1
+    assert "C++20 compiler" in errors
+
+
+def test_processes_that_start_together_build_once(compiled_backend, tmp_path):
+    processes = [start(tmp_path) for _ in range(2)]
+    results = [process.communicate() for process in processes]
+    assert all(process.returncode == 0 for process in processes), results
+    assert [output.strip() for output, _ in results] == ["built: True"] * 2
+    assert sum("Building the C++ backend" in errors for _, errors in results) == 1
+    assert [path.suffix for path in sorted((tmp_path / "unigd").iterdir())] == [".lock", ".so"]
+
+
+def test_the_cache_knows_what_it_was_built_from(monkeypatch):
+    """Another flag, torch or source is another library: nothing stale is ever loaded."""
+    names = set()
+    for flags in (compiled.FLAGS, [*compiled.FLAGS, "-DX"]):
+        monkeypatch.setattr(compiled, "FLAGS", flags)
+        names.add(compiled._library_name())
+    assert len(names) == 2
