@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from hf_unigd.kernels import alignment_kernel, soft_dtw
 
+
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 60.0  # seconds a call may take by what the peer took before; else it is left out
 TURNS = 8.0  # seconds after which a slow peer takes no more turns than two

@@ -18,7 +18,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Wrote {export(arguments.directory)}")
     except ValueError as error:
         parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ COMMANDS = {
     "embed": "Embed a dataset and save it as a searchable folder",
     "search": "Search an embedded dataset by text or image",
     "generate": "Generate text from an image, a text, or both",
+    "kernels": "Export the alignment kernels as a repository for the kernels library",
 }
 
 

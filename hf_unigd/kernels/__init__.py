@@ -2,4 +2,5 @@
 
 from .functional import alignment_kernel, alignment_posterior, mean_slice_similarity, soft_dtw
 
+
 __all__ = ["alignment_kernel", "alignment_posterior", "mean_slice_similarity", "soft_dtw"]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .problem import Problem
 
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"

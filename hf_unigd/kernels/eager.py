@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .problem import Problem, Sequences, cancellation, largest, log_local_kernel, log_local_kernel_slope
 
+
 # Cells (pairs of slices) worked on at once; some eight tensors of this size are alive in the backward.
 BLOCK_CELLS = 1 << 21
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+
 NAME = "unigd-alignment"
 VERSION = 1
 

@@ -14,6 +14,7 @@ from . import eager, ops, reference, validation
 from .packing import COMPUTE_DTYPE
 from .problem import LOCAL_KERNELS
 
+
 NORMALIZATIONS = ("none", "cosine", "length", "content")
 Spaces = Mapping[tuple[int, int], tuple[int, int]]
 

@@ -12,6 +12,7 @@ from .namespace import NAMESPACE
 from .packing import COMPUTE_DTYPE
 from .problem import Problem, Space
 
+
 BACKENDS: dict[str, Any] = {
     "reference": reference,
     "eager": eager,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .problem import Sequences
 
+
 COMPUTE_DTYPE = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,

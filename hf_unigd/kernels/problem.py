@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 LOCAL_KERNELS = ("gaussian", "plain_gaussian")
 
 # (modality of x, modality of y) -> the columns [start, stop) of the features in which the two are compared.

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import eager
 from .problem import Problem, cancellation
 
+
 # Sequences of y side by side: a warp.
 LANES = 32
 # Cells (pairs of slices) held at once: 256 MB of float32, twice that in a backward.

@@ -7,6 +7,7 @@ a lane's own lengths cannot reach its answer, so nothing is masked. All logarith
 import triton
 import triton.language as tl
 
+
 # Below every sum of capped terms; sums of two stay finite in float32.
 NEVER = tl.constexpr(-1e37)
 CAP = tl.constexpr(1e30)

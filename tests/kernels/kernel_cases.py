@@ -6,6 +6,7 @@ import torch
 
 from hf_unigd.kernels import alignment_kernel, compiled
 
+
 # `auto` where there is no compiler.
 FAST_BACKENDS = ["eager", "compiled"] if compiled.is_available() else ["eager"]
 

@@ -8,6 +8,7 @@ import pytest
 
 from hf_unigd.kernels import compiled
 
+
 USE = """
 import warnings
 warnings.simplefilter("always")

@@ -8,6 +8,7 @@ from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, offsets_of, pac
 from hf_unigd.kernels import alignment_kernel, alignment_posterior, mean_slice_similarity
 from hf_unigd.kernels.reference import log_alpha
 
+
 # [DINOv2 or BGE | CLIP], modality 0 images and 1 texts.
 SUGAR = {(0, 0): (0, 5), (1, 1): (0, 5), (0, 1): (5, 12)}
 # Each encoder in columns of its own.

@@ -18,6 +18,7 @@ from kernel_cases import (
 
 from hf_unigd.kernels import alignment_kernel, compiled, ops, soft_dtw
 
+
 BACKENDS = ["reference", *FAST_BACKENDS]
 
 
