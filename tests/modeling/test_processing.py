@@ -1,5 +1,7 @@
 """Sequences to model inputs: order, spans, labels, and refusals."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -137,3 +139,73 @@ def test_it_behaves_like_the_backbones_processor(processor):
     theirs = processor.vlm_processor(images=[make_image(1)], text=[prompt], return_tensors="pt")
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     assert processor.batch_decode(ours["input_ids"]) == processor.vlm_processor.batch_decode(theirs["input_ids"])
+
+
+def sentence_ends(text):
+    """Every full stop ends a sentence, and so does the end of the text."""
+    return sorted({place + 1 for place, character in enumerate(text) if character == "."} | {len(text)})
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_slice_spans_hold_images_and_ends_of_sentences(processor, padding_side):
+    sequence = [make_image(1), make_image(2), "Red. Two blue dogs on grass.", make_image(3), "Green."]
+    batch = processor.process_sequences(
+        [sequence, "One cat."], ["A car. Yellow.", None], sentence_ends=sentence_ends, padding_side=padding_side
+    )
+    image_id = processor.tokenizer.convert_tokens_to_ids(processor.vlm_processor.image_token)
+    texts = []
+    for row, start, end in batch["slice_spans"].tolist():
+        ids = batch["input_ids"][row]
+        if ids[start] == image_id:
+            assert (ids[start:end] == image_id).all()
+            assert ids[start - 1] != image_id
+            assert ids[end] != image_id
+            texts.append("image")
+        else:
+            assert end == start + 1
+            texts.append(processor.tokenizer.decode(ids[:end])[-6:])
+    ends = ["Red.", "grass.", "Green.", "car.", "llow.", "cat."]
+    expected = ["image", "image", *ends[:2], "image", *ends[2:]]
+    assert [text[-len(end) :] for text, end in zip(texts, expected, strict=True)] == expected
+    assert batch["slice_spans"][:, 0].tolist() == [0] * 8 + [1]
+
+
+def test_the_last_slice_is_what_is_embedded_without_a_prompt(processor):
+    plain = UniGDProcessor(processor.vlm_processor, embedding_position="last_slice")
+    sequences = ["Red. Blue", ["A cat.", make_image(1)], [make_image(2), "green"]]
+    batch = plain.process_sequences(
+        sequences, [None, "A dog.", None], padding_side="left", sentence_ends=sentence_ends
+    )
+    assert "Summarize" not in plain.tokenizer.decode(batch["input_ids"][0])
+    spans = batch["spans"].tolist()
+    text = plain.tokenizer.decode(batch["input_ids"][0][: spans[0][2]])
+    assert text.endswith("Blue")
+    by_row = [[span for span in batch["slice_spans"].tolist() if span[0] == row] for row in range(3)]
+    assert spans[1] == by_row[1][1]  # the image, which the target's sentence follows
+    assert spans[1][2] - spans[1][1] > 1
+    assert by_row[1][2][1] > spans[1][2]
+
+
+def test_the_last_token_of_an_image_can_stand_for_it(processor):
+    last = UniGDProcessor(processor.vlm_processor, embedding_position="last_slice", image_pooling="last")
+    mean = UniGDProcessor(processor.vlm_processor, embedding_position="last_slice")
+    one, whole = (each.process_sequences([[make_image(1)]])["spans"][0] for each in (last, mean))
+    assert one.tolist() == [0, whole[2] - 1, whole[2]]
+    assert whole[2] - whole[1] > 1
+
+
+def test_an_unknown_choice_is_refused():
+    vlm_processor = make_vlm("llava").processor
+    with pytest.raises(ValueError, match="`embedding_position` must be one of"):
+        UniGDProcessor(vlm_processor, embedding_position="first")
+    with pytest.raises(ValueError, match="`image_pooling` must be one of"):
+        UniGDProcessor(vlm_processor, image_pooling="max")
+
+
+def test_the_settings_survive_saving(processor, tmp_path):
+    UniGDProcessor(processor.vlm_processor, embedding_position="last_slice", image_pooling="last").save_pretrained(
+        tmp_path
+    )
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    assert settings["embedding_position"] == "last_slice"
+    assert settings["image_pooling"] == "last"
