@@ -4,7 +4,10 @@ from .dataset import ExampleDataset, IterableExampleDataset, make_examples
 from .example import Example, RowError
 from .icons import load_icons
 from .rows import RowParser
+from .slice_features import SliceFeatures, write_slice_features
+from .slices import SentenceSplitter
 from .sources import load_rows
+from .teachers import TeacherArguments, Teachers
 
 
 __all__ = [
@@ -13,7 +16,12 @@ __all__ = [
     "IterableExampleDataset",
     "RowError",
     "RowParser",
+    "SentenceSplitter",
+    "SliceFeatures",
+    "TeacherArguments",
+    "Teachers",
     "load_icons",
     "load_rows",
     "make_examples",
+    "write_slice_features",
 ]

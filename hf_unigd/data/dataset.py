@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -9,6 +10,10 @@ from tqdm.auto import tqdm
 
 from .example import Example, RowError
 from .rows import RowParser, check_columns
+
+
+if TYPE_CHECKING:
+    from .slice_features import SliceFeatures
 
 
 logger = logging.getLogger(__name__)
@@ -22,15 +27,26 @@ class ExampleDataset(torch.utils.data.Dataset):
         parser: Turns one into an [`Example`].
         indices: The rows to use; all of them by default.
         skip_bad_rows: A bad row is None, with its reason in the log, instead of an error; the collator leaves it out.
+        slice_features: What the teachers see of the rows' slices, where that was written down before.
     """
 
     def __init__(
-        self, rows: Dataset, parser: RowParser, indices: Sequence[int] | None = None, skip_bad_rows: bool = False
+        self,
+        rows: Dataset,
+        parser: RowParser,
+        indices: Sequence[int] | None = None,
+        skip_bad_rows: bool = False,
+        slice_features: "SliceFeatures | None" = None,
     ):
         self.rows = rows
         self.parser = parser
         self.indices = range(len(rows)) if indices is None else indices
         self.skip_bad_rows = skip_bad_rows
+        self.slice_features = slice_features
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -55,7 +71,14 @@ class ExampleDataset(torch.utils.data.Dataset):
             row = self.rows[index]
         except (OSError, ValueError, SyntaxError) as error:  # `datasets.Image` decodes here
             raise RowError(index, f"cannot be read: {error}") from error
-        return self.parser(row, index)
+        example = self.parser(row, index)
+        example.epoch = self.epoch
+        if self.slice_features is not None and example.slices is not None:
+            try:
+                example.slice_features = self.slice_features.of_row(index, example.slices)
+            except ValueError as error:
+                raise RowError(index, f"{error}.") from error
+        return example
 
 
 class IterableExampleDataset(torch.utils.data.IterableDataset):
@@ -69,14 +92,18 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
         self.parser = parser
         self.skip_bad_rows = skip_bad_rows
         self.skipped = 0
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Example]:
         for index, row in enumerate(self.rows):
             try:
-                yield self.parser(row, index)
+                example = self.parser(row, index)
+                example.epoch = self.epoch
+                yield example
             except RowError as error:
                 if not self.skip_bad_rows:
                     raise
@@ -85,7 +112,11 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
 
 
 def make_examples(
-    rows: Dataset | IterableDataset, parser: RowParser, skip_bad_rows: bool = False, check_rows: bool = True
+    rows: Dataset | IterableDataset,
+    parser: RowParser,
+    skip_bad_rows: bool = False,
+    check_rows: bool = True,
+    slice_features: "SliceFeatures | None" = None,
 ) -> ExampleDataset | IterableExampleDataset:
     """Wraps rows, and reads each one once beforehand where they can be read twice.
 
@@ -94,20 +125,26 @@ def make_examples(
         parser: Turns rows into examples.
         skip_bad_rows: Leave bad rows out, counted in the log, instead of stopping.
         check_rows: Parse every row of a map-style dataset now. A streaming one is checked as it comes.
+        slice_features: What the teachers see of the slices of a map-style dataset's rows, written down before.
 
     Raises:
-        ValueError: the columns make no accepted format, or no row is left.
+        ValueError: the columns make no accepted format, no row is left, or slice features come with a stream.
         RowError: a row is bad and `skip_bad_rows` is off.
     """
     if isinstance(rows, IterableDataset):
         if rows.column_names is not None:
             check_columns(rows.column_names)
+        if slice_features is not None:
+            raise ValueError(
+                "Slice features belong to rows by their number, which a streaming dataset does not have. Leave them "
+                "out (the teachers then run in training), or load the rows without streaming."
+            )
         return IterableExampleDataset(rows, parser, skip_bad_rows)
     if len(rows) == 0:
         raise ValueError("The dataset has no rows.")
     if rows.format["type"] != "custom":  # a transform may make other columns than are stored
         check_columns(rows.column_names)
-    examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows)
+    examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows, slice_features=slice_features)
     if not check_rows:
         return examples
     good = []
@@ -123,4 +160,4 @@ def make_examples(
         logger.warning("Skipped %d of %d rows.", len(rows) - len(good), len(rows))
     if not good:
         raise ValueError(f"None of the {len(rows)} rows can be used.")
-    return ExampleDataset(rows, parser, good)
+    return ExampleDataset(rows, parser, good, slice_features=slice_features)

@@ -2,9 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
+
+
+if TYPE_CHECKING:
+    from .slices import Slice
 
 
 # Chat messages as `UniGDProcessor.process_sequences` takes them: images are `{"type": "image", "image": PIL image}`.
@@ -33,7 +38,10 @@ class Example:
         positive: The sequence that matches the anchor; `None` where the example has none.
         negatives: Sequences that must not match it.
         target: What the model learns to say after the anchor; `None` where nothing.
-        prompted: Whether the anchor ends with its embedding prompt.
+        prompted: Whether the anchor is embedded, at its prompt where the processor has one.
+        slices: Images and sentences of the anchor and its target, in order; `None` where nobody asked for them.
+        slice_features: What the teachers see of them, `(len(slices), width)`; `None` where that is not known yet.
+        epoch: Pass over the data, for choices that vary with it.
     """
 
     row: int
@@ -42,6 +50,9 @@ class Example:
     negatives: list[Messages] = field(default_factory=list)
     target: str | None = None
     prompted: bool = True
+    slices: "list[Slice] | None" = None
+    slice_features: torch.Tensor | None = None
+    epoch: int = 0
 
 
 def content_key(messages: Messages) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .example import Example, Messages, RowError
 from .images import open_image
+from .slices import SentenceSplitter, slices_of
 
 
 ACCEPTED = """\
@@ -43,18 +44,29 @@ class RowParser:
             target (VladVA: 30).
         long_caption_max_tokens: Longest caption allowed (VladVA: 500).
         image_folder: Where relative image paths start.
+        splitter: Where given, examples are cut into slices by it, and a chat needs neither an answer nor a match.
     """
 
     count_tokens: Callable[[str], int]
     short_caption_max_tokens: int = 30
     long_caption_max_tokens: int = 500
     image_folder: str | Path | None = None
+    splitter: SentenceSplitter | None = None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Example:
         """
         Raises:
             RowError: the row has no usable columns, or one of them is empty, corrupt, too long or inconsistent.
         """
+        example = self._parse(row, index)
+        if self.splitter is not None:
+            try:
+                example.slices = slices_of(example.anchor, example.target, self.splitter)
+            except ValueError as error:
+                raise RowError(index, f"{error}.") from error
+        return example
+
+    def _parse(self, row: Mapping[str, Any], index: int) -> Example:
         row = {name: value for name, value in row.items() if value is not None}
         try:
             if "messages" in row:
@@ -126,7 +138,7 @@ class RowParser:
         negatives = row.get("negative_messages") or []
         if negatives and not isinstance(negatives[0], list):
             negatives = [negatives]
-        if not positives and target is None:
+        if not positives and target is None and self.splitter is None:
             raise ValueError("has neither an assistant's answer nor `positive_messages`: there is nothing to learn")
         return Example(
             row=index,

@@ -388,7 +388,7 @@ class UniGDProcessor(ProcessorMixin):
         return placeholder
 
     def _continuation(self, text: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of `continuation` as it follows `text`, without changing a token of `text`, and where in it each ends."""
+        """Ids of `continuation` as it follows `text`, without changing a token of that, and where in it each ends."""
         if not continuation:
             return [], []
         image_token = self.vlm_processor.image_token

@@ -7,12 +7,17 @@ from transformers import TrainingArguments
 from trl import ModelConfig, ScriptArguments
 
 from ..data import load_rows
+from ..data.teachers import TeacherArguments
+
+
+LOSS_WEIGHTS = ("contrastive_weight", "alignment_weight", "causal_lm_weight")
 
 
 @dataclass
-class UniGDTrainingArguments(TrainingArguments):
+class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] plus the joint objective.
+    [`~transformers.TrainingArguments`] plus the joint objective. VladVA is the default; Sugar has `alignment_weight=1`
+    and `contrastive_weight=0`.
 
     Args:
         > Parameters of the objective
@@ -22,11 +27,35 @@ class UniGDTrainingArguments(TrainingArguments):
         causal_lm_weight (`float`, *optional*, defaults to 1.0):
             Weight of the next-token loss over long captions and answers. 0 leaves it out. VladVA names no weight; 1:1
             is our reading.
+        alignment_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the structure loss ([`StructureLoss`]). Sugar's α, whose value the paper does not give.
         loss_gradient_norm_steps (`int`, *optional*, defaults to 100):
             Log the gradient norm of each weighted loss every so many steps, at the cost of one more backward pass a
             loss in that step. 0 never does.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Train neither the vision tower nor its projector.
+
+        > Parameters of the structure loss
+
+        alignment_positions (`int`, *optional*, defaults to 4):
+            At how many slice ends of a sequence the loss looks, chosen anew in each epoch.
+        alignment_target (`str`, *optional*, defaults to `"kernel"`):
+            What similarities are regressed onto: `"kernel"`, or `"mean_slice"` ("w/o GAK").
+        alignment_normalization (`str`, *optional*, defaults to `"content"`):
+            Of the kernel: `"cosine"`, or `"content"`, which also takes out what the lengths alone explain.
+        alignment_bandwidth (`float`, *optional*, defaults to 1.0):
+            δ of the kernel's bandwidth.
+        alignment_one_slice (`str`, *optional*, defaults to `"cosine"`):
+            Target of two prefixes of one slice: `"cosine"` or `"kernel"`.
+        alignment_similarity (`str`, *optional*, defaults to `"cosine"`):
+            The model's own similarities: `"cosine"` of embeddings, or (ours) the `"kernel"` of those of all slices.
+        triple_kernel (`bool`, *optional*, defaults to `True`):
+            Compare images by the image teacher and texts by the text teacher; otherwise everything by the cross-modal
+            one ("w/o TK").
+        slice_features (`str`, *optional*):
+            Folder that `hf-unigd embed-slices` wrote for the training rows. Without it the teachers run in training.
+        image_teacher, text_teacher, cross_teacher, teacher_pooling, sentence_language:
+            As in [`TeacherArguments`].
 
         > Parameters of the data
 
@@ -58,6 +87,31 @@ class UniGDTrainingArguments(TrainingArguments):
 
     contrastive_weight: float = field(default=1.0, metadata={"help": "Weight of the symmetric InfoNCE loss."})
     causal_lm_weight: float = field(default=1.0, metadata={"help": "Weight of the next-token loss."})
+    alignment_weight: float = field(default=0.0, metadata={"help": "Weight of the structure loss (Sugar's alpha)."})
+    alignment_positions: int = field(
+        default=4, metadata={"help": "At how many slice ends of a sequence the structure loss looks."}
+    )
+    alignment_target: str = field(
+        default="kernel",
+        metadata={"help": "What similarities are regressed onto.", "choices": ["kernel", "mean_slice"]},
+    )
+    alignment_normalization: str = field(
+        default="content", metadata={"help": "Normalisation of the kernel.", "choices": ["cosine", "content"]}
+    )
+    alignment_bandwidth: float = field(default=1.0, metadata={"help": "Delta of the kernel's bandwidth."})
+    alignment_one_slice: str = field(
+        default="cosine",
+        metadata={"help": "Target of two prefixes of one slice.", "choices": ["cosine", "kernel"]},
+    )
+    alignment_similarity: str = field(
+        default="cosine", metadata={"help": "The model's own similarities.", "choices": ["cosine", "kernel"]}
+    )
+    triple_kernel: bool = field(
+        default=True, metadata={"help": "Compare slices of one modality by its own teacher, not the cross-modal one."}
+    )
+    slice_features: str | None = field(
+        default=None, metadata={"help": "Folder that `hf-unigd embed-slices` wrote for the training rows."}
+    )
     loss_gradient_norm_steps: int = field(
         default=100, metadata={"help": "Log the gradient norm of each loss every so many steps; 0 never does."}
     )
@@ -81,13 +135,17 @@ class UniGDTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.contrastive_weight, self.causal_lm_weight) < 0:
+        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
+        listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())
+        if min(weights.values()) < 0:
+            raise ValueError(f"Loss weights must not be negative: {listing}.")
+        if not any(weights.values()):
+            raise ValueError(f"Every loss weight is 0: {listing}.")
+        if self.alignment_positions < 1 or self.alignment_bandwidth <= 0:
             raise ValueError(
-                f"Loss weights must not be negative: `contrastive_weight={self.contrastive_weight}`, "
-                f"`causal_lm_weight={self.causal_lm_weight}`."
+                f"`alignment_positions={self.alignment_positions}` and "
+                f"`alignment_bandwidth={self.alignment_bandwidth}` must be positive."
             )
-        if self.contrastive_weight == self.causal_lm_weight == 0:
-            raise ValueError("Every loss weight is 0: set `contrastive_weight` or `causal_lm_weight`.")
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns=True` would remove every column: rows are parsed by the collator."
@@ -105,6 +163,10 @@ class UniGDModelConfig(ModelConfig):
         matryoshka_dims (`list[int]`, *optional*): Prefix sizes that a new model is trained for.
         soft_prompts (`bool`, *optional*, defaults to `False`): Replace the hand-written prompts by trained tokens
             (VladVA, section 3.3).
+        embedding_position (`str`, *optional*, defaults to `"prompt"`): Where a new model embeds a sequence: at the end
+            of a prompt (VladVA) or at its `"last_slice"` (Sugar).
+        image_pooling (`str`, *optional*, defaults to `"mean"`): Span of an image slice in a new model: the `"mean"` of
+            its tokens or the `"last"`.
 
     Defaults that differ from TRL's are VladVA's: `lora_alpha` 16 and `lora_dropout` 0, LoRA on all linear layers of
     the language model.
@@ -120,6 +182,14 @@ class UniGDModelConfig(ModelConfig):
         default=None, metadata={"help": "Prefix sizes for which a new model is trained."}
     )
     soft_prompts: bool = field(default=False, metadata={"help": "Replace the hand-written prompts by trained tokens."})
+    embedding_position: str = field(
+        default="prompt",
+        metadata={"help": "Where a new model embeds a sequence.", "choices": ["prompt", "last_slice"]},
+    )
+    image_pooling: str = field(
+        default="mean",
+        metadata={"help": "Tokens of an image that stand for it in a new model.", "choices": ["mean", "last"]},
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,7 +8,9 @@ import torch
 
 from ..data import Example, RowError
 from ..data.example import content_key
+from ..data.slices import SentenceSplitter
 from ..modeling import SequenceError, UniGDProcessor
+from .prefixes import PrefixSampler
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ class UniGDDataCollator:
         candidates: model inputs of the positives, in the order of the embedded anchors, then of the negatives; absent
             where no example has a positive;
         anchor_keys `(n,)`, candidate_keys `(n + m,)`: content keys for masking duplicates;
+        structure: inputs of [`StructureLoss`], where examples have slices; the spans that it embeds follow the others
+            in the anchors' `spans`;
         rows `(batch_size,)`: indices in the dataset, for messages.
 
     Args:
@@ -32,6 +36,8 @@ class UniGDDataCollator:
         max_length: Longest row in tokens; a longer one is a bad row.
         skip_bad_rows: Leave bad rows out, counted in the log, instead of raising. None stands for one that was found
             bad before.
+        splitter: Cuts the texts of examples with slices.
+        prefixes: Chooses where the structure loss looks in them.
 
     Raises:
         RowError: a row cannot be processed and `skip_bad_rows` is off.
@@ -41,6 +47,8 @@ class UniGDDataCollator:
     processor: UniGDProcessor
     max_length: int | None = None
     skip_bad_rows: bool = False
+    splitter: SentenceSplitter | None = None
+    prefixes: PrefixSampler | None = None
 
     def __call__(self, examples: list[Example | None]) -> dict[str, Any]:
         good = [example for example in examples if example is not None]
@@ -55,6 +63,7 @@ class UniGDDataCollator:
         raise ValueError(f"None of the {len(examples)} rows of a batch can be used; the log has each one's reason.")
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
+        has_slices = all(example.slices is not None for example in examples)
         matched = [(example, example.positive) for example in examples if example.positive is not None]
         prompted = [example.prompted for example in examples]
         anchors = self._process(
@@ -62,14 +71,17 @@ class UniGDDataCollator:
             [example.anchor for example in examples],
             targets=[example.target for example in examples],
             prompted=prompted,
+            sentence_ends=self.splitter if has_slices else None,
         )
+        slice_spans = anchors.pop("slice_spans", None)
         # Prompted rows without a positive (a long caption alone) are continued, not embedded.
         embedded = torch.tensor([example.positive is not None for example in examples])
         anchors["spans"] = anchors["spans"][embedded[anchors["spans"][:, 0]]]
-        batch: dict[str, Any] = {
-            "anchors": dict(anchors),
-            "rows": torch.tensor([example.row for example in examples]),
-        }
+        batch: dict[str, Any] = {"rows": torch.tensor([example.row for example in examples])}
+        if slice_spans is not None and self.prefixes is not None:
+            chosen, batch["structure"] = self.prefixes(examples, slice_spans)
+            anchors["spans"] = torch.cat([anchors["spans"], chosen])
+        batch["anchors"] = dict(anchors)
         if matched:
             pairs = matched + [(example, negative) for example, _ in matched for negative in example.negatives]
             owners, sequences = zip(*pairs, strict=True)

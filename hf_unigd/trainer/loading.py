@@ -46,7 +46,12 @@ def load_for_training(
     else:
         set_seed(seed)
         model = UniGDForConditionalGeneration.from_vlm_pretrained(name, **kwargs, **head)
-        processor = UniGDProcessor.from_vlm_pretrained(name, revision=revision)
+        processor = UniGDProcessor.from_vlm_pretrained(
+            name,
+            embedding_position=model_args.embedding_position,
+            image_pooling=model_args.image_pooling,
+            revision=revision,
+        )
     if model_args.soft_prompts and processor.soft_prompts is None:
         model.add_soft_prompts(**processor.add_soft_prompts())
     return model, processor, get_peft_config(model_args)

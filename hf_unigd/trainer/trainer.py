@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object
@@ -10,13 +11,14 @@ from peft import PeftConfig, PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data import RowParser, make_examples
+from ..data import RowParser, SliceFeatures, Teachers, make_examples
 from ..evaluation import retrieval_metrics
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .adapters import add_adapter
 from .arguments import UniGDTrainingArguments
 from .collator import UniGDDataCollator
-from .losses import InfoNCELoss
+from .losses import InfoNCELoss, StructureLoss
+from .prefixes import PrefixSampler
 
 
 class ClampLogitScale(TrainerCallback):
@@ -30,12 +32,13 @@ class UniGDTrainer(Trainer):
     r"""
     Trains embeddings and generation together:
 
-        L = contrastive_weight · InfoNCE + causal_lm_weight · next-token
+        L = contrastive_weight · InfoNCE + alignment_weight · structure + causal_lm_weight · next-token
 
     An anchor (an image, its prompt, then its long caption) is run once: causal attention lets its embedding be read at
     the last prompt token and its caption be scored in the same forward. The sequences that it is contrasted with are
     the second forward. The next-token loss is normalised by the labelled tokens of the whole accumulated global batch,
-    the contrastive loss takes its negatives from all processes.
+    the contrastive loss takes its negatives from all processes, and so does the structure loss its positions: ends of
+    slices of the anchors and their captions, read in the same forward.
 
     Args:
         model ([`UniGDForConditionalGeneration`]): The model.
@@ -82,17 +85,30 @@ class UniGDTrainer(Trainer):
             long_caption_max_tokens=args.long_caption_max_tokens,
             image_folder=args.image_folder,
         )
+        splitter, slice_features, self.teachers = None, None, None
+        if args.alignment_weight:
+            splitter = args.splitter
+            if args.slice_features:
+                slice_features = SliceFeatures.load(args.slice_features, args)
+                self._spaces = slice_features.spaces(args.triple_kernel)
+            else:
+                self.teachers = Teachers(args, args.device)
+                self._spaces = self.teachers.spaces(args.triple_kernel)
 
-        def examples_of(rows):
+        def examples_of(rows, parser=parser, slice_features=None):
             if isinstance(rows, dict):
                 return {name: examples_of(part) for name, part in rows.items()}
-            return None if rows is None else make_examples(rows, parser, args.skip_bad_rows, args.check_rows)
+            if rows is None:
+                return None
+            return make_examples(rows, parser, args.skip_bad_rows, args.check_rows, slice_features)
 
-        kwargs.setdefault("data_collator", UniGDDataCollator(processing_class, args.max_length, args.skip_bad_rows))
+        prefixes = PrefixSampler(args.alignment_positions, args.seed, keep_all=args.alignment_similarity == "kernel")
+        collator = UniGDDataCollator(processing_class, args.max_length, args.skip_bad_rows, splitter, prefixes)
+        kwargs.setdefault("data_collator", collator)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=examples_of(train_dataset),
+            train_dataset=examples_of(train_dataset, replace(parser, splitter=splitter), slice_features),
             eval_dataset=examples_of(eval_dataset),
             processing_class=processing_class,
             **kwargs,
@@ -100,6 +116,13 @@ class UniGDTrainer(Trainer):
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
         self.add_callback(ClampLogitScale())
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
+        self.structure_loss = StructureLoss(
+            target=args.alignment_target,
+            normalization=args.alignment_normalization,
+            bandwidth=args.alignment_bandwidth,
+            one_slice=args.alignment_one_slice,
+            similarity=args.alignment_similarity,
+        )
         self._logged: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         self._check_batches()
 
@@ -159,6 +182,7 @@ class UniGDTrainer(Trainer):
         scales = {
             "causal_lm": self.args.causal_lm_weight * self.accelerator.num_processes,
             "contrastive": self.args.contrastive_weight / self.current_gradient_accumulation_steps,
+            "alignment": self.args.alignment_weight / self.current_gradient_accumulation_steps,
         }
         weighted = {name: scales[name] * part for name, part in parts.items()}
         # DDP waits for a gradient of all that its outputs depend on: every output takes part, if with weight 0.
@@ -187,7 +211,7 @@ class UniGDTrainer(Trainer):
             anchors.pop("labels", None)
         outputs = model(
             **anchors,
-            candidates=inputs.get("candidates"),
+            candidates=inputs.get("candidates") if self.args.contrastive_weight else None,
             num_items_in_batch=num_items_in_batch,
             skip_logits=True,
             use_cache=False,
@@ -196,7 +220,7 @@ class UniGDTrainer(Trainer):
         if self.args.causal_lm_weight:
             parts["causal_lm"] = outputs.logit_scale * 0.0 if outputs.loss is None else outputs.loss
         if self.args.contrastive_weight:
-            queries = outputs.embeddings
+            queries = outputs.embeddings[: len(inputs.get("anchor_keys", ()))]
             candidates = queries[:0] if outputs.candidate_embeddings is None else outputs.candidate_embeddings
             no_keys = torch.zeros(0, dtype=torch.long, device=queries.device)
             candidate_keys = inputs.get("candidate_keys", no_keys)
@@ -211,6 +235,14 @@ class UniGDTrainer(Trainer):
             )
             parts["contrastive"] = contrastive.pop("loss")
             metrics = {**contrastive, "temperature": 1 / outputs.logit_scale}
+        if self.args.alignment_weight:
+            structure = dict(inputs["structure"])
+            if "slices" in structure:
+                structure["features"] = self.teachers(structure.pop("slices"))
+            positions = outputs.embeddings[len(inputs.get("anchor_keys", ())) :]
+            alignment = self.structure_loss(positions, **structure, spaces=self._spaces)
+            parts["alignment"] = alignment.pop("loss")
+            metrics |= alignment
         return parts, metrics, outputs
 
     def _stop_at_non_finite_loss(self, parts, inputs):

@@ -1,0 +1,120 @@
+"""A frozen encoder of images, of texts, or of both."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
+
+
+class Encoder:
+    """One frozen encoder: images or texts in, unit vectors out.
+
+    Args:
+        name: A sentence-transformers model (it has a `modules.json`), or any other that `AutoModel` loads.
+        pooling: `"cls"` or `"mean"`, for models of one modality without sentence-transformers' modules.
+        device: Where it runs.
+
+    Raises:
+        ImportError: a sentence-transformers model, and the library is not installed.
+    """
+
+    def __init__(self, name: str, pooling: str = "cls", device: torch.device | str = "cpu"):
+        self.name = name
+        self.pooling = pooling
+        self.device = torch.device(device)
+        self.truncated = 0
+        self.is_sentence_transformer = _has_file(name, "modules.json")
+        if self.is_sentence_transformer:
+            try:
+                from sentence_transformers import SentenceTransformer
+            except ImportError as error:
+                raise ImportError(
+                    f"{name} needs sentence-transformers: `pip install 'hf-unigd[teachers]'`."
+                ) from error
+            self.model = SentenceTransformer(name, device=str(device)).eval()
+        else:
+            self.model = AutoModel.from_pretrained(name).to(device).eval()
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, contents: Sequence[Image.Image] | Sequence[str]) -> torch.Tensor:
+        """Unit vectors `(n, dim)`, float32, on the encoder's device.
+
+        A text longer than the encoder takes is cut as the encoder does it, and counted in `truncated`.
+
+        Raises:
+            ValueError: the encoder does not take this modality.
+        """
+        of_texts = isinstance(contents[0], str)
+        if self.is_sentence_transformer:
+            if of_texts:
+                self._count_truncated(self.model.tokenizer, contents, self.model.max_seq_length)
+            vectors = self.model.encode(
+                list(contents), batch_size=len(contents), convert_to_tensor=True, show_progress_bar=False
+            )
+        else:
+            vectors = self._encode_texts(contents) if of_texts else self._encode_images(contents)
+        return F.normalize(vectors.float(), dim=-1)
+
+    def _encode_texts(self, texts):
+        max_length = min(self._tokenizer.model_max_length, self.model.config.get_text_config().max_position_embeddings)
+        self._count_truncated(self._tokenizer, texts, max_length)
+        inputs = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(self.device)
+        if hasattr(self.model, "get_text_features"):
+            return _features(self.model.get_text_features(**inputs))
+        return self._pool(self.model(**inputs).last_hidden_state, inputs["attention_mask"])
+
+    def _encode_images(self, images):
+        inputs = self._image_processor(images=list(images), return_tensors="pt").to(self.device)
+        if hasattr(self.model, "get_image_features"):
+            return _features(self.model.get_image_features(**inputs))
+        hidden = self.model(**inputs).last_hidden_state
+        return self._pool(hidden, torch.ones(hidden.shape[:2], device=hidden.device))
+
+    def _pool(self, hidden, mask):
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def _count_truncated(self, tokenizer, texts, max_length):
+        lengths = map(len, tokenizer(list(texts), verbose=False)["input_ids"])
+        self.truncated += sum(length > max_length for length in lengths)
+
+    @cached_property
+    def _tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.name)
+
+    @cached_property
+    def _image_processor(self):
+        return AutoImageProcessor.from_pretrained(self.name)
+
+
+def encoder_commit(name: str) -> str:
+    """What changes when the encoder does: the commit of a Hub id, a digest of the files of a folder."""
+    if not Path(name).is_dir():
+        return AutoConfig.from_pretrained(name)._commit_hash or ""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(name).rglob("*")):
+        if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
+            digest.update(str(file.relative_to(name)).encode())
+            with file.open("rb") as stream:
+                while part := stream.read(1 << 24):
+                    digest.update(part)
+    return digest.hexdigest()
+
+
+def _has_file(name: str, file: str) -> bool:
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _features(outputs) -> torch.Tensor:
+    """The projected features, which transformers returns bare or as `pooler_output`, by model."""
+    return outputs if isinstance(outputs, torch.Tensor) else outputs.pooler_output

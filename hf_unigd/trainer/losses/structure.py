@@ -1,0 +1,177 @@
+"""Similarities of hidden states regressed onto an alignment kernel between their inputs (Sugar)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ...kernels import alignment_kernel, mean_slice_similarity
+from .gather import gather_rows
+
+
+Spaces = Mapping[tuple[int, int], tuple[int, int]]
+
+
+class StructureLoss(nn.Module):
+    r"""
+    The structure-induced loss of Sugar (section 3.2, equation 3):
+
+        L_d = 1/n · sum_i sum_j (m^r_ij - m^l_ij)²
+
+    over `n` positions, each the end of a slice (an image or a sentence) in its sequence. `m^r` are the cosine
+    similarities of the embeddings at these positions. `m^l` are the similarities of what the model has read up to
+    there, prefixes of sequences of slices as frozen teachers see them: the normalised global alignment kernel
+    (equation 2, section 3.2) with bandwidth `δ · sqrt((length_i + length_j) / 2)`, the cosine where both prefixes are
+    one slice (theorem 3), and 1 for two positions of one sample. No gradient flows into it. Over several processes the
+    positions of all of them are used, with exact gradients, as in [`InfoNCELoss`].
+
+    What the paper leaves open are arguments here. That the kernel is normalised at all is one: without, it exceeds 1.
+
+    Args:
+        target (`str`, *optional*, defaults to `"kernel"`): `"kernel"`, or `"mean_slice"`: the mean similarity of all
+            slices of the two prefixes (table 4b, "w/o GAK").
+        normalization (`str`, *optional*, defaults to `"content"`): Of the kernel: `"cosine"`, or `"content"`, which
+            also takes out the part that the two lengths alone explain. Limited to 1.
+        bandwidth (`float`, *optional*, defaults to 1.0): `δ`, in units of the distance of unit vectors.
+        one_slice (`str`, *optional*, defaults to `"cosine"`): Target of two prefixes of one slice: `"cosine"` or
+            `"kernel"`.
+        similarity (`str`, *optional*, defaults to `"cosine"`): How the model's own similarities `m^r` are computed:
+            `"cosine"`, or (ours) `"kernel"`: the same kernel over the model's embeddings of all slices of the two
+            prefixes, with gradients through it.
+
+    Raises:
+        ValueError: an unknown choice.
+
+    Citation: Chow et al., "Unified Generative and Discriminative Training for Multi-modal Large Language Models",
+    NeurIPS 2024.
+    """
+
+    def __init__(
+        self,
+        target: str = "kernel",
+        normalization: str = "content",
+        bandwidth: float = 1.0,
+        one_slice: str = "cosine",
+        similarity: str = "cosine",
+    ):
+        super().__init__()
+        for name, value, choices in (
+            ("target", target, ("kernel", "mean_slice")),
+            ("normalization", normalization, ("cosine", "content")),
+            ("one_slice", one_slice, ("cosine", "kernel")),
+            ("similarity", similarity, ("cosine", "kernel")),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        self.target = target
+        self.normalization = normalization
+        self.bandwidth = bandwidth
+        self.one_slice = one_slice
+        self.similarity = similarity
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        features: torch.Tensor,
+        modalities: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        sample_keys: torch.Tensor,
+        spaces: Spaces,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Args:
+            embeddings (`torch.FloatTensor` of shape `(n, d)`): Unit vectors at the positions; with
+                `similarity="kernel"`, of shape `(num_slices, d)`, of all slices.
+            features (`torch.FloatTensor` of shape `(num_slices, width)`): The teachers' view of all slices, sequence
+                after sequence.
+            modalities (`torch.LongTensor` of shape `(num_slices,)`): 0 for an image, 1 for a text.
+            starts, lengths (`torch.LongTensor` of shape `(n,)`): The prefix of position `i` is
+                `features[starts[i] : starts[i] + lengths[i]]`.
+            sample_keys (`torch.LongTensor` of shape `(n,)`): Equal for positions of one sample.
+            spaces: Columns of `features` in which slices of two modalities are compared, as in
+                [`~hf_unigd.kernels.alignment_kernel`].
+
+        Returns:
+            `dict` of scalars: `loss`, and detached, over pairs of different samples, `alignment_target` and
+            `alignment_similarity` (means of `m^l` and `m^r`) and `alignment_correlation` (Pearson's, between them).
+        """
+        slices = _prefix_slices(starts, lengths)
+        # Gathered once, packed prefix by prefix: processes differ in their numbers of prefixes and slices.
+        lengths, sample_keys = gather_rows(lengths), gather_rows(sample_keys)
+        features = gather_rows(features[slices].to(torch.promote_types(features.dtype, torch.float32)))
+        modalities = gather_rows(modalities[slices])
+        if len(lengths) == 0:
+            zero = embeddings.sum() * 0.0
+            return dict.fromkeys(("loss", "alignment_target", "alignment_similarity", "alignment_correlation"), zero)
+        same_sample = sample_keys[:, None] == sample_keys[None, :]
+        with torch.no_grad():
+            target = self._target(features, modalities, lengths, spaces)
+            target = target.masked_fill(same_sample, 1.0).to(embeddings.dtype)
+        if self.similarity == "cosine":
+            embeddings = gather_rows(embeddings)
+            similarity = embeddings @ embeddings.T
+        else:
+            similarity = self._kernel(gather_rows(embeddings[slices]), lengths)
+            similarity = self._one_slice_cosines(similarity, gather_rows(embeddings[starts + lengths - 1]), lengths)
+        loss = (similarity - target).square().sum() / len(lengths)
+        return {"loss": loss, **self._metrics(similarity.detach(), target, ~same_sample)}
+
+    def _target(self, features, modalities, lengths, spaces) -> torch.Tensor:
+        packed = {"x_offsets": _offsets(lengths), "x_modalities": modalities, "spaces": spaces}
+        if self.target == "mean_slice":
+            return mean_slice_similarity(features, **packed)
+        target = self._kernel(features, lengths, x_modalities=modalities, spaces=spaces).clamp(max=1.0)
+        if self.one_slice == "kernel" or not (single := lengths == 1).any():
+            return target
+        last = lengths.cumsum(0)[single] - 1
+        cosines = mean_slice_similarity(
+            features[last],
+            x_lengths=None,
+            x_offsets=torch.arange(len(last) + 1, device=last.device),
+            x_modalities=modalities[last],
+            spaces=spaces,
+        )
+        return target.masked_scatter(single[:, None] & single[None, :], cosines)
+
+    def _kernel(self, features, lengths, **kwargs) -> torch.Tensor:
+        log_kernel = alignment_kernel(
+            features,
+            _offsets(lengths),
+            bandwidth=self.bandwidth,
+            per_pair_bandwidth=True,
+            normalize=self.normalization,
+            **kwargs,
+        )
+        return log_kernel.exp()
+
+    def _one_slice_cosines(self, similarity, ends, lengths):
+        if self.one_slice == "kernel":
+            return similarity
+        single = lengths == 1
+        return torch.where(single[:, None] & single[None, :], ends @ ends.T, similarity)
+
+    @staticmethod
+    @torch.no_grad()
+    def _metrics(similarity, target, others) -> dict[str, torch.Tensor]:
+        if not others.any():
+            zero = similarity.new_zeros(())
+            return dict.fromkeys(("alignment_target", "alignment_similarity", "alignment_correlation"), zero)
+        pairs = torch.stack([similarity[others], target[others]])
+        correlation = torch.corrcoef(pairs)[0, 1].nan_to_num()  # undefined where either is constant
+        return {
+            "alignment_target": pairs[1].mean(),
+            "alignment_similarity": pairs[0].mean(),
+            "alignment_correlation": correlation,
+        }
+
+
+def _offsets(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _prefix_slices(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Indices of the slices of all prefixes, one prefix after the other."""
+    prefix = torch.repeat_interleave(lengths)
+    place = torch.arange(len(prefix), device=lengths.device) - (lengths.cumsum(0) - lengths)[prefix]
+    return starts[prefix] + place

@@ -1,0 +1,227 @@
+"""Sugar's structure loss against the paper's equations, written out plainly."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_unigd.data.teachers import slice_spaces
+from hf_unigd.trainer.losses import StructureLoss
+
+
+OWN, CROSS = 5, 4
+IMAGE, TEXT = 0, 1
+
+
+def alignments(n, m):
+    """Every alignment of n with m slices: paths from (0, 0) to (n-1, m-1) by steps right, down or both."""
+    if (n, m) == (1, 1):
+        yield [(0, 0)]
+        return
+    for dn, dm in ((1, 0), (0, 1), (1, 1)):
+        if n > dn and m > dm:
+            for path in alignments(n - dn, m - dm):
+                yield [*path, (n - 1, m - 1)]
+
+
+class Reference:
+    """Equations 2 to 4 for sequences of (modality, own vector, cross vector), in Python's float64."""
+
+    def __init__(self, delta=1.0, normalization="cosine", one_slice="cosine", target="kernel", triple=True):
+        self.delta, self.normalization, self.one_slice = delta, normalization, one_slice
+        self.target_kind, self.triple = target, triple
+
+    def parts(self, a, b):
+        return (1, 1) if self.triple and a[0] == b[0] else (2, 2)
+
+    def cosine(self, a, b):
+        i, j = self.parts(a, b)
+        return float(a[i] @ b[j])
+
+    def kernel(self, x, y, constant=False):
+        """Equation 2: the sum over all alignments."""
+        sigma = self.delta * math.sqrt((len(x) + len(y)) / 2)
+        total = 0.0
+        for path in alignments(len(x), len(y)):
+            product = 1.0
+            for i, j in path:
+                if not constant:
+                    phi = (2 - 2 * self.cosine(x[i], y[j])) / (2 * sigma**2)
+                    product *= math.exp(-(phi + math.log(2 - math.exp(-phi))))
+            total += product
+        return total
+
+    def target(self, x, y):
+        if self.target_kind == "mean_slice":
+            return sum(self.cosine(a, b) for a in x for b in y) / (len(x) * len(y))
+        if len(x) == len(y) == 1 and self.one_slice == "cosine":
+            return self.cosine(x[0], y[0])
+        value = self.kernel(x, y) / math.sqrt(self.kernel(x, x) * self.kernel(y, y))
+        if self.normalization == "content":
+            count = [self.kernel(a, b, constant=True) for a, b in ((x, y), (x, x), (y, y))]
+            value /= count[0] / math.sqrt(count[1] * count[2])
+        return min(value, 1.0)
+
+    def loss(self, embeddings, prefixes, samples):
+        n = len(prefixes)
+        total = 0.0
+        for i in range(n):
+            for j in range(n):
+                target = 1.0 if samples[i] == samples[j] else self.target(prefixes[i], prefixes[j])
+                total = total + (embeddings[i] @ embeddings[j] - target) ** 2
+        return total / n
+
+
+@pytest.fixture
+def batch():
+    """Three samples of 3, 1 and 4 slices, and positions in them."""
+    torch.manual_seed(0)
+    lengths = [3, 1, 4]
+    slices = [
+        (place % 2, F.normalize(torch.randn(OWN, dtype=torch.double), dim=0),
+         F.normalize(torch.randn(CROSS, dtype=torch.double), dim=0))
+        for place in range(sum(lengths))
+    ]  # fmt: skip
+    starts, prefix_lengths, samples = [0, 0, 3, 4, 4, 4], [1, 3, 1, 2, 3, 4], [10, 10, 20, 30, 30, 30]
+    inputs = {
+        "features": torch.stack([torch.cat(part[1:]) for part in slices]),
+        "modalities": torch.tensor([part[0] for part in slices]),
+        "starts": torch.tensor(starts),
+        "lengths": torch.tensor(prefix_lengths),
+        "sample_keys": torch.tensor(samples),
+    }
+    prefixes = [slices[start : start + length] for start, length in zip(starts, prefix_lengths, strict=True)]
+    embeddings = F.normalize(torch.randn(6, 7, dtype=torch.double), dim=1)
+    return embeddings.requires_grad_(), inputs, prefixes, samples
+
+
+SETTINGS = [
+    {},
+    {"normalization": "content"},
+    {"delta": 0.5},
+    {"one_slice": "kernel"},
+    {"target": "mean_slice"},
+    {"triple": False},
+    {"normalization": "content", "delta": 2.0, "one_slice": "kernel", "triple": False},
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_it_equals_the_equations_with_gradients(batch, setting):
+    embeddings, inputs, prefixes, samples = batch
+    expected = Reference(**setting).loss(embeddings, prefixes, samples)
+    (gradient,) = torch.autograd.grad(expected, embeddings)
+    setting = {"normalization": "cosine", **setting}
+    spaces = slice_spaces(OWN, CROSS, setting.pop("triple", True))
+    setting["bandwidth"] = setting.pop("delta", 1.0)
+    loss = StructureLoss(**setting)(embeddings, **inputs, spaces=spaces)["loss"]
+    assert torch.allclose(loss, expected, rtol=1e-10)
+    assert torch.allclose(torch.autograd.grad(loss, embeddings)[0], gradient, rtol=1e-9)
+    single = StructureLoss(**setting)(
+        embeddings.float(), **{**inputs, "features": inputs["features"].float()}, spaces=spaces
+    )
+    assert abs(single["loss"].item() - expected.item()) < 1e-5
+
+
+def test_every_switch_of_table_4b_changes_what_it_names_and_nothing_else(batch):
+    _, inputs, prefixes, _ = batch
+    spaces, cross_only = slice_spaces(OWN, CROSS), slice_spaces(OWN, CROSS, triple_kernel=False)
+    kwargs = {key: inputs[key] for key in ("features", "modalities", "lengths")}
+    packed = torch.cat([torch.arange(s, s + n) for s, n in zip(inputs["starts"], inputs["lengths"], strict=True)])
+    kwargs["features"], kwargs["modalities"] = inputs["features"][packed], inputs["modalities"][packed]
+
+    def target(loss, spaces):
+        return loss._target(spaces=spaces, **kwargs)
+
+    base = target(StructureLoss(normalization="cosine"), spaces)
+    one = torch.tensor([len(prefix) == 1 for prefix in prefixes])
+    one_slice_pairs = one[:, None] & one[None, :]
+    same_modality = torch.tensor([[x[0][0] == y[0][0] for y in prefixes] for x in prefixes])
+
+    without_kernel = target(StructureLoss(target="mean_slice"), spaces)
+    assert torch.allclose(without_kernel[one_slice_pairs], base[one_slice_pairs])
+    assert not torch.isclose(without_kernel, base)[~one_slice_pairs].any()
+
+    without_triple = target(StructureLoss(normalization="cosine"), cross_only)
+    unlike = one_slice_pairs & ~same_modality
+    assert unlike.any()
+    assert torch.allclose(without_triple[unlike], base[unlike])
+    others = ~unlike & ~torch.eye(len(prefixes), dtype=torch.bool)
+    assert not torch.isclose(without_triple, base)[others].any()
+
+    by_kernel = target(StructureLoss(normalization="cosine", one_slice="kernel"), spaces)
+    assert torch.equal(by_kernel[~one_slice_pairs], base[~one_slice_pairs])
+    assert not torch.isclose(by_kernel, base)[one_slice_pairs & ~torch.eye(len(prefixes), dtype=torch.bool)].any()
+
+
+def test_no_gradient_reaches_the_teachers(batch):
+    embeddings, inputs, _, _ = batch
+    features = inputs["features"].requires_grad_()
+    loss = StructureLoss()(embeddings, **{**inputs, "features": features}, spaces=slice_spaces(OWN, CROSS))["loss"]
+    assert torch.autograd.grad(loss, features, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("normalization", ["cosine", "content"])
+def test_the_differentiable_form_aligns_the_models_own_slices(batch, normalization):
+    _, inputs, prefixes, samples = batch
+    torch.manual_seed(1)
+    vectors = torch.randn(8, 6, dtype=torch.double).requires_grad_()
+    unit = F.normalize(vectors, dim=1)
+    loss = StructureLoss(similarity="kernel", normalization=normalization)
+    result = loss(unit, **inputs, spaces=slice_spaces(OWN, CROSS))["loss"]
+
+    student = Reference(normalization=normalization)
+    student.parts = lambda a, b: (1, 1)
+    own = [
+        [(0, unit[place].detach()) for place in range(start, start + length)]
+        for start, length in zip(inputs["starts"].tolist(), inputs["lengths"].tolist(), strict=True)
+    ]
+    teacher = Reference(normalization=normalization)
+    total = 0.0
+    for i in range(len(own)):
+        for j in range(len(own)):
+            if len(own[i]) == len(own[j]) == 1:
+                similarity = student.cosine(own[i][0], own[j][0])
+            else:
+                similarity = student.kernel(own[i], own[j]) / math.sqrt(
+                    student.kernel(own[i], own[i]) * student.kernel(own[j], own[j])
+                )
+                if normalization == "content":
+                    counts = [student.kernel(a, b, constant=True) for a, b in
+                              ((own[i], own[j]), (own[i], own[i]), (own[j], own[j]))]  # fmt: skip
+                    similarity /= counts[0] / math.sqrt(counts[1] * counts[2])
+            target = 1.0 if samples[i] == samples[j] else teacher.target(prefixes[i], prefixes[j])
+            total += (similarity - target) ** 2
+    assert result.item() == pytest.approx(total / len(own), rel=1e-9)
+
+    def value(vectors):
+        return loss(F.normalize(vectors, dim=1), **inputs, spaces=slice_spaces(OWN, CROSS))["loss"]
+
+    assert torch.autograd.gradcheck(value, vectors)
+
+
+def test_its_metrics_leave_pairs_of_one_sample_out(batch):
+    embeddings, inputs, _, samples = batch
+    metrics = StructureLoss()(embeddings, **inputs, spaces=slice_spaces(OWN, CROSS))
+    others = torch.tensor(samples)[:, None] != torch.tensor(samples)[None, :]
+    similarity = (embeddings @ embeddings.T).detach()[others]
+    assert metrics["alignment_similarity"].item() == pytest.approx(similarity.mean().item())
+    assert -1 <= metrics["alignment_correlation"].item() <= 1
+    assert not metrics["alignment_target"].requires_grad
+
+
+def test_a_batch_without_positions_has_a_loss_of_zero():
+    empty = torch.zeros(0, dtype=torch.long)
+    embeddings = torch.zeros(0, 7, requires_grad=True)
+    loss = StructureLoss()(
+        embeddings, torch.zeros(0, OWN + CROSS), empty, empty, empty, empty, slice_spaces(OWN, CROSS)
+    )["loss"]
+    assert loss.item() == 0
+    loss.backward()
+
+
+@pytest.mark.parametrize("name", ["target", "normalization", "one_slice", "similarity"])
+def test_an_unknown_choice_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+        StructureLoss(**{name: "other"})
