@@ -63,7 +63,7 @@ class UniGDDataCollator:
         raise ValueError(f"None of the {len(examples)} rows of a batch can be used; the log has each one's reason.")
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
-        has_slices = all(example.slices is not None for example in examples)
+        has_slices = all(example.slices for example in examples)
         matched = [(example, example.positive) for example in examples if example.positive is not None]
         prompted = [example.prompted for example in examples]
         anchors = self._process(

@@ -85,7 +85,8 @@ class UniGDTrainer(Trainer):
             long_caption_max_tokens=args.long_caption_max_tokens,
             image_folder=args.image_folder,
         )
-        splitter, slice_features, self.teachers = None, None, None
+        splitter, slice_features = None, None
+        self.teachers: Teachers | None = None
         if args.alignment_weight:
             splitter = args.splitter
             if args.slice_features:
@@ -237,7 +238,7 @@ class UniGDTrainer(Trainer):
             metrics = {**contrastive, "temperature": 1 / outputs.logit_scale}
         if self.args.alignment_weight:
             structure = dict(inputs["structure"])
-            if "slices" in structure:
+            if self.teachers is not None:
                 structure["features"] = self.teachers(structure.pop("slices"))
             positions = outputs.embeddings[len(inputs.get("anchor_keys", ())) :]
             alignment = self.structure_loss(positions, **structure, spaces=self._spaces)
