@@ -18,26 +18,22 @@ from .icons import COLOURS, draw_icon, icon_glyphs
 
 
 SCENES = 5
+_IMAGE_TAG = "<image>"
 
 
-def load_stories(
-    split: str = "train",
-    count: int = 4000,
-    cast: int = 200,
-    size: int = 48,
-    seed: int = 0,
-    with_single_pictures: bool = False,
-) -> Dataset:
+def load_stories(split: str = "train", count: int = 4000, cast: int = 200, size: int = 48, seed: int = 0) -> Dataset:
     """
     Stories as rows with the columns `messages` and `images` (to train on), and `captions` (to search by).
+
+    Every other pair of training stories shows its last picture alone, and every picture also comes alone, with what it
+    shows as the answer: one learns from sequences of all the kinds that are searched by and for.
 
     Args:
         split: `"train"` or `"test"`: other stories of the same cast.
         count: How many, two of each pair.
-        cast: How many of the icons take part, those of one word first.
+        cast: How many of the icons take part, those with the shortest names first.
         size: Side of the pictures, in pixels.
         seed: Of the stories.
-        with_single_pictures: Also every picture that stories may show, alone, with what it shows as the answer.
 
     Raises:
         ImportError: the icon font is not installed.
@@ -47,10 +43,13 @@ def load_stories(
         raise ValueError(f"The stories have the splits 'train' and 'test', not {split!r}.")
     names = cast_of_icons(cast)
     draw = random.Random(f"{seed}-{split}")
-    rows = [row for _ in range(count // 2) for row in _tell_pair(draw, names)]
-    if with_single_pictures:
+    rows = []
+    for pair in range(count // 2):
+        shown = 1 if split == "train" and pair % 2 else SCENES
+        rows += [{**story, "shown": shown} for story in _tell_pair(draw, names)]
+    if split == "train":
         rows += [
-            {"captions": [], "icons": [icon], "colours": [colour], "answer": describe(icon, colour)}
+            {"captions": [], "icons": [icon], "colours": [colour], "answer": describe(icon, colour), "shown": 1}
             for icon in names
             for colour in COLOURS
         ]
@@ -64,6 +63,18 @@ def cast_of_icons(count: int) -> list[str]:
 
 def describe(icon: str, colour: str) -> str:
     return f"It shows the {colour} {_words(icon)}."
+
+
+def captions_of(icon: str, colour: str) -> list[str]:
+    """The sentences that may stand before a picture of `icon` in `colour`."""
+    name = _words(icon)
+    turns = [f"The {place} turns {colour}." for place in ("first", "second")]
+    return [
+        f"Here comes the {colour} {name}.",
+        f"The {colour} {name} joins it.",
+        *turns,
+        f"At last the first turns {colour}.",
+    ]
 
 
 def _tell_pair(draw: random.Random, names: list[str]) -> list[dict]:
@@ -101,14 +112,15 @@ def _render(rows: dict[str, list]) -> dict[str, list]:
     """Rows of the columns that users see; pictures are drawn only when they are read."""
     drawn: dict[str, list] = {"messages": [], "images": [], "captions": rows["captions"]}
     glyphs = icon_glyphs()
-    for captions, icons, colours, answer, side in zip(
-        rows["captions"], rows["icons"], rows["colours"], rows["answer"], rows["side"], strict=True
-    ):
-        content = "".join(f"{caption}<image>" for caption in captions or [""])
-        drawn["messages"].append(
-            [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        )
+    names = ("captions", "icons", "colours", "answer", "shown", "side")
+    for captions, icons, colours, answer, shown, side in zip(*(rows[name] for name in names), strict=True):
+        tags = [""] * (len(icons) - shown) + [_IMAGE_TAG] * shown
+        content = "".join(f"{caption} {tag}" for caption, tag in zip(captions or [""], tags, strict=True))
+        drawn["messages"].append([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
         drawn["images"].append(
-            [draw_icon(glyphs[icon], colour, "large", side) for icon, colour in zip(icons, colours, strict=True)]
+            [
+                draw_icon(glyphs[icon], colour, "large", side)
+                for icon, colour in list(zip(icons, colours, strict=True))[-shown:]
+            ]
         )
     return drawn

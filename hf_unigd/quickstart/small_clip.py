@@ -1,7 +1,6 @@
 """A CLIP of a million parameters, trained on the icons in a minute: the cross-modal teacher when no hub is at hand."""
 
 import random
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,7 +11,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, LlavaProcessor
 def build_clip(processor: LlavaProcessor, hidden_size: int = 128, layers: int = 4, seed: int = 0) -> CLIPModel:
     """A randomly initialised CLIP whose pictures and texts are those of `processor`."""
     tokenizer = processor.tokenizer
-    stack = {"hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_attention_heads": hidden_size // 32}
+    stack = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_attention_heads": hidden_size // 32,
+    }
     config = CLIPConfig(
         vision_config={
             "image_size": processor.image_processor.crop_size["height"],
@@ -62,8 +65,3 @@ def train_clip(
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.2f}")
     model.eval()
-
-
-def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
