@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "Recall both ways and caption perplexity of a checkpoint on a dataset",
     "embed": "Embed a dataset and save it as a searchable folder",
     "search": "Search an embedded dataset by text or image",
+    "explain": "Draw which images and sentences of two sequences the alignment kernel brings together",
     "generate": "Generate text from an image, a text, or both",
     "kernels": "Export the alignment kernels as a repository for the kernels library",
 }
