@@ -14,6 +14,7 @@ COMMANDS = {
     "embed": "Embed a dataset and save it as a searchable folder",
     "search": "Search an embedded dataset by text or image",
     "doctor": "Examine a checkpoint: tensors, prompts, probe, and which of its consumers will work here",
+    "explain": "Draw which images and sentences of two sequences the alignment kernel brings together",
     "generate": "Generate text from an image, a text, or both",
     "kernels": "Export the alignment kernels as a repository for the kernels library",
 }
