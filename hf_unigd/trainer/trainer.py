@@ -368,15 +368,18 @@ class UniGDTrainer(Trainer):
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
+    @property
+    def train_collator(self) -> UniGDDataCollator:
+        """The collator, for what this training needs of a row."""
+        return replace(
+            self.data_collator,
+            chunk_size=self.args.gradient_cache_chunk_size,
+            contrastive=bool(self.args.contrastive_weight),
+            causal_lm=bool(self.args.causal_lm_weight),
+        )
+
     def get_train_dataloader(self):
-        collator = self.data_collator
-        if isinstance(collator, UniGDDataCollator):
-            self.data_collator = replace(
-                collator,
-                chunk_size=self.args.gradient_cache_chunk_size,
-                contrastive=bool(self.args.contrastive_weight),
-                causal_lm=bool(self.args.causal_lm_weight),
-            )
+        collator, self.data_collator = self.data_collator, self.train_collator
         try:
             return super().get_train_dataloader()
         finally:

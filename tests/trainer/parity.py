@@ -1,0 +1,427 @@
+"""One objective, however it is run: the gradient of one global batch, by the trainer in every way, against an oracle.
+
+The oracle runs each row by itself, without padding, through the backbone, and writes the losses out in one process.
+
+    python tests/trainer/parity.py WORLD_SIZE [subset]     # one group of processes; JSON lines of results
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import hf_unigd.trainer.trainer as trainer_module
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.data import RowParser, SentenceSplitter
+from hf_unigd.data.teachers import slice_spaces
+from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.trainer.losses import StructureLoss
+from hf_unigd.trainer.prefixes import PrefixSampler
+from tiny_models import make_image, make_vlm
+
+
+TOLERANCE = 1e-6
+RECIPES = {
+    "vladva": {"contrastive_weight": 0.5, "causal_lm_weight": 2.0},
+    "sugar": {"contrastive_weight": 0.0, "alignment_weight": 1.0, "causal_lm_weight": 0.7},
+    "joint": {"contrastive_weight": 0.5, "alignment_weight": 0.8, "causal_lm_weight": 1.0},
+}
+# Rows of the global batch, by process and accumulation step.
+LAYOUTS = {
+    "1 process": [[[0, 1, 2, 3, 4, 5, 6, 7]]],
+    "4 steps": [[[0, 4], [1, 5], [2, 7], [3, 6]]],
+    "2 processes": [[[0, 1, 2, 3]], [[4, 5, 6, 7]]],
+    "2 processes, 2 steps": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
+    "2 processes, uneven": [[[0, 1, 2, 3, 6, 7]], [[4, 5]]],
+    "2 processes, one without targets": [[[0, 1, 3, 6, 7]], [[2, 4, 5]]],
+    "2 processes, one without pictures": [[[0, 1, 2, 3, 5, 7]], [[4, 6]]],
+    "4 processes": [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]],
+    "4 processes, uneven": [[[0, 1, 2, 3, 5]], [[7]], [[4]], [[6]]],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: str
+    model: str = "full"  # or "lora": LoRA, soft prompts and head
+    layout: str = "1 process"
+    chunk_size: int | None = None
+    across: bool = False  # negatives across accumulation
+    dropout: bool = False
+    checkpointing: bool = False
+    train_vision: bool = False
+    fsdp: bool = False
+    in_subset: bool = True
+
+    @property
+    def name(self) -> str:
+        extras = {
+            "negatives across steps": self.across,
+            "dropout": self.dropout,
+            "gradient checkpointing": self.checkpointing,
+            "vision tower trained": self.train_vision,
+            "FSDP2": self.fsdp,
+        }
+        chunk = "" if self.chunk_size is None else f"gradient cache, chunks of {self.chunk_size}"
+        return ", ".join([self.layout, *filter(None, [chunk]), *(name for name, on in extras.items() if on)])
+
+    @property
+    def world_size(self) -> int:
+        return len(LAYOUTS[self.layout])
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The rows that are contrasted with each other."""
+        layout = LAYOUTS[self.layout]
+        steps = [[row for rank in layout for row in rank[step]] for step in range(len(layout[0]))]
+        return [[row for step in steps for row in step]] if self.across else steps
+
+
+def cases() -> list[Case]:
+    found = []
+    for recipe in RECIPES:
+        for model in ("full", "lora"):
+            for layout in LAYOUTS:
+                base = Case(recipe, model, layout, in_subset=recipe == "joint" and model == "lora")
+                found += [base, replace(base, chunk_size=3)]
+                if layout in ("1 process", "2 processes"):
+                    found += [replace(base, chunk_size=1), replace(base, chunk_size=8, in_subset=False)]
+                if "steps" in layout:
+                    found += [replace(base, across=True), replace(base, across=True, chunk_size=1, in_subset=False)]
+            base = Case(recipe, model, chunk_size=3, in_subset=recipe == "joint")
+            found += [replace(base, dropout=True), replace(base, dropout=True, checkpointing=True)]
+            found += [replace(base, chunk_size=size, checkpointing=True) for size in (None, 3)]
+        for layout in ("1 process", "2 processes, one without pictures", "4 steps"):
+            vision = Case(recipe, "full", layout, train_vision=True, in_subset=recipe == "vladva")
+            found += [vision, replace(vision, chunk_size=3)]
+    for recipe in RECIPES:
+        for model in ("full", "lora"):
+            for layout in ("2 processes", "2 processes, uneven", "2 processes, one without pictures"):
+                base = Case(recipe, model, layout, fsdp=True, in_subset=recipe == "joint" and model == "full")
+                found += [base, replace(base, chunk_size=3)]
+            steps = Case(recipe, model, "2 processes, 2 steps", fsdp=True, in_subset=recipe == "vladva")
+            found += [replace(steps, in_subset=False), replace(steps, chunk_size=1, across=True)]
+    return found
+
+
+class FixedTeachers:
+    """Slices' features drawn from their content: like the real ones, a function of it alone."""
+
+    def __init__(self, args, device="cpu"):
+        pass
+
+    def spaces(self, triple_kernel=True):
+        return slice_spaces(6, 5, triple_kernel)
+
+    def __call__(self, slices):
+        vectors = []
+        for part in slices:
+            generator = torch.Generator().manual_seed(part.key)
+            own, cross = torch.randn(11, generator=generator, dtype=torch.double).split([6, 5])
+            vectors.append(torch.cat([F.normalize(own, dim=0), F.normalize(cross, dim=0)]))
+        return torch.stack(vectors) if vectors else torch.zeros(0, 11, dtype=torch.double)
+
+
+def rows() -> list[dict]:
+    user = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    return [
+        {"image": make_image(0), "short_caption": "a red cat", "long_caption": "A red cat on the grass. It sleeps."},
+        {"image": make_image(1), "short_caption": "two dogs", "long_caption": "Two blue dogs on the green grass."},
+        {"image": make_image(2), "short_caption": "a small yellow car"},
+        {"image": make_image(3), "long_caption": "A large picture. Three people wave from the windows of a car."},
+        {"anchor": "a question", "positive": "an answer", "negative": "the grass", "negative_1": "two windows"},
+        {"anchor": "a car, seen from the left", "positive": ["see", make_image(4)], "negative": [make_image(1)]},
+        {"messages": [*user("What is small?"), {"role": "assistant", "content": "A cat. A red one is small."}]},
+        {"image": make_image(5), "short_caption": "a red cat", "long_caption": "The same caption, another cat."},
+    ]
+
+
+def make_model(kind: str, dropout: bool):
+    tiny = make_vlm("llava")
+    model = UniGDForConditionalGeneration.from_vlm(tiny.model, head_type="linear", embedding_dim=12)
+    processor = UniGDProcessor(tiny.processor)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.embedding_head.projection.weight, std=0.3)
+    peft_config = None
+    if kind == "lora":
+        model.add_soft_prompts(**processor.add_soft_prompts())
+        peft_config = LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=0.2 if dropout else 0.0, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+    elif dropout:
+        model.vlm.config.text_config.attention_dropout = 0.2
+        for layer in model.vlm.get_decoder().layers:
+            layer.self_attn.attention_dropout = 0.2
+    return model.double(), processor, peft_config
+
+
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {
+            _plain(name): _full(parameter.grad) for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _full(gradient):
+    if gradient is None:
+        return None
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
+
+
+class ParityTrainer(UniGDTrainer):
+    """The trainer, on rows that are dealt out by hand."""
+
+    def __init__(self, case: Case, model, args, processor, **kwargs):
+        self.case = case
+        self.ignores_cache = False
+        super().__init__(model, args, None, None, processor, **kwargs)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.case.fsdp:  # accelerate turns it on where there is an accelerator only; it works without one
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = plugin
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self):
+        parse = make_parser(self.processing_class, self.args)
+        layout = LAYOUTS[self.case.layout][self.args.process_index]
+        examples = [[parse(rows()[row], row) for row in step] for step in layout]
+        return DataLoader(examples, batch_size=None, collate_fn=self.train_collator)
+
+    @property
+    def _uses_gradient_cache(self):
+        return super()._uses_gradient_cache and not self.ignores_cache
+
+
+def make_parser(processor, args):
+    splitter = SentenceSplitter() if args.alignment_weight else None
+    return RowParser(lambda text: len(processor.tokenizer(text)["input_ids"]), splitter=splitter)
+
+
+def make_args(case: Case, folder: str) -> UniGDTrainingArguments:
+    return UniGDTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=len(LAYOUTS[case.layout][0]),
+        gradient_cache_chunk_size=case.chunk_size,
+        negatives_across_accumulation=case.across,
+        gradient_checkpointing=case.checkpointing,
+        freeze_vision_tower=not case.train_vision,
+        max_steps=1,
+        logging_steps=1,
+        max_grad_norm=0.0,
+        optim="sgd",
+        learning_rate=0.0,
+        loss_gradient_norm_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        ddp_backend="gloo" if case.world_size > 1 else None,
+        **RECIPES[case.recipe],
+    )
+
+
+def train_one_step(case: Case, ignores_cache: bool = False):
+    """Gradients by name and the logged values."""
+    AcceleratorState._reset_state()
+    trainer_module.Teachers = FixedTeachers
+    with tempfile.TemporaryDirectory() as folder:
+        args = make_args(case, folder)
+        model, processor, peft_config = make_model(case.model, case.dropout)
+        keeper = KeepGradients()
+        trainer = ParityTrainer(case, model, args, processor, peft_config=peft_config, callbacks=[keeper])
+        trainer.ignores_cache = ignores_cache
+        torch.manual_seed(7)
+        trainer.train()
+    return keeper.gradients, trainer.state.log_history[0]
+
+
+@cache
+def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, ...], ...]):
+    """Gradients by name and the losses, from rows that are run one by one."""
+    model, processor, peft_config = make_model(kind, dropout=False)
+    case = Case(recipe, kind, train_vision=train_vision)
+    args = make_args(case, "unused")
+    AcceleratorState._reset_state()
+    trainer = ParityTrainer(case, model, args, processor, peft_config=peft_config)  # freezes and adapts the model
+    model = trainer.model.get_base_model() if kind == "lora" else trainer.model
+    parse = make_parser(processor, args)
+    examples = [parse(row, place) for place, row in enumerate(rows())]
+    prefixes, teachers = PrefixSampler(args.alignment_positions, args.seed), FixedTeachers(args)
+
+    def run(sequence, target=None, prompted=True):
+        """Embedding at the prompt, the summed loss of the target with its length, hidden states, spans of slices."""
+        batch = processor.process_sequences(
+            [sequence], [target], prompted=prompted, padding_side="right", sentence_ends=parse.splitter
+        )
+        spans, slice_spans, labels = (batch.pop(name, None) for name in ("spans", "slice_spans", "labels"))
+        hidden = model.vlm.model(**{name: _double(value) for name, value in batch.items()}).last_hidden_state[0]
+        loss, count = hidden.new_zeros(()), 0
+        if labels is not None:
+            count = int((labels != -100).sum())
+            logits = model.vlm.lm_head(hidden)[:-1]
+            loss = F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+        return hidden, spans[:, 1:].tolist(), slice_spans, loss, count
+
+    def embed(hidden, start, end):
+        return F.normalize(model.embedding_head.projection(hidden[start:end].mean(0)), dim=0)
+
+    scale = model.embedding_head.logit_scale.exp().squeeze()
+    losses = {"contrastive": 0.0, "alignment": 0.0, "causal_lm": 0.0}
+    token_count = 0
+    for group in groups:
+        queries, candidates, query_keys, candidate_keys, negatives, negative_keys = [], [], [], [], [], []
+        positions, structure, slice_count = [], [], 0
+        for example in (examples[row] for row in group):
+            hidden, spans, slice_spans, loss, count = run(example.anchor, example.target, example.prompted)
+            losses["causal_lm"] = losses["causal_lm"] + loss
+            token_count += count
+            if example.positive is not None:
+                queries.append(embed(hidden, *spans[0]))
+                query_keys.append(_content(example.anchor))
+                for sequence, vectors, keys in (
+                    (example.positive, candidates, candidate_keys),
+                    *((negative, negatives, negative_keys) for negative in example.negatives),
+                ):
+                    hidden_candidate, spans_candidate, *_ = run(sequence)
+                    vectors.append(embed(hidden_candidate, *spans_candidate[0]))
+                    keys.append(_content(sequence))
+            if args.alignment_weight:
+                chosen, part = prefixes([example], slice_spans)
+                positions += [embed(hidden, *span) for span in chosen[:, 1:].tolist()]
+                part["features"] = teachers(part.pop("slices"))
+                part["starts"] = part["starts"] + slice_count
+                slice_count += len(part["modalities"])
+                structure.append(part)
+        if args.contrastive_weight and queries:
+            keys = candidate_keys + negative_keys
+            logits = scale * torch.stack(queries) @ torch.stack(candidates + negatives).T
+            for i in range(len(queries)):
+                for j in range(len(keys)):
+                    same_query = j < len(queries) and query_keys[i] == query_keys[j]
+                    if i != j and (same_query or candidate_keys[i] == keys[j]):
+                        mask = torch.zeros_like(logits, dtype=torch.bool)
+                        mask[i, j] = True
+                        logits = logits.masked_fill(mask, -torch.inf)
+            labels = torch.arange(len(queries))
+            loss = F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, : len(queries)].T, labels)
+            losses["contrastive"] = losses["contrastive"] + loss / len(groups)
+        if args.alignment_weight:
+            joined = {name: torch.cat([part[name] for part in structure]) for name in structure[0]}
+            loss = StructureLoss()(torch.stack(positions), **joined, spaces=teachers.spaces())["loss"]
+            losses["alignment"] = losses["alignment"] + loss / len(groups)
+    losses["causal_lm"] = losses["causal_lm"] / token_count
+    weights = {name: getattr(args, f"{name}_weight") for name in losses}
+    sum(weights[name] * loss for name, loss in losses.items()).backward()
+    gradients = {
+        name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.requires_grad
+    }
+    return gradients, {f"{name}_loss": float(loss) for name, loss in losses.items() if weights[name]}
+
+
+def _double(value):
+    return value.double() if value.is_floating_point() else value
+
+
+def _content(messages):
+    parts = [part for turn in messages for part in turn["content"]]
+    return tuple(part["text"] if part["type"] == "text" else part["image"].tobytes() for part in parts)
+
+
+def relative_error(gradients: dict, expected: dict) -> float:
+    """The largest deviation of any parameter's gradient, in units of that gradient's largest entry."""
+    assert gradients.keys() == expected.keys()
+    overall = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
+    worst = 0.0
+    for name, reference in expected.items():
+        gradient = gradients[name]
+        reference = torch.zeros(()) if reference is None else reference
+        gradient = torch.zeros_like(reference) if gradient is None else gradient
+        size = max(float(reference.abs().max()), 1e-9 * overall)  # rounding noise, where the gradient is exactly zero
+        worst = max(worst, float((gradient - reference).abs().max()) / size)
+    return worst
+
+
+def check(case: Case) -> dict:
+    gradients, log = train_one_step(case)
+    if int(os.environ.get("RANK", 0)):
+        return {}
+    if case.dropout:
+        expected, expected_log = train_one_step(case, ignores_cache=True)
+        losses = {name: expected_log[name] for name in log if name.endswith("_loss")}
+    else:
+        groups = tuple(map(tuple, case.groups))
+        expected, losses = oracle(case.recipe, case.model, case.train_vision, groups)
+    loss_error = max(abs(log[name] - value) / abs(value) for name, value in losses.items())
+    return {
+        "recipe": case.recipe,
+        "model": case.model,
+        "how": case.name,
+        "gradient_error": relative_error(gradients, expected),
+        "loss_error": loss_error,
+    }
+
+
+def run_group(world_size: int, subset: bool) -> list[dict]:
+    """Results of all cases of this many processes, run in one group of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "results.jsonl"
+        command = [sys.executable, __file__, str(world_size), str(output), *(["subset"] if subset else [])]
+        ranks = []
+        for rank in range(world_size):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+            if world_size > 1:
+                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+                environment |= {name: str(number) for name, number in numbers.items()}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        errors = [rank.communicate()[1] for rank in ranks]
+        for rank, error in zip(ranks, errors, strict=True):
+            if rank.returncode:
+                raise RuntimeError(error[-4000:])
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def main() -> None:
+    world_size, output, subset = int(sys.argv[1]), Path(sys.argv[2]), "subset" in sys.argv
+    torch.ones(1, dtype=torch.float64).exp().log()  # see tests/conftest.py
+    torch.set_num_threads(1)
+    with output.open("w") as file:
+        for case in cases():
+            if case.world_size != world_size or (subset and not case.in_subset):
+                continue
+            result = check(case)
+            if result:
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()
