@@ -153,6 +153,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
         config.vlm_config = self.vlm.config  # `from_config` works on a copy; resizing must change one config
         self.embedding_head = UniGDHead(config)
         self.post_init()
+        # CLIP names its text side's too, and FSDP refuses to shard by a class that is not there.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _init_weights(self, module):
         # Called for our own modules alone: the backbone, a `PreTrainedModel`, initialises its own.

@@ -17,7 +17,7 @@ from ..evaluation import retrieval_metrics
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .adapters import add_adapter
 from .arguments import UniGDTrainingArguments
-from .batches import count_targets, join_batches
+from .batches import count_targets, idle_chunk, join_batches
 from .collator import UniGDDataCollator
 from .gradient_cache import RandomState, embed_chunks
 from .losses import InfoNCELoss, StructureLoss
@@ -128,6 +128,14 @@ class UniGDTrainer(Trainer):
             similarity=args.alignment_similarity,
         )
         self._logged: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        vision = vision_parameters(self.accelerator.unwrap_model(self.model))
+        self._vision_is_frozen = not any(parameter.requires_grad for parameter in vision)
+        if self.accelerator.is_fsdp2 and self._vision_is_frozen:
+            # Kept whole on every process, outside FSDP: it runs by itself, and only where there are pictures.
+            decoder = {type(module).__name__ for module in self.model.vlm.get_decoder().modules()}
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.ignored_modules = [torch.nn.ParameterList(vision)]
+            plugin.transformer_cls_names_to_wrap = sorted(decoder & set(self.model._no_split_modules))
         self._check_batches()
 
     def _save(self, output_dir=None, state_dict=None):
@@ -277,10 +285,21 @@ class UniGDTrainer(Trainer):
         return self.args.gradient_cache_chunk_size is not None or self.args.negatives_across_accumulation
 
     def _prepare_chunks(self, model, chunks):
-        if not any(parameter.requires_grad for parameter in vision_parameters(model)):
+        """What is done once a step: frozen vision features, and under FSDP chunks as many as on any process."""
+        if self._vision_is_frozen:
             with self.accelerator.autocast():
                 chunks = with_image_features(model, chunks)
-        return chunks
+        if not self.is_fsdp_enabled:
+            return chunks
+        pictured = torch.tensor(["pixel_values" in chunk for chunk in chunks], device=self.args.device)
+        everywhere = gather_object([pictured.tolist()])
+        longest = max(everywhere, key=len)
+        if any(each != longest[: len(each)] for each in everywhere):
+            raise ValueError(
+                "Under FSDP every process runs the same layers, and here some have pictures for a vision tower that "
+                "others have none for. Freeze it (`freeze_vision_tower=True`), or train without FSDP."
+            )
+        return chunks + [idle_chunk(chunks[0])] * (len(longest) - len(chunks))
 
     def batch_losses(
         self, embeddings: torch.Tensor, logit_scale: torch.Tensor, batch: dict

@@ -25,15 +25,15 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:3]]
 
 import hf_unigd.trainer.trainer as trainer_module
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowParser, SentenceSplitter
 from hf_unigd.data.teachers import slice_spaces
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
-from hf_unigd.trainer.losses import StructureLoss
 from hf_unigd.trainer.prefixes import PrefixSampler
+from test_structure_loss import Reference
 from tiny_models import make_image, make_vlm
 
 
@@ -295,7 +295,7 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
     token_count = 0
     for group in groups:
         queries, candidates, query_keys, candidate_keys, negatives, negative_keys = [], [], [], [], [], []
-        positions, structure, slice_count = [], [], 0
+        positions, seen, samples = [], [], []
         for example in (examples[row] for row in group):
             hidden, spans, slice_spans, loss, count = run(example.anchor, example.target, example.prompted)
             losses["causal_lm"] = losses["causal_lm"] + loss
@@ -313,10 +313,9 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
             if args.alignment_weight:
                 chosen, part = prefixes([example], slice_spans)
                 positions += [embed(hidden, *span) for span in chosen[:, 1:].tolist()]
-                part["features"] = teachers(part.pop("slices"))
-                part["starts"] = part["starts"] + slice_count
-                slice_count += len(part["modalities"])
-                structure.append(part)
+                slices = [(each.modality, *teachers([each])[0].split([6, 5])) for each in part["slices"]]
+                seen += [slices[:length] for length in part["lengths"].tolist()]
+                samples += [example.row] * len(chosen)
         if args.contrastive_weight and queries:
             keys = candidate_keys + negative_keys
             logits = scale * torch.stack(queries) @ torch.stack(candidates + negatives).T
@@ -331,8 +330,7 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
             loss = F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, : len(queries)].T, labels)
             losses["contrastive"] = losses["contrastive"] + loss / len(groups)
         if args.alignment_weight:
-            joined = {name: torch.cat([part[name] for part in structure]) for name in structure[0]}
-            loss = StructureLoss()(torch.stack(positions), **joined, spaces=teachers.spaces())["loss"]
+            loss = Reference(normalization=args.alignment_normalization).loss(positions, seen, samples)
             losses["alignment"] = losses["alignment"] + loss / len(groups)
     losses["causal_lm"] = losses["causal_lm"] / token_count
     weights = {name: getattr(args, f"{name}_weight") for name in losses}
@@ -340,7 +338,7 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
     gradients = {
         name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.requires_grad
     }
-    return gradients, {f"{name}_loss": float(loss) for name, loss in losses.items() if weights[name]}
+    return gradients, {f"{name}_loss": loss.item() for name, loss in losses.items() if weights[name]}
 
 
 def _double(value):
@@ -373,6 +371,8 @@ def check(case: Case) -> dict:
     if case.dropout:
         expected, expected_log = train_one_step(case, ignores_cache=True)
         losses = {name: expected_log[name] for name in log if name.endswith("_loss")}
+        without, _ = oracle(case.recipe, case.model, case.train_vision, tuple(map(tuple, case.groups)))
+        assert relative_error(expected, without) > 1e-3, "there is no dropout"
     else:
         groups = tuple(map(tuple, case.groups))
         expected, losses = oracle(case.recipe, case.model, case.train_vision, groups)
