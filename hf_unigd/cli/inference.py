@@ -19,5 +19,10 @@ class InferenceArguments:
         return {"dtype": self.dtype}
 
     def device(self) -> torch.device:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return accelerator()
+
+
+def accelerator() -> torch.device:
+    """The GPU or other accelerator of this machine, or its CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")

@@ -9,6 +9,7 @@ from .. import __version__
 COMMANDS = {
     "quickstart": "Train a small LLaVA on icons, from nothing to a checkpoint, in minutes",
     "train": "Train a vision-language model with the joint objective",
+    "embed-slices": "Run the structure loss's teachers over a dataset once",
     "evaluate": "Recall both ways and caption perplexity of a checkpoint on a dataset",
     "embed": "Embed a dataset and save it as a searchable folder",
     "search": "Search an embedded dataset by text or image",
@@ -20,7 +21,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        listing = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
+        listing = "\n".join(f"  {name:<14} {text}" for name, text in COMMANDS.items())
         print(f"usage: hf-unigd COMMAND [--config FILE.yaml] [--help] ...\n\n{listing}")
         return
     command, *rest = arguments
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         sys.exit(f"hf-unigd: there is no command {command!r}; there are {', '.join(COMMANDS)}")
-    module = import_module(f".{command}", __package__)
+    module = import_module(f".{command.replace('-', '_')}", __package__)
     try:
         module.main(rest)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

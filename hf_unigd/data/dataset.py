@@ -73,7 +73,7 @@ class ExampleDataset(torch.utils.data.Dataset):
             raise RowError(index, f"cannot be read: {error}") from error
         example = self.parser(row, index)
         example.epoch = self.epoch
-        if self.slice_features is not None and example.slices is not None:
+        if self.slice_features is not None:
             try:
                 example.slice_features = self.slice_features.of_row(index, example.slices)
             except ValueError as error:

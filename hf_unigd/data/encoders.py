@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,6 +30,7 @@ class Encoder:
         self.pooling = pooling
         self.device = torch.device(device)
         self.truncated = 0
+        self.model: Any
         self.is_sentence_transformer = _has_file(name, "modules.json")
         if self.is_sentence_transformer:
             try:
@@ -43,8 +45,8 @@ class Encoder:
         self.model.requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, contents: Sequence[Image.Image] | Sequence[str]) -> torch.Tensor:
-        """Unit vectors `(n, dim)`, float32, on the encoder's device.
+    def __call__(self, contents: Sequence[Image.Image | str]) -> torch.Tensor:
+        """Unit vectors `(n, dim)`, float32, on the encoder's device, of images or of texts, not of both at once.
 
         A text longer than the encoder takes is cut as the encoder does it, and counted in `truncated`.
 

@@ -39,7 +39,7 @@ class Example:
         negatives: Sequences that must not match it.
         target: What the model learns to say after the anchor; `None` where nothing.
         prompted: Whether the anchor is embedded, at its prompt where the processor has one.
-        slices: Images and sentences of the anchor and its target, in order; `None` where nobody asked for them.
+        slices: Images and sentences of the anchor and its target, in order; empty where nobody asked for them.
         slice_features: What the teachers see of them, `(len(slices), width)`; `None` where that is not known yet.
         epoch: Pass over the data, for choices that vary with it.
     """
@@ -50,7 +50,7 @@ class Example:
     negatives: list[Messages] = field(default_factory=list)
     target: str | None = None
     prompted: bool = True
-    slices: "list[Slice] | None" = None
+    slices: "list[Slice]" = field(default_factory=list)
     slice_features: torch.Tensor | None = None
     epoch: int = 0
 

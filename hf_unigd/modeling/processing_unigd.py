@@ -180,14 +180,13 @@ class UniGDProcessor(ProcessorMixin):
                     f"`max_length={max_length}`. Shorten it or raise `max_length`.",
                 )
         at_last_slice = self.embedding_position == "last_slice"
-        slices = None
+        slices: list[list[tuple[int, int]]] = [[] for _ in rows]
         if at_last_slice or sentence_ends is not None:
-            slices = [
-                self._slice_spans(index, ids[:length].tolist(), *row, add_special_tokens)
-                for index, (ids, length, *row) in enumerate(
-                    zip(batch["input_ids"], lengths, texts, continuations, text_ends, strict=True)
+            for index, (ids, length) in enumerate(zip(batch["input_ids"], lengths, strict=True)):
+                text, continuation, ends = texts[index], continuations[index], text_ends[index]
+                slices[index] = self._slice_spans(
+                    index, ids[:length].tolist(), text, continuation, ends, add_special_tokens
                 )
-            ]
         side = padding_side or self.tokenizer.padding_side
         fill = {"input_ids": self.tokenizer.pad_token_id}
         per_token = [name for name, value in batch.items() if _shape(value) == batch["input_ids"].shape]

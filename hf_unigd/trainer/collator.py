@@ -69,7 +69,7 @@ class UniGDDataCollator:
         raise ValueError(f"None of the {len(examples)} rows of a batch can be used; the log has each one's reason.")
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
-        with_slices = self.prefixes is not None and all(example.slices is not None for example in examples)
+        with_slices = self.prefixes is not None and all(example.slices for example in examples)
         chunks: list[dict[str, Any]] = []
         spans, slice_spans = self._process(
             chunks,

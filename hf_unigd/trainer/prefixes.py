@@ -37,16 +37,16 @@ class PrefixSampler:
             The spans to embed, and the inputs of [`StructureLoss`] but for embeddings and spaces; instead of
             `features` there are the `slices` themselves where the teachers have not seen them yet.
         """
-        slices = [part for example in examples for part in example.slices or []]
+        slices = [part for example in examples for part in example.slices]
         starts, lengths, keys = [], [], []
         first = 0
         for example in examples:
-            count = len(example.slices or [])
+            count = len(example.slices)
             draw = random.Random(f"{self.seed}-{example.epoch}-{example.row}")
             ends = sorted(draw.sample(range(count), min(count, self.num_positions)))
             starts += [first] * len(ends)
             lengths += [end + 1 for end in ends]
-            keys += [hash(tuple(part.key for part in example.slices or []))] * len(ends)
+            keys += [hash(tuple(part.key for part in example.slices))] * len(ends)
             first += count
         structure: dict[str, Any] = {
             "modalities": torch.tensor([part.modality for part in slices]),
@@ -54,8 +54,9 @@ class PrefixSampler:
             "lengths": torch.tensor(lengths),
             "sample_keys": torch.tensor(keys),
         }
-        if all(example.slice_features is not None for example in examples):
-            structure["features"] = torch.cat([example.slice_features for example in examples])
+        features = [example.slice_features for example in examples if example.slice_features is not None]
+        if len(features) == len(examples):
+            structure["features"] = torch.cat(features)
         else:
             structure["slices"] = slices
         chosen = structure["starts"] + structure["lengths"] - 1

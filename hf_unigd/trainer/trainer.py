@@ -89,7 +89,8 @@ class UniGDTrainer(Trainer):
             long_caption_max_tokens=args.long_caption_max_tokens,
             image_folder=args.image_folder,
         )
-        splitter, slice_features, self.teachers = None, None, None
+        splitter, slice_features = None, None
+        self.teachers: Teachers | None = None
         if args.alignment_weight:
             splitter = args.splitter
             if args.slice_features:
@@ -331,7 +332,7 @@ class UniGDTrainer(Trainer):
             metrics = {**contrastive, "temperature": 1 / logit_scale}
         if self.args.alignment_weight:
             structure = dict(batch["structure"])
-            if "slices" in structure:
+            if self.teachers is not None:
                 structure["features"] = self.teachers(structure.pop("slices"))
             alignment = self.structure_loss(at["slices"], **structure, spaces=self._spaces)
             parts["alignment"] = alignment.pop("loss")

@@ -1,0 +1,169 @@
+"""The teachers, and what they saw of a dataset written to disk."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny_teachers import save_teachers
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoTokenizer, BertModel, CLIPModel, Dinov2Model
+
+from hf_unigd.data import ExampleDataset, RowError, RowParser, SentenceSplitter, Teachers, write_slice_features
+from hf_unigd.data import slice_features as module
+from hf_unigd.data.encoders import Encoder
+from hf_unigd.data.slice_features import SliceFeatures
+from hf_unigd.data.slices import IMAGE, TEXT, Slice
+from tiny_models import make_image
+
+
+@pytest.fixture(scope="module")
+def teacher_args(tmp_path_factory):
+    return save_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+def make_examples(count=10, **kwargs):
+    """Every third story has the picture and sentences of the one before it."""
+    places = [place - (place % 3 == 2) for place in range(count)]
+    rows = Dataset.from_dict(
+        {
+            "messages": [
+                [{"role": "user", "content": f"<image>A red cat {place}. It sleeps.<image>"}] for place in places
+            ],
+            "images": [[make_image(place), make_image(100)] for place in places],
+        }
+    )
+    return ExampleDataset(rows, RowParser(len, splitter=SentenceSplitter()), **kwargs)
+
+
+def test_features_are_those_of_the_encoders_themselves(teacher_args):
+    teachers = Teachers(teacher_args)
+    image, text = make_image(1), "Two blue dogs."
+    features = teachers([Slice(image), Slice(text)])
+    assert features.shape == (2, teachers.own_width + teachers.cross_width)
+
+    pixels = AutoImageProcessor.from_pretrained(teacher_args.image_teacher)(image, return_tensors="pt")
+    own = Dinov2Model.from_pretrained(teacher_args.image_teacher)(**pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(features[0, : teachers.own_width], F.normalize(own, dim=1)[0])
+
+    ids = AutoTokenizer.from_pretrained(teacher_args.text_teacher)(text, return_tensors="pt")
+    own = BertModel.from_pretrained(teacher_args.text_teacher)(**ids).last_hidden_state[:, 0]
+    torch.testing.assert_close(features[1, : teachers.own_width], F.normalize(own, dim=1)[0])
+
+    clip = CLIPModel.from_pretrained(teacher_args.cross_teacher)
+    pixels = AutoImageProcessor.from_pretrained(teacher_args.cross_teacher)(image, return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(teacher_args.cross_teacher)(text, return_tensors="pt")
+    outputs = clip(**pixels, **ids)
+    torch.testing.assert_close(features[0, teachers.own_width :], outputs.image_embeds[0])
+    torch.testing.assert_close(features[1, teachers.own_width :], outputs.text_embeds[0])
+
+
+def test_mean_pooling_leaves_padding_out(teacher_args):
+    encoder = Encoder(teacher_args.text_teacher, "mean")
+    alone, together = encoder(["a cat"]), encoder(["a cat", "two blue dogs on the green grass"])
+    torch.testing.assert_close(alone[0], together[0])
+
+
+def test_texts_that_are_too_long_are_cut_and_counted(teacher_args):
+    teachers = Teachers(teacher_args)
+    teachers([Slice("a red cat. " * 5), Slice("a cat")])
+    assert teachers.truncated == 1  # CLIP takes 16 tokens, BERT 64
+    assert torch.isfinite(teachers([Slice("a red cat. " * 100)])).all()
+
+
+def test_a_sentence_transformers_folder_is_taken(teacher_args, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    transformer = modules.Transformer(teacher_args.text_teacher, max_seq_length=32)
+    library = SentenceTransformer(
+        modules=[transformer, modules.Pooling(transformer.get_embedding_dimension(), "mean")], device="cpu"
+    )
+    library.save(str(tmp_path))
+    encoder = Encoder(str(tmp_path))
+    assert encoder.is_sentence_transformer
+    expected = torch.from_numpy(library.encode(["a cat", "two dogs"], normalize_embeddings=True))
+    torch.testing.assert_close(encoder(["a cat", "two dogs"]), expected)
+    encoder(["a cat on the grass. " * 20])
+    assert encoder.truncated == 1
+
+
+def test_written_features_are_those_computed_on_the_fly_and_distinct(teacher_args, tmp_path):
+    examples = make_examples()
+    written = write_slice_features(examples, teacher_args, tmp_path / "f", batch_size=3, rows_per_part=4)
+    teachers = Teachers(teacher_args)
+    distinct = set()
+    for place in range(len(examples)):
+        slices = examples[place].slices
+        assert [part.modality for part in slices] == [IMAGE, TEXT, TEXT, IMAGE]
+        torch.testing.assert_close(written.of_row(place, slices).float(), teachers(slices), atol=1e-3, rtol=1e-3)
+        distinct |= {part.key for part in slices}
+    assert len(written.features) == len(distinct) < 4 * len(examples)
+    assert written.features.features["features"].feature.dtype == "float16"
+
+
+def test_an_interrupted_run_goes_on_without_encoding_anything_twice(teacher_args, tmp_path, monkeypatch):
+    whole = write_slice_features(make_examples(), teacher_args, tmp_path / "whole", rows_per_part=3)
+
+    calls = []
+    encode = Teachers.__call__
+
+    def interrupted(self, slices):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(slices))
+        return encode(self, slices)
+
+    monkeypatch.setattr(module.Teachers, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_slice_features(make_examples(), teacher_args, tmp_path / "part", rows_per_part=3)
+    with pytest.raises(ValueError, match="6 of 10 rows; run `hf-unigd embed-slices` again"):
+        SliceFeatures.load(tmp_path / "part", teacher_args)
+    counted = []
+    monkeypatch.setattr(
+        module.Teachers, "__call__", lambda self, slices: counted.append(len(slices)) or encode(self, slices)
+    )
+    resumed = write_slice_features(make_examples(), teacher_args, tmp_path / "part", rows_per_part=3)
+    assert sum(calls) + sum(counted) == len(whole.features)
+    assert resumed.features["key"][:].tolist() == whole.features["key"][:].tolist()
+    np.testing.assert_array_equal(resumed.features["features"][:], whole.features["features"][:])
+
+
+def test_other_teachers_pooling_or_language_make_features_stale(teacher_args, tmp_path):
+    write_slice_features(make_examples(4), teacher_args, tmp_path / "f")
+    for changed, message in (
+        ({"teacher_pooling": "mean"}, "teacher_pooling was 'cls', now 'mean'"),
+        ({"sentence_language": "de"}, "sentence_language was 'en', now 'de'"),
+        ({"text_teacher": teacher_args.cross_teacher}, "text_teacher was"),
+    ):
+        other = type(teacher_args)(**{**vars(teacher_args), **changed})
+        with pytest.raises(ValueError, match=message):
+            SliceFeatures.load(tmp_path / "f", other)
+        with pytest.raises(ValueError, match="stale"):
+            write_slice_features(make_examples(4), other, tmp_path / "f")
+    write_slice_features(make_examples(4), other, tmp_path / "f", overwrite=True)
+
+
+def test_a_teacher_retrained_in_its_folder_makes_features_stale(tmp_path):
+    args = save_teachers(tmp_path / "t", seed=0)
+    write_slice_features(make_examples(4), args, tmp_path / "f")
+    save_teachers(tmp_path / "t", seed=1)
+    with pytest.raises(ValueError, match="image_teacher_commit was"):
+        SliceFeatures.load(tmp_path / "f", args)
+
+
+def test_rows_that_changed_or_are_new_are_refused_by_number(teacher_args, tmp_path):
+    features = write_slice_features(make_examples(4), teacher_args, tmp_path / "f")
+    examples = make_examples(6, slice_features=features)
+    assert examples[3].slice_features.shape == (4, features.width)
+    with pytest.raises(RowError, match=r"Row 4 has no slice features: they end at row 3"):
+        examples[4]
+    examples.rows = examples.rows.select([3])
+    with pytest.raises(RowError, match="Row 0 has changed since its slice features were made"):
+        examples.parse(0)
+    with pytest.raises(ValueError, match="a dataset of 4 rows, this one has 6"):
+        write_slice_features(make_examples(6), teacher_args, tmp_path / "f")
+
+
+def test_a_folder_without_features_is_refused(teacher_args, tmp_path):
+    with pytest.raises(ValueError, match="holds no slice features"):
+        SliceFeatures.load(tmp_path, teacher_args)

@@ -1,0 +1,186 @@
+"""Sugar and the joint recipe in the trainer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_teachers import save_teachers
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter, Teachers, write_slice_features
+from hf_unigd.data.teachers import slice_spaces
+from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.trainer.losses import StructureLoss
+from hf_unigd.trainer.prefixes import PrefixSampler
+from tiny_models import make_image, make_vlm
+
+
+def make_stories(count=12):
+    return Dataset.from_dict(
+        {
+            "messages": [
+                [
+                    {"role": "user", "content": f"A red cat {place}.<image>It sees a dog. The dog runs.<image>"},
+                    {"role": "assistant", "content": f"A car {place}. It is blue."},
+                ]
+                for place in range(count)
+            ],
+            "images": [[make_image(place), make_image(100 + place)] for place in range(count)],
+            "positive_messages": [[{"role": "user", "content": f"cat {place} and dog"}] for place in range(count)],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher_args(tmp_path_factory):
+    return save_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+def make_trainer(folder, teacher_args, rows=None, position="last_slice", head_type="mlp", **kwargs):
+    tiny = make_vlm("llava")
+    torch.manual_seed(0)
+    model = UniGDForConditionalGeneration.from_vlm(
+        tiny.model, head_type=head_type, embedding_dim=None if head_type == "none" else 8
+    )
+    args = UniGDTrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "loss_gradient_norm_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "alignment_weight": 1.0,
+            "contrastive_weight": 0.0,
+            **vars(teacher_args),
+            **kwargs,
+        }
+    )
+    processor = UniGDProcessor(tiny.processor, embedding_position=position)
+    return UniGDTrainer(model, args, make_stories() if rows is None else rows, None, processor)
+
+
+def loss_of(trainer, batch):
+    return trainer.compute_loss(
+        trainer.model, batch, num_items_in_batch=trainer._get_num_items_in_batch([batch], "cpu")
+    )
+
+
+def test_sugar_is_the_weighted_sum_of_structure_and_next_token(teacher_args, tmp_path):
+    trainer = make_trainer(tmp_path, teacher_args, alignment_weight=0.5, causal_lm_weight=2.0, alignment_positions=99)
+    examples = [trainer.train_dataset[place] for place in range(4)]
+    batch = trainer.data_collator(examples)
+    loss = loss_of(trainer, batch)
+
+    processor = trainer.processing_class
+    inputs = processor.process_sequences(
+        [example.anchor for example in examples],
+        [example.target for example in examples],
+        sentence_ends=SentenceSplitter(),
+        padding_side="right",
+    )
+    spans = inputs.pop("slice_spans")
+    del inputs["spans"]
+    backbone = trainer.model.vlm(**inputs)
+    embeddings = trainer.model.embed(spans=spans, **inputs)
+    slices = [part for example in examples for part in example.slices]
+    assert len(slices) == len(spans) == 4 * 7
+    place = torch.arange(28)
+    teachers = Teachers(teacher_args)
+    structure = StructureLoss()(
+        embeddings,
+        teachers(slices),
+        torch.tensor([part.modality for part in slices]),
+        place - place % 7,
+        place % 7 + 1,
+        place // 7,
+        slice_spaces(teachers.own_width, teachers.cross_width),
+    )["loss"]
+    torch.testing.assert_close(loss, 0.5 * structure + 2.0 * backbone.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_written_features_train_as_those_computed_in_training(teacher_args, tmp_path):
+    rows = make_stories()
+    examples = ExampleDataset(rows, RowParser(len, splitter=SentenceSplitter()))
+    write_slice_features(examples, teacher_args, tmp_path / "features")
+    losses = []
+    for kwargs in ({}, {"slice_features": str(tmp_path / "features")}):
+        trainer = make_trainer(tmp_path / "run", teacher_args, rows, **kwargs)
+        assert (trainer.teachers is None) == bool(kwargs)
+        batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
+        losses.append(loss_of(trainer, batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "kwargs"),
+    [
+        ((1, 0, 1), {}),
+        ((1, 0, 0), {}),
+        ((1, 1, 1), {"position": "prompt"}),
+        ((1, 1, 1), {}),
+        ((1, 0, 1), {"alignment_similarity": "kernel"}),
+        ((1, 1, 1), {"alignment_similarity": "kernel", "position": "prompt"}),
+        ((1, 0, 1), {"alignment_target": "mean_slice", "triple_kernel": False, "head_type": "none"}),
+    ],
+    ids=str,
+)
+def test_the_losses_mix_freely_and_fall(teacher_args, tmp_path, weights, kwargs):
+    names = ("alignment", "contrastive", "causal_lm")
+    trainer = make_trainer(
+        tmp_path,
+        teacher_args,
+        max_steps=25,
+        **{f"{name}_weight": float(weight) for name, weight in zip(names, weights, strict=True)},
+        **kwargs,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name, weight in zip(names, weights, strict=True):
+        if weight:
+            values = [entry[f"{name}_loss"] for entry in logs]
+            assert sum(values[-3:]) < 0.99 * sum(values[:3]), name
+            assert logs[0][f"{name}_gradient_norm"] > 0
+        else:
+            assert f"{name}_loss" not in logs[0]
+    assert -1 <= logs[-1]["alignment_correlation"] <= 1
+
+
+def test_positions_depend_on_row_epoch_and_seed_alone(teacher_args, tmp_path):
+    trainer = make_trainer(tmp_path, teacher_args, alignment_positions=3)
+    dataset, sampler = trainer.train_dataset, PrefixSampler(3, seed=0)
+
+    def lengths(places, epoch, sampler=sampler):
+        dataset.set_epoch(epoch)
+        examples = [dataset[place] for place in places]
+        spans = torch.zeros(sum(len(example.slices) for example in examples), 3, dtype=torch.long)
+        _, structure = sampler(examples, spans)
+        return structure["lengths"].reshape(len(places), 3).tolist()
+
+    assert lengths([5], 0) == lengths([1, 5], 0)[1:] == lengths([5, 2], 0)[:1]
+    rows = list(range(12))
+    assert lengths(rows, 0) != lengths(rows, 1)
+    assert lengths(rows, 0) != lengths(rows, 0, PrefixSampler(3, seed=1))
+
+
+def test_chats_without_an_answer_train_for_structure_alone(teacher_args, tmp_path):
+    rows = Dataset.from_dict(
+        {"messages": [[{"role": "user", "content": f"A cat {place}. A dog."}] for place in range(8)]}
+    )
+    trainer = make_trainer(tmp_path, teacher_args, rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["alignment_loss"] > 0
+    assert trainer.state.log_history[0]["causal_lm_loss"] == 0
+
+
+def test_arguments_that_cannot_train_are_refused(teacher_args, tmp_path):
+    for wrong in ({"alignment_weight": -1.0}, {"alignment_weight": 0.0, "causal_lm_weight": 0.0}):
+        with pytest.raises(ValueError, match="`alignment_weight="):
+            make_trainer(tmp_path, teacher_args, **wrong)
+    with pytest.raises(ValueError, match="`alignment_positions=0`"):
+        make_trainer(tmp_path, teacher_args, alignment_positions=0)
+    with pytest.raises(ValueError, match="`target` must be one of"):
+        make_trainer(tmp_path, teacher_args, alignment_target="dtw")
