@@ -36,7 +36,7 @@ test: install-dev  ## Run every test (offline)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 parity: install-dev  ## One objective, however it is run: every case, and docs/parity.md
-	$(BIN)/python tests/trainer/parity.py
+	PYTHONPATH=tests $(BIN)/python tests/trainer/parity.py
 
 lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -417,8 +417,9 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
                 loss, -100 where there is none. Only labelled positions meet the language-modelling head.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): As in the backbone.
             skip_logits (`bool`, *optional*): Leave `logits` out. Defaults to `True` in training with `labels`.
-            batches (`list[dict]`, *optional*): Several batches of all these inputs, instead of one: their embeddings in
-                one tensor, the sum of their losses, no logits. In one call, because DDP counts on one forward a step.
+            batches (`list[dict]`, *optional*): Several batches of all these inputs instead of one. Their embeddings
+                are one tensor, their losses are added, and there are no logits. In one call, as DDP counts on one
+                forward a step.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): The loss is the sum over labelled positions
                 divided by this; by their number where it is not given.
             kwargs: Every other input goes to the backbone as it is; `image_features` may stand for the images.

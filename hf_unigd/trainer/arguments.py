@@ -64,6 +64,10 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         image_teacher, text_teacher, cross_teacher, teacher_pooling, sentence_language:
             As in [`TeacherArguments`].
 
+        vision_cache (`str`, *optional*):
+            Folder in which the features of a frozen vision tower are kept, by picture and tower, for later epochs and
+            runs.
+
         > Parameters of the data
 
         max_length (`int`, *optional*):
@@ -130,6 +134,9 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     )
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Train neither the vision tower nor its projector."}
+    )
+    vision_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the features of a frozen vision tower."}
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens, images and target included. Longer rows are errors."}

@@ -1,4 +1,4 @@
-"""What the trainer does to the batches that [`UniGDDataCollator`] makes: count, join, and stand in for them."""
+"""What the trainer does to the batches that [`UniGDDataCollator`] makes: count, join, fill up."""
 
 from typing import Any
 
@@ -16,18 +16,9 @@ def count_targets(batch: Batch) -> int:
 def idle_chunk(chunk: Batch) -> Batch:
     """The same forward pass without an effect: nothing embedded, nothing predicted.
 
-    For processes that have no rows left where all have to take part (DDP, FSDP).
+    For a process with fewer chunks than others, where all have to take part (FSDP).
     """
     return {**chunk, "spans": chunk["spans"][:0], "labels": torch.full_like(chunk["labels"], -100)}
-
-
-def idle_batch(batch: Batch) -> Batch:
-    """A batch of no rows, in the form of another."""
-    idle = {name: value[:0] for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    idle["places"] = {name: value[:0] for name, value in batch["places"].items()}
-    if "structure" in batch:
-        idle["structure"] = {name: value[:0] for name, value in batch["structure"].items()}
-    return {**idle, "chunks": [idle_chunk(batch["chunks"][0])]}
 
 
 def join_batches(batches: list[Batch]) -> Batch:

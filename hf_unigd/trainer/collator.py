@@ -12,6 +12,7 @@ from ..data.slices import SentenceSplitter
 from ..modeling import SequenceError, UniGDProcessor
 from .lengths import sequence_length
 from .prefixes import PrefixSampler
+from .vision import image_key
 
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class UniGDDataCollator:
         chunk_size: Rows a chunk, of about the same length; all anchors and all candidates by default.
         contrastive: Whether anchors are embedded and contrasted.
         causal_lm: Whether targets are learned. Where not, they are read only if slices lie in them.
+        with_image_keys: Adds to chunks with pictures their [`~hf_unigd.trainer.vision.image_key`]s.
 
     Raises:
         RowError: a row cannot be processed and `skip_bad_rows` is off.
@@ -55,6 +57,7 @@ class UniGDDataCollator:
     chunk_size: int | None = None
     contrastive: bool = True
     causal_lm: bool = True
+    with_image_keys: bool = False
 
     def __call__(self, examples: list[Example | None]) -> dict[str, Any]:
         good = [example for example in examples if example is not None]
@@ -87,9 +90,9 @@ class UniGDDataCollator:
             wanted["slices"], batch["structure"] = self.prefixes(examples, slice_spans)
 
         matched = [example for example, flag in zip(examples, embedded.tolist(), strict=True) if flag]
-        candidates = [(example, example.positive) for example in matched]
-        candidates += [(example, negative) for example in matched for negative in example.negatives]
-        owners, sequences = [example for example, _ in candidates], [sequence for _, sequence in candidates]
+        owners = matched + [example for example in matched for _ in example.negatives]
+        sequences = [example.positive or [] for example in matched]
+        sequences += [negative for example in matched for negative in example.negatives]
         spans, _ = self._process(chunks, owners, sequences, [None] * len(sequences), [True] * len(sequences), None)
         wanted["positives"], wanted["negatives"] = spans[: len(matched)], spans[len(matched) :]
         for name, keyed in (
@@ -129,6 +132,10 @@ class UniGDDataCollator:
                 table.append(torch.column_stack([sequence, torch.full_like(sequence, len(chunks)), spans]))
             if "labels" not in inputs or not self.causal_lm:
                 inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
+            if self.with_image_keys and "pixel_values" in inputs:
+                turns = [turn for place in part for turn in sequences[place]]
+                images = [piece["image"] for turn in turns for piece in turn["content"] if piece["type"] == "image"]
+                inputs["image_keys"] = [image_key(image) for image in images]
             chunks.append(dict(inputs))
         none = torch.empty(0, 5, dtype=torch.long)
         spans, slice_spans = [torch.cat([none, *table]) for table in tables.values()]

@@ -3,16 +3,19 @@
 import math
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data import RowParser, SliceFeatures, Teachers, make_examples
+from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
 from ..evaluation import retrieval_metrics
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .adapters import add_adapter
@@ -20,9 +23,11 @@ from .arguments import UniGDTrainingArguments
 from .batches import count_targets, idle_chunk, join_batches
 from .collator import UniGDDataCollator
 from .gradient_cache import RandomState, embed_chunks
+from .interruption import SaveOnSigterm, discard, last_whole_checkpoint
+from .lengths import EpochLengthGroupedSampler, sequence_length
 from .losses import InfoNCELoss, StructureLoss
 from .prefixes import PrefixSampler
-from .vision import vision_parameters, with_image_features
+from .vision import VisionFeatureCache, tower_key, vision_parameters, with_image_features
 
 
 class ClampLogitScale(TrainerCallback):
@@ -83,6 +88,14 @@ class UniGDTrainer(Trainer):
                 parameter.requires_grad_(False)
         if peft_config is not None:
             model = add_adapter(model, processing_class, peft_config)
+        vision_is_frozen = not any(parameter.requires_grad for parameter in vision_parameters(model))
+        if args.vision_cache is not None and not vision_is_frozen:
+            raise ValueError(
+                "`vision_cache` keeps what a frozen vision tower computes, and this one is trained. Set "
+                "`freeze_vision_tower=True`, keep LoRA out of it, or leave `vision_cache` out."
+            )
+        if args.ddp_find_unused_parameters is None:  # a process without pictures does not use the tower
+            args.ddp_find_unused_parameters = not vision_is_frozen
         parser = RowParser(
             lambda text: len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"]),
             short_caption_max_tokens=args.short_caption_max_tokens,
@@ -100,26 +113,40 @@ class UniGDTrainer(Trainer):
                 self.teachers = Teachers(args, args.device)
                 self._spaces = self.teachers.spaces(args.triple_kernel)
 
-        def examples_of(rows, parser=parser, slice_features=None):
+        def examples_of(rows, parser=parser, slice_features=None, length_of=None):
             if isinstance(rows, dict):
                 return {name: examples_of(part) for name, part in rows.items()}
             if rows is None:
                 return None
-            return make_examples(rows, parser, args.skip_bad_rows, args.check_rows, slice_features)
+            return make_examples(rows, parser, args.skip_bad_rows, args.check_rows, slice_features, length_of)
+
+        length_of = None
+        if args.train_sampling_strategy == "group_by_length":
+
+            def length_of(example):
+                return sequence_length(processing_class, example.anchor, example.target)
 
         prefixes = PrefixSampler(args.alignment_positions, args.seed, keep_all=args.alignment_similarity == "kernel")
-        collator = UniGDDataCollator(processing_class, args.max_length, args.skip_bad_rows, splitter, prefixes)
+        collator = UniGDDataCollator(
+            processing_class,
+            args.max_length,
+            args.skip_bad_rows,
+            splitter,
+            prefixes,
+            with_image_keys=args.vision_cache is not None,
+        )
         kwargs.setdefault("data_collator", collator)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=examples_of(train_dataset, replace(parser, splitter=splitter), slice_features),
+            train_dataset=examples_of(train_dataset, replace(parser, splitter=splitter), slice_features, length_of),
             eval_dataset=examples_of(eval_dataset),
             processing_class=processing_class,
             **kwargs,
         )
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
         self.add_callback(ClampLogitScale())
+        self.add_callback(SaveOnSigterm(self.accelerator))
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
         self.structure_loss = StructureLoss(
             target=args.alignment_target,
@@ -128,16 +155,40 @@ class UniGDTrainer(Trainer):
             one_slice=args.alignment_one_slice,
             similarity=args.alignment_similarity,
         )
+        self._vision_features: VisionFeatureCache | None = None
         self._logged: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        vision = vision_parameters(self.accelerator.unwrap_model(self.model))
-        self._vision_is_frozen = not any(parameter.requires_grad for parameter in vision)
+        self._vision_is_frozen = vision_is_frozen
+        if self.is_deepspeed_enabled and self._uses_gradient_cache:
+            raise ValueError(
+                "The gradient cache (`gradient_cache_chunk_size`, `negatives_across_accumulation`) does not combine "
+                "with DeepSpeed, which takes an optimizer step with the backward pass. Train with DDP or FSDP2, or "
+                "without the cache."
+            )
         if self.accelerator.is_fsdp2 and self._vision_is_frozen:
             # Kept whole on every process, outside FSDP: it runs by itself, and only where there are pictures.
             decoder = {type(module).__name__ for module in self.model.vlm.get_decoder().modules()}
             plugin = self.accelerator.state.fsdp_plugin
-            plugin.ignored_modules = [torch.nn.ParameterList(vision)]
+            plugin.ignored_modules = [torch.nn.ParameterList(vision_parameters(self.model))]
             plugin.transformer_cls_names_to_wrap = sorted(decoder & set(self.model._no_split_modules))
         self._check_batches()
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            name = f"checkpoint-{self.state.global_step}"
+            discard(Path(self.args.output_dir, name))
+            raise RuntimeError(
+                f"{name} could not be saved ({error}) and is removed; earlier checkpoints in {self.args.output_dir} "
+                "are whole. Is the disk full?"
+            ) from error
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -289,7 +340,7 @@ class UniGDTrainer(Trainer):
         """What is done once a step: frozen vision features, and under FSDP chunks as many as on any process."""
         if self._vision_is_frozen:
             with self.accelerator.autocast():
-                chunks = with_image_features(model, chunks)
+                chunks = [with_image_features(model, chunk, self._vision_cache(model)) for chunk in chunks]
         if not self.is_fsdp_enabled:
             return chunks
         pictured = torch.tensor(["pixel_values" in chunk for chunk in chunks], device=self.args.device)
@@ -301,6 +352,15 @@ class UniGDTrainer(Trainer):
                 "others have none for. Freeze it (`freeze_vision_tower=True`), or train without FSDP."
             )
         return chunks + [idle_chunk(chunks[0])] * (len(longest) - len(chunks))
+
+    def _vision_cache(self, model):
+        if self.args.vision_cache is None:
+            return None
+        if self._vision_features is None:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
+            tower = tower_key(model, self.processing_class, dtype)
+            self._vision_features = VisionFeatureCache(self.args.vision_cache, tower)
+        return self._vision_features
 
     def batch_losses(
         self, embeddings: torch.Tensor, logit_scale: torch.Tensor, batch: dict
@@ -325,9 +385,7 @@ class UniGDTrainer(Trainer):
                 "positive_keys": batch["positive_keys"],
                 "negative_keys": batch["negative_keys"],
             }
-            contrastive = self.contrastive_loss(
-                at["anchors"], at["positives"], logit_scale, at["negatives"], **keys
-            )
+            contrastive = self.contrastive_loss(at["anchors"], at["positives"], logit_scale, at["negatives"], **keys)
             parts["contrastive"] = contrastive.pop("loss")
             metrics = {**contrastive, "temperature": 1 / logit_scale}
         if self.args.alignment_weight:
@@ -343,17 +401,19 @@ class UniGDTrainer(Trainer):
         self._save_checkpoint(self.model, trial=None)
         found = [(self.args.process_index, loss.item(), inputs["rows"].tolist())]
         culprits = [entry for entry in gather_object(found) if not math.isfinite(entry[1])]
-        named = "; ".join(f"{value} on process {process}, in the batch of rows {rows}" for process, value, rows in culprits)
+        named = "; ".join(
+            f"{value} on process {process}, in the batch of rows {rows}" for process, value, rows in culprits
+        )
         raise FloatingPointError(
-            f"The loss is not finite at step {self.state.global_step} ({named}). The state before this step is saved "
-            f"as checkpoint-{self.state.global_step} in {self.args.output_dir}. Look at these rows, lower the learning "
+            f"The loss is not finite at step {self.state.global_step} ({named}). The state before this step is saved: "
+            f"checkpoint-{self.state.global_step} in {self.args.output_dir}. Look at these rows, lower the learning "
             "rate, or train in bfloat16 or float32."
         )
 
     def _log_gradient_norms(self, batches, num_items_in_batch) -> None:
-        """Norm of each weighted loss's gradient over the whole accumulated global batch, before anything is in `.grad`.
+        """Norm of each weighted loss's gradient over the whole accumulated global batch.
 
-        Costs the forward and backward passes of the step once more for each loss.
+        Called while nothing is in `.grad`. Costs the forward and backward passes of the step once more for each loss.
         """
         model = self.accelerator.unwrap_model(self.model_wrapped)
         model.train()
@@ -388,6 +448,29 @@ class UniGDTrainer(Trainer):
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+        if not isinstance(dataset, IterableExampleDataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
+        # Each process reads a part of its own. Left to accelerate it would read all of the stream for it.
+        loader = DataLoader(
+            dataset.shard(self.args.world_size, self.args.process_index, endless=is_training),
+            batch_size=batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, ExampleDataset):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochLengthGroupedSampler(batch_size, dataset.lengths or [], seed)
+
     @property
     def train_collator(self) -> UniGDDataCollator:
         """The collator, for what this training needs of a row."""
@@ -399,7 +482,8 @@ class UniGDTrainer(Trainer):
         )
 
     def get_train_dataloader(self):
-        collator, self.data_collator = self.data_collator, self.train_collator
+        collator = self.data_collator
+        self.data_collator: UniGDDataCollator = self.train_collator
         try:
             return super().get_train_dataloader()
         finally:
@@ -457,4 +541,3 @@ class UniGDTrainer(Trainer):
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=sum(map(len, everywhere["rows"]))
         )
-

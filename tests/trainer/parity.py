@@ -19,13 +19,11 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
+from test_structure_loss import Reference
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-
-
-sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:3]]
 
 import hf_unigd.trainer.trainer as trainer_module
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
@@ -33,7 +31,6 @@ from hf_unigd.data import RowParser, SentenceSplitter
 from hf_unigd.data.teachers import slice_spaces
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.prefixes import PrefixSampler
-from test_structure_loss import Reference
 from tiny_models import make_image, make_vlm
 
 
@@ -176,12 +173,10 @@ class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         self.gradients = {
-            _plain(name): _full(parameter.grad) for name, parameter in model.named_parameters() if parameter.requires_grad
+            name.removeprefix("module."): _full(parameter.grad)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("module.")
 
 
 def _full(gradient):
@@ -405,6 +400,12 @@ def run_group(world_size: int, subset: bool) -> list[dict]:
         ranks = []
         for rank in range(world_size):
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+            folders = [
+                str(Path(__file__).parents[1]),
+                str(Path(__file__).parents[2]),
+                os.environ.get("PYTHONPATH", ""),
+            ]
+            environment["PYTHONPATH"] = os.pathsep.join(folders)
             if world_size > 1:
                 numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
                 environment |= {name: str(number) for name, number in numbers.items()}
@@ -462,7 +463,7 @@ deviations of the logged losses and gradient norms.
 `full` trains the language model and the head, `lora` LoRA, soft prompts and the head. Processes are gloo's, with DDP where
 FSDP2 is not named. "Steps" are accumulation steps, each with its own negatives unless "negatives across steps" is named.
 
-"""
+"""  # noqa: E501
 
 
 def main() -> None:
