@@ -38,7 +38,9 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.received:
-            print(f"SIGTERM: saved checkpoint-{state.global_step} in {args.output_dir}; ending.", file=sys.stderr)
+            self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first is gone
+            if state.is_world_process_zero:
+                print(f"SIGTERM: saved checkpoint-{state.global_step} in {args.output_dir}.", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
 
 
