@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test lint format clean
+.PHONY: help install install-dev quickstart test parity lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ quickstart: install  ## Train a small LLaVA, print retrieval before and after, w
 
 test: install-dev  ## Run every test (offline)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+parity: install-dev  ## One objective, however it is run: every case, and docs/parity.md
+	PYTHONPATH=tests $(BIN)/python tests/trainer/parity.py
 
 lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,11 +1,12 @@
 """Datasets of examples, and the check of every row before training time is spent."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
 from .example import Example, RowError
@@ -28,6 +29,7 @@ class ExampleDataset(torch.utils.data.Dataset):
         indices: The rows to use; all of them by default.
         skip_bad_rows: A bad row is None, with its reason in the log, instead of an error; the collator leaves it out.
         slice_features: What the teachers see of the rows' slices, where that was written down before.
+        lengths: Of the examples, where they were measured.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class ExampleDataset(torch.utils.data.Dataset):
         indices: Sequence[int] | None = None,
         skip_bad_rows: bool = False,
         slice_features: "SliceFeatures | None" = None,
+        lengths: Sequence[int] | None = None,
     ):
         self.rows = rows
         self.parser = parser
         self.indices = range(len(rows)) if indices is None else indices
         self.skip_bad_rows = skip_bad_rows
         self.slice_features = slice_features
+        self.lengths = lengths
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -84,21 +88,41 @@ class ExampleDataset(torch.utils.data.Dataset):
 class IterableExampleDataset(torch.utils.data.IterableDataset):
     """Parses rows of a streaming dataset. Bad rows stop the run, or are skipped and counted in the log.
 
-    The underlying stream is split among data-loading workers by `datasets` itself.
+    Args:
+        rows: The stream.
+        parser: Turns a row into an [`Example`].
+        skip_bad_rows: Leave bad rows out instead of stopping at the first.
+        endless: Start again, in the next epoch's order, where the stream ends.
     """
 
-    def __init__(self, rows: IterableDataset, parser: RowParser, skip_bad_rows: bool = False):
+    def __init__(self, rows: IterableDataset, parser: RowParser, skip_bad_rows: bool = False, endless: bool = False):
         self.rows = rows
         self.parser = parser
         self.skip_bad_rows = skip_bad_rows
+        self.endless = endless
         self.skipped = 0
         self.epoch = 0
+
+    def shard(self, count: int, index: int, endless: bool = False) -> "IterableExampleDataset":
+        """The `index`th of `count` parts, each row in one of them; `datasets` splits that among loading workers."""
+        rows = split_dataset_by_node(self.rows, index, count) if count > 1 else self.rows
+        return IterableExampleDataset(rows, self.parser, self.skip_bad_rows, endless)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Example]:
+        while True:
+            is_empty = True
+            for example in self._one_pass():
+                is_empty = False
+                yield example
+            if is_empty or not self.endless:
+                return
+            self.set_epoch(self.epoch + 1)
+
+    def _one_pass(self) -> Iterator[Example]:
         for index, row in enumerate(self.rows):
             try:
                 example = self.parser(row, index)
@@ -117,6 +141,7 @@ def make_examples(
     skip_bad_rows: bool = False,
     check_rows: bool = True,
     slice_features: "SliceFeatures | None" = None,
+    length_of: Callable[[Example], int] | None = None,
 ) -> ExampleDataset | IterableExampleDataset:
     """Wraps rows, and reads each one once beforehand where they can be read twice.
 
@@ -126,9 +151,11 @@ def make_examples(
         skip_bad_rows: Leave bad rows out, counted in the log, instead of stopping.
         check_rows: Parse every row of a map-style dataset now. A streaming one is checked as it comes.
         slice_features: What the teachers see of the slices of a map-style dataset's rows, written down before.
+        length_of: Measures examples while rows are checked, for batches of similar lengths.
 
     Raises:
-        ValueError: the columns make no accepted format, no row is left, or slice features come with a stream.
+        ValueError: the columns make no accepted format, no row is left, slice features come with a stream, or lengths
+            are wanted of rows that are not checked.
         RowError: a row is bad and `skip_bad_rows` is off.
     """
     if isinstance(rows, IterableDataset):
@@ -146,12 +173,18 @@ def make_examples(
         check_columns(rows.column_names)
     examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows, slice_features=slice_features)
     if not check_rows:
+        if length_of is not None:
+            raise ValueError(
+                "`train_sampling_strategy='group_by_length'` measures rows while they are checked: set "
+                "`check_rows=True`, or leave the strategy out."
+            )
         return examples
-    good = []
+    good, lengths = [], []
     for index in tqdm(range(len(rows)), desc="Checking rows", unit="row"):
         try:
-            examples.parse(index)
+            example = examples.parse(index)
             good.append(index)
+            lengths.append(0 if length_of is None else length_of(example))
         except RowError as error:
             if not skip_bad_rows:
                 raise
@@ -160,4 +193,4 @@ def make_examples(
         logger.warning("Skipped %d of %d rows.", len(rows) - len(good), len(rows))
     if not good:
         raise ValueError(f"None of the {len(rows)} rows can be used.")
-    return ExampleDataset(rows, parser, good, slice_features=slice_features)
+    return ExampleDataset(rows, parser, good, slice_features=slice_features, lengths=lengths)

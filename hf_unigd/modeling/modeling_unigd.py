@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_unigd import UniGDConfig
@@ -33,6 +35,8 @@ from .processing_unigd import UniGDProcessor
 
 
 logger = logging.getLogger(__name__)
+
+MAX_LOGITS = 1 << 26  # at once, 256 MB in float32
 
 
 @dataclass
@@ -64,8 +68,6 @@ class UniGDCausalLMOutput(ModelOutput):
         Next-token scores; `None` where they were skipped (see `skip_logits`).
     embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`, *optional*):
         As in [`UniGDModelOutput`]; `None` while decoding from a cache without `spans`.
-    candidate_embeddings (`torch.FloatTensor` of shape `(num_candidate_spans, embedding_dim)`, *optional*):
-        Embeddings of `candidates`, where they were given.
     logit_scale (`torch.FloatTensor` of shape `()`):
         Inverse temperature of the contrastive loss.
     past_key_values, hidden_states, attentions:
@@ -75,7 +77,6 @@ class UniGDCausalLMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
-    candidate_embeddings: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -101,7 +102,8 @@ class UniGDHead(nn.Module):
             self.projection = nn.Sequential(
                 nn.Linear(hidden_size, inner_size), nn.GELU(), nn.Linear(inner_size, config.embedding_dim)
             )
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        # Of shape (1,): FSDP shards no scalars.
+        self.logit_scale = nn.Parameter(torch.tensor([float(config.logit_scale_init_value)]))
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=pooled.device.type, enabled=False):
@@ -130,8 +132,8 @@ def pool_spans(hidden_states: torch.Tensor, spans: torch.Tensor) -> torch.Tensor
     Returns:
         `torch.FloatTensor` of shape `(num_spans, hidden_size)`.
     """
-    if len(spans) == 0:  # `segment_reduce` refuses it
-        return hidden_states.new_zeros(0, hidden_states.shape[-1])
+    if len(spans) == 0:  # `segment_reduce` refuses it; a slice, so that a gradient (of zero) flows all the same
+        return _at_least_float32(hidden_states.flatten(0, 1)[:0])
     rows, starts, ends = spans.to(hidden_states.device).unbind(1)
     lengths = ends - starts
     # Flat index of every pooled token: segment starts repeated, plus the place inside the segment.
@@ -172,6 +174,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
         self.processor: UniGDProcessor | None = None
         self.verify_saves = True
         self.post_init()
+        # CLIP names its text side's too, and FSDP refuses to shard by a class that is not there.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _init_weights(self, module):
         # Called for our own modules alone: the backbone, a `PreTrainedModel`, initialises its own.
@@ -420,8 +424,26 @@ class UniGDPreTrainedModel(PreTrainedModel):
         embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)
         return embeddings if truncate_dim is None else F.normalize(embeddings[:, :truncate_dim], dim=-1)
 
-    def _decode(self, **inputs):
+    def image_features(self, **inputs) -> tuple[torch.Tensor, ...]:
+        """
+        What the language model receives in place of each image: the vision tower and its projector alone.
+
+        Args:
+            inputs: A batch as [`UniGDProcessor`] returns it, with images.
+
+        Returns:
+            `tuple` of `torch.FloatTensor` of shape `(num_image_tokens, hidden_size)`, one an image, in their order;
+            `forward` and `embed` take it as `image_features` instead of `pixel_values`.
+        """
+        encode = self.vlm.base_model.get_image_features
+        names = inspect.signature(encode).parameters.keys() & inputs.keys()
+        outputs = encode(**{name: inputs[name] for name in names}, return_dict=True)
+        return tuple(outputs.pooler_output)
+
+    def _decode(self, image_features=None, **inputs):
         """The backbone without its language-modelling head; inputs that were not given are left out."""
+        if image_features is not None:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
         return self.vlm.base_model(**{name: value for name, value in inputs.items() if value is not None})
 
     def _pool(self, last_hidden_state, attention_mask, spans) -> torch.Tensor:
@@ -458,7 +480,7 @@ class UniGDModel(UniGDPreTrainedModel):
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         return UniGDModelOutput(
             embeddings=self._pool(outputs.last_hidden_state, attention_mask, spans),
-            logit_scale=self.embedding_head.logit_scale.exp(),
+            logit_scale=self.embedding_head.logit_scale.exp().squeeze(),
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -502,7 +524,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
-        candidates: dict | None = None,
+        batches: list[dict] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> UniGDCausalLMOutput:
@@ -514,12 +536,15 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
                 loss, -100 where there is none. Only labelled positions meet the language-modelling head.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): As in the backbone.
             skip_logits (`bool`, *optional*): Leave `logits` out. Defaults to `True` in training with `labels`.
-            candidates (`dict`, *optional*): A second batch of inputs to embed, the sequences that these are contrasted
-                with. In the same call, because DDP and FSDP count on one forward a step.
+            batches (`list[dict]`, *optional*): Several batches of all these inputs instead of one. Their embeddings
+                are one tensor, their losses are added, and there are no logits. In one call, as DDP counts on one
+                forward a step.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): The loss is the sum over labelled positions
                 divided by this; by their number where it is not given.
-            kwargs: Every other input goes to the backbone as it is.
+            kwargs: Every other input goes to the backbone as it is; `image_features` may stand for the images.
         """
+        if batches is not None:
+            return self._forward_all(batches, num_items_in_batch)
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         hidden_states = outputs.last_hidden_state
         lm_head = self.get_output_embeddings()
@@ -543,11 +568,23 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             embeddings=embeddings,
-            candidate_embeddings=None if candidates is None else self.embed(**candidates),
-            logit_scale=self.embedding_head.logit_scale.exp(),
+            logit_scale=self.embedding_head.logit_scale.exp().squeeze(),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def _forward_all(self, batches, num_items_in_batch) -> UniGDCausalLMOutput:
+        if num_items_in_batch is None:
+            num_items_in_batch = max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+        outputs = [
+            self.forward(**batch, skip_logits=True, use_cache=False, num_items_in_batch=num_items_in_batch)
+            for batch in batches
+        ]
+        return UniGDCausalLMOutput(
+            loss=torch.stack([output.loss for output in outputs]).sum(),
+            embeddings=torch.cat([output.embeddings for output in outputs]),
+            logit_scale=outputs[0].logit_scale,
         )
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
@@ -559,10 +596,13 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
 def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> torch.Tensor:
     """Cross-entropy of the labelled tokens, each predicted from the position before it (VladVA, section 3.2).
 
+    Logits of a large vocabulary never stand in memory whole: beyond `MAX_LOGITS` they are computed in slices, and
+    again in the backward pass.
+
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no target.
-        lm_head (`nn.Module`): Maps hidden states to logits; called on the labelled positions alone.
+        lm_head (`nn.Module`): Maps hidden states to `out_features` logits; called on the labelled positions alone.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the sum; the number of labelled tokens of
             the whole accumulated global batch in training. Defaults to the number here.
 
@@ -571,9 +611,20 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
     """
     targets = labels[:, 1:].to(hidden_states.device)
     labelled = targets != -100
-    logits = _at_least_float32(lm_head(hidden_states[:, :-1][labelled]))
-    total = F.cross_entropy(logits, targets[labelled], reduction="sum")
+    hidden_states, targets = hidden_states[:, :-1][labelled], targets[labelled]
+    rows = max(1, MAX_LOGITS // lm_head.out_features)
+    if len(targets) <= rows:
+        total = _summed_cross_entropy(hidden_states, targets, lm_head)
+    else:
+        slices = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        total = torch.stack(
+            [checkpoint(_summed_cross_entropy, *part, lm_head, use_reentrant=False) for part in slices]
+        ).sum()
     return total / (labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _summed_cross_entropy(hidden_states, targets, lm_head):
+    return F.cross_entropy(_at_least_float32(lm_head(hidden_states)), targets, reduction="sum")
 
 
 def _raise_if_random(name: str, loading_info: dict) -> None:

@@ -29,9 +29,16 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             is our reading.
         alignment_weight (`float`, *optional*, defaults to 0.0):
             Weight of the structure loss ([`StructureLoss`]). Sugar's α, whose value the paper does not give.
+        gradient_cache_chunk_size (`int`, *optional*):
+            Run so many rows at a time through the model, twice, so that memory is that of one chunk while the batch
+            losses see the whole batch ([`~hf_unigd.trainer.gradient_cache`]).
+        negatives_across_accumulation (`bool`, *optional*, defaults to `False`):
+            Contrast the rows of all accumulation steps with each other, by the gradient cache with an accumulation
+            step's anchors or candidates as a chunk unless that is smaller. By default each step is contrasted in
+            itself.
         loss_gradient_norm_steps (`int`, *optional*, defaults to 100):
-            Log the gradient norm of each weighted loss every so many steps, at the cost of one more backward pass a
-            loss in that step. 0 never does.
+            Log the norm of each weighted loss's gradient over the whole accumulated global batch every so many steps,
+            at the cost of running that step once more for each loss. 0 never does.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Train neither the vision tower nor its projector.
 
@@ -56,6 +63,10 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             Folder that `hf-unigd embed-slices` wrote for the training rows. Without it the teachers run in training.
         image_teacher, text_teacher, cross_teacher, teacher_pooling, sentence_language:
             As in [`TeacherArguments`].
+
+        vision_cache (`str`, *optional*):
+            Folder in which the features of a frozen vision tower are kept, by picture and tower, for later epochs and
+            runs.
 
         > Parameters of the data
 
@@ -112,11 +123,20 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     slice_features: str | None = field(
         default=None, metadata={"help": "Folder that `hf-unigd embed-slices` wrote for the training rows."}
     )
+    gradient_cache_chunk_size: int | None = field(
+        default=None, metadata={"help": "Rows to run at a time, with a gradient cache, whatever the batch size."}
+    )
+    negatives_across_accumulation: bool = field(
+        default=False, metadata={"help": "Contrast the rows of all accumulation steps with each other."}
+    )
     loss_gradient_norm_steps: int = field(
         default=100, metadata={"help": "Log the gradient norm of each loss every so many steps; 0 never does."}
     )
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Train neither the vision tower nor its projector."}
+    )
+    vision_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the features of a frozen vision tower."}
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens, images and target included. Longer rows are errors."}
@@ -146,6 +166,8 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
                 f"`alignment_positions={self.alignment_positions}` and "
                 f"`alignment_bandwidth={self.alignment_bandwidth}` must be positive."
             )
+        if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
+            raise ValueError(f"`gradient_cache_chunk_size={self.gradient_cache_chunk_size}` must be positive.")
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns=True` would remove every column: rows are parsed by the collator."

@@ -66,10 +66,9 @@ def test_the_loss_is_the_weighted_sum_of_infonce_and_next_token(tmp_path):
     model = trainer.model
     loss = trainer.compute_loss(model, batch, num_items_in_batch=trainer._get_num_items_in_batch([batch], "cpu"))
 
-    anchors = {name: value for name, value in batch["anchors"].items() if name != "spans"}
-    backbone = model.vlm(**anchors)
-    images = model.embed(**{name: value for name, value in batch["anchors"].items() if name != "labels"})
-    texts = model.embed(**batch["candidates"])
+    anchors, candidates = batch["chunks"]
+    backbone = model.vlm(**{name: value for name, value in anchors.items() if name != "spans"})
+    images, texts = model.embed(**anchors), model.embed(**candidates)
     logits = images @ texts.T / 0.07
     labels = torch.arange(4)
     contrastive = torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(
@@ -93,7 +92,7 @@ def test_each_row_runs_once_and_only_labelled_positions_meet_the_head(tmp_path):
     trainer.compute_loss(model.train(), batch, num_items_in_batch=1)
     assert rows == [4, 4]  # the images with their captions, then the texts
     assert pictures == [4]
-    assert positions == [int((batch["anchors"]["labels"] != -100).sum())]
+    assert positions == [int((batch["chunks"][0]["labels"] != -100).sum()), 0]
 
 
 def test_four_accumulation_steps_normalise_by_the_tokens_of_all(tmp_path):
@@ -259,9 +258,10 @@ def test_rows_of_every_kind_mix_in_one_batch(tmp_path):
     ]
     trainer = make_trainer(tmp_path)
     batch = trainer.data_collator([parser(row, place) for place, row in enumerate(rows)])
-    assert batch["anchors"]["spans"][:, 0].tolist() == [0, 1, 3, 5]
-    assert len(batch["candidates"]["spans"]) == 5
-    labelled = (batch["anchors"]["labels"] != -100).any(1).tolist()
+    anchors, candidates = batch["chunks"]
+    assert anchors["spans"][:, 0].tolist() == [0, 1, 3, 5]
+    assert len(candidates["spans"]) == 5
+    labelled = (anchors["labels"] != -100).any(1).tolist()
     assert labelled == [True, False, True, False, True, False]
     loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=9)
     loss.backward()
@@ -325,7 +325,7 @@ def test_a_non_finite_loss_stops_the_run_and_loses_nothing(tmp_path):
 
     def poison(model, inputs, *args):
         if trainer.state.global_step == 2:
-            inputs["anchors"]["pixel_values"][0] = torch.nan
+            inputs["chunks"][0]["pixel_values"][0] = torch.nan
             trainer.poisoned = inputs["rows"].tolist()
         return step(model, inputs, *args)
 
@@ -374,7 +374,7 @@ def test_bad_rows_that_were_not_checked_before_are_skipped_as_they_come(tmp_path
     trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, **settings)
     batch = trainer.data_collator([trainer.train_dataset[place] for place in range(8)])
     assert batch["rows"].tolist() == [0, 1, 2, 4, 5, 6]
-    assert len(batch["anchors"]["input_ids"]) == len(batch["candidates"]["input_ids"]) == 6
+    assert [len(chunk["input_ids"]) for chunk in batch["chunks"]] == [6, 6]
     assert "Row 3 has an empty" in caplog.text and "Row 7 has" in caplog.text
     trainer.train()
     with pytest.raises(ValueError, match="None of the 2 rows of a batch"):
@@ -410,7 +410,7 @@ def test_the_collator_keeps_duplicates_apart_by_content():
         {"image": make_image(seed), "caption": caption} for seed, caption in ((1, "a"), (2, "b"), (1, "c"), (3, "b"))
     ]
     batch = UniGDDataCollator(UniGDProcessor(tiny.processor))([parser(row, place) for place, row in enumerate(rows)])
-    images, captions = batch["anchor_keys"].tolist(), batch["candidate_keys"].tolist()
+    images, captions = batch["anchor_keys"].tolist(), batch["positive_keys"].tolist()
     assert images[0] == images[2] and len(set(images)) == 3
     assert captions[1] == captions[3] and len(set(captions)) == 3
 

@@ -1,0 +1,63 @@
+"""Stopping early without losing anything: SIGTERM, and checkpoints that are whole or not there."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+
+class SaveOnSigterm(TrainerCallback):
+    """Ends a run that is told to terminate: the step is finished, a checkpoint saved, and the exit status is 143.
+
+    Schedulers send SIGTERM before they take a machine away, to one process or to all, not all at once; so processes
+    agree on it after each step.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous)
+
+    def _receive(self, signum, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor(int(self.received), device=args.device)
+        self.received = bool(self.accelerator.reduce(received, reduction="sum"))
+        control.should_save |= self.received
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.received:
+            self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first is gone
+            if state.is_world_process_zero:
+                print(f"SIGTERM: saved checkpoint-{state.global_step} in {args.output_dir}.", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint of a folder that was written to its end, which is the trainer's state."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((str(path) for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def discard(checkpoint: str | Path) -> None:
+    """Removes what was written of a checkpoint."""
+    shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,0 +1,27 @@
+"""A part of `make parity`: the same gradient however the objective is run."""
+
+from pathlib import Path
+
+import pytest
+from parity import cases, check, is_good, run_group
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.in_subset and c.world_size == 1], ids=str)
+def test_one_process_agrees_with_rows_run_one_by_one(case):
+    result = check(case)
+    assert is_good(result), result
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_many_processes_agree_with_rows_run_one_by_one(world_size):
+    results = run_group(world_size, subset=True)
+    assert len(results) == sum(case.in_subset and case.world_size == world_size for case in cases())
+    assert not [result for result in results if not is_good(result)]
+
+
+def test_the_documented_table_is_of_these_cases():
+    text = DOCUMENT.read_text()
+    assert {case.name for case in cases()} == {line.split(" | ")[0][2:] for line in text.splitlines() if "e-" in line}

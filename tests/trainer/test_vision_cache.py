@@ -1,0 +1,79 @@
+"""A frozen vision tower's features: computed once a step, and once in all where they are kept on disk."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from test_trainer import make_rows, make_trainer
+
+from tiny_models import FAMILIES
+
+
+def train(folder, **kwargs):
+    """Logged losses, and how many pictures went through the vision tower in each forward pass of it."""
+    trainer = make_trainer(folder / "out", **kwargs)
+    base = trainer.model.vlm.model
+    tower = base.vision_tower if hasattr(base, "vision_tower") else base.visual
+    passes = []
+    tower.register_forward_hook(lambda *_: passes.append(1))
+    trainer.train()
+    losses = [
+        (entry["contrastive_loss"], entry["causal_lm_loss"]) for entry in trainer.state.log_history if "loss" in entry
+    ]
+    return losses, len(passes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_tower_runs_once_a_chunk_of_pictures_and_serves_both_passes(tmp_path, family):
+    """4 steps of 4 pictures in chunks of 2: without reuse each chunk would run it in both passes."""
+    settings = {"family": family, "gradient_cache_chunk_size": 2, "max_steps": 4}
+    losses, passes = train(tmp_path, **settings)
+    assert passes == 4 * 2
+    plain, passes = train(tmp_path, family=family, max_steps=4)
+    assert passes == 4
+    assert torch.allclose(torch.tensor(losses), torch.tensor(plain), rtol=1e-4)
+    _, passes = train(tmp_path, **settings, freeze_vision_tower=False)
+    assert passes == 4 * 2 * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_features_spare_the_tower_and_change_nothing(tmp_path, family):
+    settings = {"family": family, "max_steps": 8, "vision_cache": str(tmp_path / "cache")}
+    losses, passes = train(tmp_path, **settings)
+    assert passes == 4  # 16 pictures, 4 a step: the second epoch reads all of them, if in other batches
+    again, passes = train(tmp_path, **settings, gradient_cache_chunk_size=3)
+    assert passes == 0
+    assert torch.allclose(torch.tensor(again), torch.tensor(losses), rtol=1e-4)
+    uncached, _ = train(tmp_path, family=family, max_steps=8)
+    assert torch.equal(torch.tensor(uncached), torch.tensor(losses))
+
+
+def test_another_tower_or_a_torn_file_is_not_read(tmp_path):
+    settings = {"max_steps": 4, "vision_cache": str(tmp_path / "cache")}
+    losses, _ = train(tmp_path, **settings)
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-7])
+    again, passes = train(tmp_path, **settings)
+    assert passes == 4 and again == losses
+    trainer = make_trainer(tmp_path / "out", **settings)
+    with torch.no_grad():
+        next(trainer.model.vlm.model.vision_tower.parameters()).mul_(1.01)
+    trainer.train()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_text_rows_need_no_tower(tmp_path):
+    rows = Dataset.from_dict(
+        {"anchor": [f"question {n}" for n in range(8)], "positive": [f"answer {n}" for n in range(8)]}
+    )
+    trainer = make_trainer(tmp_path, rows, vision_cache=str(tmp_path / "cache"), max_steps=2)
+    trainer.train()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_trained_tower_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`vision_cache` keeps what a frozen vision tower"):
+        make_trainer(tmp_path, freeze_vision_tower=False, vision_cache=str(tmp_path))
+    in_tower = LoraConfig(r=2, target_modules=r".*vision_tower.*q_proj", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="keep LoRA out of it"):
+        make_trainer(tmp_path, make_rows(8), peft_config=in_tower, vision_cache=str(tmp_path))
