@@ -7,6 +7,7 @@ from .rows import RowParser
 from .slice_features import SliceFeatures, write_slice_features
 from .slices import SentenceSplitter
 from .sources import load_rows
+from .stories import load_stories
 from .teachers import TeacherArguments, Teachers
 
 
@@ -22,6 +23,7 @@ __all__ = [
     "Teachers",
     "load_icons",
     "load_rows",
+    "load_stories",
     "make_examples",
     "write_slice_features",
 ]

@@ -49,7 +49,7 @@ def load_icons(split: str = "train", views: int = 1, size: int = 48, seed: int =
     """
     if split not in ("train", "test"):
         raise ValueError(f"The icons have the splits 'train' and 'test', not {split!r}.")
-    glyphs = _glyphs()
+    glyphs = icon_glyphs()
     held_out = _held_out(tuple(glyphs))
     names = [name for name in sorted(glyphs) if (name in held_out) == (split == "test")]
     draw = random.Random(f"{seed}-{split}")
@@ -112,7 +112,7 @@ def _held_out(names: tuple[str, ...], taught: int = 10) -> frozenset[str]:
 
 
 @cache
-def _glyphs() -> dict[str, str]:
+def icon_glyphs() -> dict[str, str]:
     """Character of each icon by its name; of icons that are drawn alike, the one with the shortest name."""
     _font_file()
     from fonticon_mdi7 import MDI7

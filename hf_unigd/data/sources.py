@@ -1,10 +1,11 @@
-"""Loading rows from the Hub, from files, or from the offline source."""
+"""Loading rows from the Hub, from files, or from the offline sources."""
 
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from .icons import load_icons
+from .stories import load_stories
 
 
 def load_rows(
@@ -18,7 +19,7 @@ def load_rows(
     Loads one split.
 
     Args:
-        name: `"icons"` for the offline source, a folder written by `save_to_disk`, or anything that
+        name: `"icons"` or `"stories"` for the offline sources, a folder written by `save_to_disk`, or anything that
             `datasets.load_dataset` takes: a Hub id, a folder, or a `.json`, `.jsonl`, `.csv` or `.parquet` file.
         config: Name of a configuration of the dataset.
         split: Name of the split.
@@ -36,6 +37,8 @@ def _load(name, config, split, streaming):
     path = Path(name)
     if name == "icons":
         return load_icons(split)
+    if name == "stories":
+        return load_stories(split)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         loaded = load_from_disk(name)
         if isinstance(loaded, DatasetDict):

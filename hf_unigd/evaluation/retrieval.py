@@ -54,13 +54,13 @@ def retrieval_metrics(
         for query, candidate in matches:
             relevant[query].append(candidate)
         ranking = rank_candidates(queries, candidates, max(ks)).tolist()
-        recalls = _recall_metric().compute(predictions=ranking, references=relevant, ks=ks)
+        recalls = recall_metric().compute(predictions=ranking, references=relevant, ks=ks)
         metrics |= {f"{name}_{recall}": value for recall, value in recalls.items()}
     return metrics
 
 
 @cache
-def _recall_metric():
+def recall_metric():
     return evaluate.load(METRIC_SCRIPT)
 
 
