@@ -403,7 +403,9 @@ class UniGDTrainer(Trainer):
         if self.args.alignment_weight:
             structure = dict(batch["structure"])
             if self.teachers is not None:
+                before = self.teachers.truncated
                 structure["features"] = self.teachers(structure.pop("slices"))
+                metrics["truncated_texts"] = embeddings.new_tensor(self.teachers.truncated - before)
             alignment = self.structure_loss(at["slices"], **structure, spaces=self._spaces)
             parts["alignment"] = alignment.pop("loss")
             metrics |= alignment
