@@ -457,8 +457,6 @@ class UniGDTrainer(Trainer):
                 mean = self.accelerator.reduce(torch.stack(list(by_step.values())).mean(), reduction="mean")
                 logs[name] = mean.item()
             self._logged.clear()
-            if self.teachers is not None and self.teachers.truncated:
-                logs["truncated_texts"] = self.teachers.truncated  # of what the teachers read on this process
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model):
