@@ -20,7 +20,7 @@ def is_adapter(name, kwargs: dict) -> bool:
 
 def load_base_model(model_class, name, processor: UniGDProcessor, check_probe: bool = True, **kwargs):
     """
-    The model beneath an adapter, ready to receive it: with a head of the adapter's shape and rows for its soft prompts.
+    The model beneath an adapter, ready to receive it: a head of the adapter's shape, and rows for its soft prompts.
 
     Args:
         model_class: Class to load, [`UniGDModel`] or [`UniGDForConditionalGeneration`].

@@ -160,6 +160,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _tied_weights_keys = {}  # noqa: RUF012  # none but the backbone's, which PEFT and transformers collect from it
     _keep_in_fp32_modules_strict = {"embedding_head"}  # noqa: RUF012
     # Whether the backbone has these is checked by the backbone itself, a `PreTrainedModel` of its own.
     _supports_flash_attn = True
@@ -292,6 +293,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
         processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where, **_trusted())
         model = load_base_model(cls, name, processor, check_probe=check_probe, **kwargs)
         info = model.load_adapter(name, adapter_kwargs=where).to_dict()
+        if model.config.tie_word_embeddings:  # the output's soft prompts are the input's, under a second name
+            info["missing_keys"] = {key for key in info["missing_keys"] if "lm_head.token_adapter" not in key}
         _raise_if_random(name, info)
         if check_probe:
             model._check_probe(name, where)
