@@ -27,10 +27,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 install: $(VENV)/.installed  ## Create .venv and install hf-unigd
 install-dev: $(VENV)/.installed-dev  ## The same, with everything the tests and linters need
 
-OUTPUT ?= runs/quickstart
+RECIPE ?= vladva
 # Passive waiting: threads that spin for each other slow a shared machine tenfold.
-quickstart: install  ## Train a small LLaVA on icons, print retrieval before and after, write runs/quickstart
-	OMP_WAIT_POLICY=passive $(BIN)/hf-unigd quickstart --output $(OUTPUT)
+quickstart: install  ## Train a small LLaVA, print retrieval before and after, write runs/ (RECIPE=sugar: the other paper's)
+	OMP_WAIT_POLICY=passive $(BIN)/hf-unigd quickstart --recipe $(RECIPE)
 
 test: install-dev  ## Run every test (offline)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

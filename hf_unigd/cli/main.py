@@ -11,8 +11,11 @@ COMMANDS = {
     "train": "Train a vision-language model with the joint objective",
     "embed-slices": "Run the structure loss's teachers over a dataset once",
     "evaluate": "Recall both ways and caption perplexity of a checkpoint on a dataset",
-    "embed": "Embed a dataset and save it as a searchable folder",
-    "search": "Search an embedded dataset by text or image",
+    "index": "Embed a dataset into a folder that can be searched and asked",
+    "search": "Search an index by text, image, or both",
+    "answer": "Answer a question with what an index knows about it",
+    "explain": "Draw which images and sentences of two sequences the alignment kernel brings together",
+    "doctor": "Examine a checkpoint: tensors, prompts, probe, and which of its consumers will work here",
     "generate": "Generate text from an image, a text, or both",
     "kernels": "Export the alignment kernels as a repository for the kernels library",
 }

@@ -102,7 +102,7 @@ class Encoder:
 def encoder_commit(name: str) -> str:
     """What changes when the encoder does: the commit of a Hub id, a digest of the files of a folder."""
     if not Path(name).is_dir():
-        return AutoConfig.from_pretrained(name)._commit_hash or ""
+        return getattr(AutoConfig.from_pretrained(name), "_commit_hash", None) or ""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(Path(name).rglob("*")):
         if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):

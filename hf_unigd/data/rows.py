@@ -21,9 +21,11 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _IMAGE_TAG = "<image>"  # how TRL's and LLaVA's data mark an image inside a text, whatever the model's own token
 
 
-def check_columns(columns: list[str]) -> None:
+def check_columns(columns: list[str], requires_match: bool = True) -> None:
     """Raises ValueError, naming `columns`, where no accepted format can be made of them."""
     have = set(columns)
+    if not requires_match and have & {"anchor", "image"}:
+        return
     if "messages" in have or "conversations" in have or {"anchor", "positive"} <= have:
         return
     if "image" in have and have & {"short_caption", "long_caption", "caption"}:
@@ -44,6 +46,7 @@ class RowParser:
             target (VladVA: 30).
         long_caption_max_tokens: Longest caption allowed (VladVA: 500).
         image_folder: Where relative image paths start.
+        requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
         splitter: Where given, examples are cut into slices by it, and a chat needs neither an answer nor a match.
     """
 
@@ -51,6 +54,7 @@ class RowParser:
     short_caption_max_tokens: int = 30
     long_caption_max_tokens: int = 500
     image_folder: str | Path | None = None
+    requires_match: bool = True
     splitter: SentenceSplitter | None = None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Example:
@@ -73,12 +77,12 @@ class RowParser:
                 return self._from_messages(row, index)
             if "conversations" in row:
                 return self._from_conversations(row, index)
-            if "anchor" in row and "positive" in row:
+            if "anchor" in row and ("positive" in row or not self.requires_match):
                 negatives = [name for name in row if name == "negative" or name.startswith("negative_")]
                 return Example(
                     row=index,
                     anchor=self._user_turn(row["anchor"], "anchor"),
-                    positive=self._user_turn(row["positive"], "positive"),
+                    positive=self._user_turn(row["positive"], "positive") if "positive" in row else None,
                     negatives=[self._user_turn(row[name], name) for name in negatives],
                 )
             if "image" in row:
@@ -96,7 +100,7 @@ class RowParser:
                 short = caption
             else:
                 long = caption
-        if short is None and long is None:
+        if short is None and long is None and self.requires_match:
             raise ValueError("has an image without `short_caption`, `long_caption` or `caption`")
         short = None if short is None else _caption(short, "short_caption")
         long = None if long is None else _caption(long, "long_caption")
@@ -138,7 +142,7 @@ class RowParser:
         negatives = row.get("negative_messages") or []
         if negatives and not isinstance(negatives[0], list):
             negatives = [negatives]
-        if not positives and target is None and self.splitter is None:
+        if not positives and target is None and self.requires_match and self.splitter is None:
             raise ValueError("has neither an assistant's answer nor `positive_messages`: there is nothing to learn")
         return Example(
             row=index,

@@ -1,8 +1,11 @@
-"""Retrieval as a picture."""
+"""Retrieval and alignments as pictures."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
 
@@ -21,13 +24,8 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: `pip install 'hf-unigd[quickstart]'`.") from error
-
     columns = 1 + max(len(results) for _, results in queries)
-    figure = Figure(figsize=(1.7 * columns, 1.9 * len(queries)), layout="constrained")
+    figure = _figure(figsize=(1.7 * columns, 1.9 * len(queries)), layout="constrained")
     grid = figure.subplots(len(queries), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -46,3 +44,90 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
             if image is not None:
                 axes.imshow(image)
     figure.savefig(output, dpi=110)
+
+
+def draw_alignment(
+    a: Sequence[Image.Image | str],
+    b: Sequence[Image.Image | str],
+    posterior: torch.Tensor,
+    output: str | Path,
+    title: str = "",
+) -> None:
+    """
+    A heat map of two sequences of images and sentences: `a` down its side, `b` along its top, long sentences cut.
+
+    Args:
+        a, b: Contents of the slices.
+        posterior (`torch.FloatTensor` of shape `(len(a), len(b))`): What the cells show, from 0 to 1, as
+            [`align_slices`] gives it.
+        output: The file to write.
+        title: What stands below.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: `posterior` has another shape, or a sequence is empty.
+    """
+    if posterior.shape != (len(a), len(b)) or 0 in posterior.shape:
+        raise ValueError(
+            f"`posterior` must be of shape (len(a), len(b)) = ({len(a)}, {len(b)}), both positive, got "
+            f"{tuple(posterior.shape)}."
+        )
+    cell = 0.6  # inches: three lines of a sentence, or a picture
+    figure = _figure(figsize=(cell * len(b), cell * len(a)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    heat = axes.pcolormesh(posterior.cpu(), cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    axes.set(xticks=[], yticks=[], ylim=(len(a), 0))
+    axes.set_xlabel(title, fontsize=9, labelpad=10)
+    axes.spines[:].set_visible(False)
+    for place, content in enumerate(a):
+        _draw_slice(axes, content, cell, (0, place + 0.5), ("axes fraction", "data"), (-6, 0))
+    for place, content in enumerate(b):
+        _draw_slice(axes, content, cell, (place + 0.5, 1), ("data", "axes fraction"), (0, 6))
+    bar = axes.inset_axes((1 + 0.25 / len(b), 0, 0.2 / len(b), 1))
+    figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
+    figure.savefig(output, dpi=110, bbox_inches="tight", pad_inches=0.15)
+
+
+def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:
+    """A picture or a sentence `offset` points to the left of, or above, the place `at`."""
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    above = offset[1] > 0
+    if isinstance(content, Image.Image):
+        picture = OffsetImage(
+            np.asarray(content.convert("RGB")), zoom=0.9 * cell * 72 / max(content.size)
+        )  # 72 points an inch
+        axes.add_artist(
+            AnnotationBbox(
+                picture,
+                at,
+                xycoords=coordinates,
+                xybox=offset,
+                boxcoords="offset points",
+                box_alignment=(0.5, 0) if above else (1, 0.5),
+                frameon=False,
+                pad=0,
+                annotation_clip=False,
+            )
+        )
+    else:
+        axes.annotate(
+            "\n".join(textwrap.wrap(content, 30, max_lines=3, placeholder=" …")),
+            at,
+            xycoords=coordinates,
+            xytext=offset,
+            textcoords="offset points",
+            ha="center" if above else "right",
+            va="bottom" if above else "center",
+            rotation=90 if above else 0,
+            fontsize=8,
+            parse_math=False,  # a dollar is a dollar
+        )
+
+
+def _figure(**kwargs):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: `pip install 'hf-unigd[quickstart]'`.") from error
+    return Figure(**kwargs)

@@ -57,7 +57,7 @@ def last_picture_recall(
         return embed_sequences(model, processor, sequences, batch_size, show_progress=show_progress)
 
     candidates = embed([[image] for image in pool.values()])
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, queries in (
         (f"{len(told[0]['captions'])}c", [list(story["captions"]) for story in told]),
         (f"{len(told[0]['captions'])}c+{len(told[0]['captions']) - 1}i", [_interleaved(story) for story in told]),

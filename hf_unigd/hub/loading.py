@@ -17,7 +17,9 @@ def load_checkpoint(name: str, **kwargs) -> tuple[PreTrainedModel, UniGDProcesso
     """
     processor = UniGDProcessor.from_pretrained(name)
     if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False) is None:
-        return UniGDForConditionalGeneration.from_pretrained(name, **kwargs), processor
+        model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)
+        model.processor = processor
+        return model, processor
 
     config = UniGDConfig.from_pretrained(name)
     base = PeftConfig.from_pretrained(name).base_model_name_or_path

@@ -5,6 +5,7 @@ import math
 from transformers import AutoConfig, PreTrainedConfig
 
 
+CHECKPOINT_FORMAT = 1
 HEAD_TYPES = ("none", "linear", "mlp")
 LOG_INVERSE_TEMPERATURE = math.log(1 / 0.07)
 MAX_LOG_INVERSE_TEMPERATURE = math.log(100.0)
@@ -32,9 +33,12 @@ class UniGDConfig(PreTrainedConfig):
             Initial logarithm of the inverse temperature (CLIP's; the papers leave it unsaid).
         logit_scale_max_value (`float`, *optional*, defaults to `log(100)`):
             Upper limit of the same logarithm (CLIP's).
+        checkpoint_format (`int`, *optional*, defaults to 1):
+            Version of what is saved. Older ones load, newer ones are refused.
 
     Raises:
-        ValueError: an argument is out of range, or the backbone is not a decoder-only image-text-to-text model.
+        ValueError: an argument is out of range, the backbone is not a decoder-only image-text-to-text model, or the
+            checkpoint was saved by a newer hf-unigd.
     """
 
     model_type = "unigd"
@@ -49,8 +53,15 @@ class UniGDConfig(PreTrainedConfig):
         matryoshka_dims=None,
         logit_scale_init_value=LOG_INVERSE_TEMPERATURE,
         logit_scale_max_value=MAX_LOG_INVERSE_TEMPERATURE,
+        checkpoint_format=CHECKPOINT_FORMAT,
         **kwargs,
     ):
+        if checkpoint_format > CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"This checkpoint has format {checkpoint_format}, and this code knows formats up to "
+                f"{CHECKPOINT_FORMAT}. Upgrade: `pip install -U hf-unigd`, or uninstall it and load with "
+                "`trust_remote_code=True`."
+            )
         if vlm_config is None:
             vlm_config = {"model_type": "llava"}
         if isinstance(vlm_config, dict):
@@ -89,6 +100,7 @@ class UniGDConfig(PreTrainedConfig):
             )
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_scale_max_value = logit_scale_max_value
+        self.checkpoint_format = CHECKPOINT_FORMAT  # what it is saved as, whatever it was loaded from
 
         kwargs["tie_word_embeddings"] = False  # the backbone ties its own; the wrapper has nothing to tie
         # The base class writes its attention implementation into sub-configs: keep what the backbone runs with.

@@ -5,24 +5,38 @@ a subclass would load native checkpoints with a random `lm_head`.
 """
 
 import inspect
+import json
+import logging
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_unigd import UniGDConfig
+from .probe_unigd import (
+    HUB_ARGUMENTS,
+    PROBE_NAME,
+    find_file,
+    load_probe,
+    probe_difference,
+    probe_tolerance,
+    save_probe,
+)
+from .processing_unigd import UniGDProcessor
 
+
+logger = logging.getLogger(__name__)
 
 MAX_LOGITS = 1 << 26  # at once, 256 MB in float32
-
-# Where to load from, as against what to load.
-HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 
 
 @dataclass
@@ -134,7 +148,12 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class UniGDPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by both classes."""
+    """Loading, saving and initialisation shared by both classes.
+
+    Attributes:
+        processor ([`UniGDProcessor`]): The model's processor, where it is known; saved with the model.
+        verify_saves (`bool`): Open every checkpoint again after saving it, to see that it embeds the same.
+    """
 
     config_class = UniGDConfig
     main_input_name = "input_ids"
@@ -152,6 +171,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config) if vlm is None else vlm
         config.vlm_config = self.vlm.config  # `from_config` works on a copy; resizing must change one config
         self.embedding_head = UniGDHead(config)
+        self.processor: UniGDProcessor | None = None
+        self.verify_saves = True
         self.post_init()
         # CLIP names its text side's too, and FSDP refuses to shard by a class that is not there.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
@@ -215,13 +236,22 @@ class UniGDPreTrainedModel(PreTrainedModel):
         return cls.from_vlm(vlm, **config_kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, check_probe=True, **kwargs
+    ):
         """
-        As [`~PreTrainedModel.from_pretrained`], but never with a random weight.
+        As [`~PreTrainedModel.from_pretrained`], but never with a random weight, and never with one that embeds
+        otherwise than what was saved.
+
+        Args:
+            check_probe (`bool`, *optional*, defaults to `True`): Embed the checkpoint's probe and compare. Quantised,
+                offloaded and sharded models cannot be compared and are not.
 
         Raises:
-            ValueError: the checkpoint is a plain vision-language model; use [`from_vlm_pretrained`].
-            RuntimeError: a tensor is missing from the checkpoint or has another shape, named in the message.
+            ValueError: the checkpoint is a plain vision-language model; use [`from_vlm_pretrained`]. Or it was saved
+                by a newer hf-unigd.
+            RuntimeError: a tensor is missing from the checkpoint or has another shape, named in the message, or the
+                probe's embedding does not come out again.
         """
         if kwargs.get("config") is None:
             hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
@@ -235,7 +265,96 @@ class UniGDPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         _raise_if_random(pretrained_model_name_or_path, info)
+        if check_probe:
+            model._check_probe(pretrained_model_name_or_path, kwargs)
         return (model, info) if output_loading_info else model
+
+    def _check_probe(self, name, kwargs) -> None:
+        probe_file = find_file(name, PROBE_NAME, kwargs)
+        if probe_file is None or not self._can_be_probed:
+            return
+        probe = load_probe(probe_file)
+        difference, tolerance = probe_difference(self, probe), probe_tolerance(self, probe)
+        if difference > tolerance:
+            raise RuntimeError(
+                f"{name} does not compute what it did when it was saved: its probe is off by "
+                f"{difference:.2g}, and rounding explains {tolerance:g}. A weight has changed, or a "
+                "library computes otherwise. "
+                "`check_probe=False` loads it all the same; `hf-unigd doctor` says more."
+            )
+
+    @property
+    def _can_be_probed(self) -> bool:
+        """Whether the weights are here, whole, and those that were saved."""
+        devices = {parameter.device.type for parameter in self.parameters()}
+        return not (
+            "meta" in devices
+            or is_deepspeed_zero3_enabled()
+            or is_fsdp_managed_module(self)
+            or getattr(self, "hf_quantizer", None) is not None
+        )
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, push_to_hub=False, **kwargs):
+        """
+        As [`~PreTrainedModel.save_pretrained`]; with the model's `processor`, or else the one that it was loaded with,
+        come the probe and what sentence-transformers needs. What was written is opened again and compared, unless
+        `verify_saves` is off.
+
+        Raises:
+            RuntimeError: what was written does not give the same embeddings.
+        """
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        # A state dict is given where the weights are spread over processes: there is nothing here to embed with.
+        if state_dict is None and self._can_be_probed:
+            self._save_companions(Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
+
+    def _save_companions(self, folder: Path) -> None:
+        processor = self.processor or self._processor_of_checkpoint()
+        if processor is None:
+            logger.warning(
+                "Saved %s without processor, probe and sentence-transformers' modules. Set `model.processor` to the "
+                "model's UniGDProcessor to save them too.",
+                folder,
+            )
+            return
+        (folder / PROBE_NAME).unlink(missing_ok=True)  # another model's
+        processor.save_pretrained(folder)
+        save_probe(self, processor, folder)
+        self._save_sentence_transformer(folder)
+        if self.verify_saves:
+            type(self).from_pretrained(folder, dtype=self.dtype)
+
+    def _processor_of_checkpoint(self) -> UniGDProcessor | None:
+        """The processor beside the weights that this model was loaded from."""
+        if not self.name_or_path:
+            return None
+        # Where this code itself came with the checkpoint, its user has trusted that.
+        trusted = {"trust_remote_code": True} if __name__.startswith("transformers_modules.") else {}
+        with suppress(OSError, ValueError):  # a plain model's, or none
+            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision, **trusted)
+        return None
+
+    @property
+    def _hub_revision(self) -> dict[str, str]:
+        """The commit that this model was loaded from, where it came from the Hub."""
+        commit = getattr(self.config, "_commit_hash", None)
+        return {"revision": commit} if commit else {}
+
+    def _save_sentence_transformer(self, folder: Path) -> None:
+        code = Path(__file__).with_name("sentence_unigd.py")
+        if not code.is_file():  # loaded as remote code, of which transformers fetches only what it runs
+            found = find_file(self.name_or_path, code.name, self._hub_revision)
+            if found is None:
+                return
+            code = Path(found)
+        if code.resolve() != (folder / code.name).resolve():
+            shutil.copyfile(code, folder / code.name)
+        module = {"idx": 0, "name": "0", "path": "", "type": "sentence_unigd.UniGDSentenceModule"}
+        settings: dict[str, object] = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
+        for name, content in (("modules.json", [module]), ("config_sentence_transformers.json", settings)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def get_input_embeddings(self):
         return self.vlm.get_input_embeddings()
@@ -510,11 +629,13 @@ def _summed_cross_entropy(hidden_states, targets, lm_head):
 
 def _raise_if_random(name: str, loading_info: dict) -> None:
     missing, mismatched = sorted(loading_info["missing_keys"]), sorted(loading_info["mismatched_keys"])
+    unexpected = sorted(loading_info["unexpected_keys"])
     if missing or mismatched:
         raise RuntimeError(
             f"Loading {name} would leave tensors random.\n"
             + (f"Missing from the checkpoint: {', '.join(missing)}.\n" if missing else "")
             + (f"Of another shape in the checkpoint: {', '.join(map(str, mismatched))}.\n" if mismatched else "")
+            + (f"In the checkpoint, but not in the model: {', '.join(unexpected)}.\n" if unexpected else "")
             + "The checkpoint is incomplete, or was saved with another head or backbone than its config says."
         )
 

@@ -4,6 +4,7 @@ The prompts live here and are saved with the processor: the model knows nothing 
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -18,6 +19,10 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PROCESSOR_NAME
 
+from .probe_unigd import PROBE_NAME, find_file, load_probe, processor_differences
+
+
+logger = logging.getLogger(__name__)
 
 # VladVA, figure 4, names the image prompt; the text prompt is ours, by symmetry.
 DEFAULT_PROMPTS = {
@@ -420,7 +425,14 @@ class UniGDProcessor(ProcessorMixin):
         }
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """Saves the backbone's processor, the prompts and this code in one folder."""
+        """Saves the backbone's processor, the prompts and this code in one folder. A probe that is there and was made
+        with another processor is removed, with a warning: it would refuse this one."""
+        probe_file = Path(save_directory) / PROBE_NAME
+        if probe_file.is_file() and processor_differences(self, load_probe(probe_file)):
+            logger.warning(
+                "Removed %s: it was made with another processor. Save the model to get a new one.", probe_file
+            )
+            probe_file.unlink()
         files = self.vlm_processor.save_pretrained(save_directory)
         config_file = Path(save_directory) / PROCESSOR_NAME
         config = {**json.loads(config_file.read_text(encoding="utf-8")), **self.to_dict()}
@@ -435,9 +447,14 @@ class UniGDProcessor(ProcessorMixin):
         """
         Loads what [`save_pretrained`] saved, locally or from the Hub.
 
+        Args:
+            check_probe (`bool`, *optional*, defaults to `True`): Process the checkpoint's probe and compare.
+
         Raises:
-            ValueError: the folder holds a plain processor; use [`from_vlm_pretrained`].
+            ValueError: the folder holds a plain processor; use [`from_vlm_pretrained`]. Or prompts, chat template,
+                tokenizer or image processor are no longer those that were saved.
         """
+        check_probe = kwargs.pop("check_probe", True)
         config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "vlm_processor_class" not in config:
             raise ValueError(
@@ -447,7 +464,20 @@ class UniGDProcessor(ProcessorMixin):
         vlm_processor_class = getattr(transformers, config["vlm_processor_class"])
         vlm_processor = vlm_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         names = ("prompts", "soft_prompts", "embedding_position", "image_pooling")
-        return cls(vlm_processor, **{name: config[name] for name in names if name in config})
+        processor = cls(vlm_processor, **{name: config[name] for name in names if name in config})
+        if check_probe:
+            processor._check_probe(pretrained_model_name_or_path, kwargs)
+        return processor
+
+    def _check_probe(self, name, kwargs) -> None:
+        probe_file = find_file(name, PROBE_NAME, kwargs)
+        differences = [] if probe_file is None else processor_differences(self, load_probe(probe_file))
+        if differences:
+            raise ValueError(
+                f"{name} no longer makes the inputs that it made when it was saved: {'; '.join(differences)}. Its "
+                "prompts, chat template, tokenizer or image processor have changed. `check_probe=False` loads it all "
+                "the same; `hf-unigd doctor` says more."
+            )
 
     @classmethod
     def from_vlm_pretrained(

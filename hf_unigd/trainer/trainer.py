@@ -86,6 +86,7 @@ class UniGDTrainer(Trainer):
         if args.freeze_vision_tower:
             for parameter in vision_parameters(model):
                 parameter.requires_grad_(False)
+        model.processor = processing_class  # saved with the model
         if peft_config is not None:
             model = add_adapter(model, processing_class, peft_config)
         vision_is_frozen = not any(parameter.requires_grad for parameter in vision_parameters(model))
@@ -180,6 +181,9 @@ class UniGDTrainer(Trainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial):
+        # What a run leaves behind is opened again after saving; for every checkpoint that would cost too much.
+        unwrapped = self._unwrapped_model
+        unwrapped.verify_saves = False
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
@@ -189,6 +193,14 @@ class UniGDTrainer(Trainer):
                 f"{name} could not be saved ({error}) and is removed; earlier checkpoints in {self.args.output_dir} "
                 "are whole. Is the disk full?"
             ) from error
+        finally:
+            unwrapped.verify_saves = True
+
+    @property
+    def _unwrapped_model(self) -> UniGDForConditionalGeneration:
+        """The model itself, without adapter or wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -443,6 +455,8 @@ class UniGDTrainer(Trainer):
                 mean = self.accelerator.reduce(torch.stack(list(by_step.values())).mean(), reduction="mean")
                 logs[name] = mean.item()
             self._logged.clear()
+            if self.teachers is not None and self.teachers.truncated:
+                logs["truncated_texts"] = self.teachers.truncated  # of what the teachers read on this process
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model):

@@ -61,7 +61,7 @@ def test_unknown_commands_name_the_known():
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_train_then_evaluate_embed_search_generate(folder, tmp_path, capsys, adapter):
+def test_train_then_evaluate_index_search_answer_generate(folder, tmp_path, capsys, adapter):
     flags = {"use_peft": "true", "soft_prompts": "true"} if adapter else {"head_type": "mlp", "embedding_dim": 8}
     main(train_arguments(folder, tmp_path / "out", eval_strategy="steps", eval_steps=1, **flags))
     model = str(tmp_path / "out")
@@ -71,14 +71,22 @@ def test_train_then_evaluate_embed_search_generate(folder, tmp_path, capsys, ada
     assert 0 <= metrics["anchor_to_positive_recall_at_1"] <= metrics["anchor_to_positive_recall_at_10"] <= 1
     assert metrics["perplexity"] > 1
 
-    main(["embed", "--model", model, *data, "--output", str(tmp_path / "index")])
-    capsys.readouterr()
+    index = ["--index", str(tmp_path / "index")]
+    main(["index", "--model", model, *data, "--output", str(tmp_path / "index"), "--faiss", "Flat"])
+    assert "8 embeddings of width" in capsys.readouterr().out
     picture = ["--image", str(folder / "picture.png")]
-    main(["search", "--index", str(tmp_path / "index"), *picture, "--k", "3", "--output", str(tmp_path / "hits.png")])
+    main(["search", *index, *picture, "--k", "3", "--output", str(tmp_path / "hits.png")])
     first = capsys.readouterr().out.splitlines()[0]
     assert "1.000" in first and "row 0" in first and "cat 0" in first
     assert (tmp_path / "hits.png").stat().st_size > 1000
-    main(["search", "--index", str(tmp_path / "index"), "--query", "cat 3"])
+    main(["search", *index, "--query", "cat 3"])
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+    png = ["--output", str(tmp_path / "answer.png")]
+    main(["answer", *index, *picture, "--question", "Is it?", "--k", "2", "--max_new_tokens", "4", *png])
+    *_, first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("  1  ") and second.startswith("  2  ") and "cat" in second
+    assert (tmp_path / "answer.png").stat().st_size > 1000
 
     main(["generate", "--model", model, *picture, "--max_new_tokens", "4"])
     main(["generate", "--model", model, *picture, "--prompt", "What is it?", "--max_new_tokens", "4"])
@@ -100,7 +108,8 @@ def test_train_resumes(folder, tmp_path):
         (["search", "--index", "x"], "Give `--query TEXT`"),
         (["generate", "--model", "m"], "Give `--image FILE`"),
         (["search", "--index", "/nowhere", "--query", "a"], "holds no index"),
-        (["embed", "--model", "/nowhere", "--dataset_name", "icons"], "/nowhere"),
+        (["answer", "--index", "x"], "Give `--question TEXT`"),
+        (["index", "--model", "/nowhere", "--dataset_name", "icons"], "/nowhere"),
     ],
 )
 def test_mistakes_get_a_message_and_no_traceback(arguments, message):
@@ -123,3 +132,18 @@ def test_a_head_for_a_model_that_has_one_is_refused(folder, tmp_path):
 def test_a_missing_picture_is_named(folder):
     with pytest.raises(SystemExit, match=r"no file nothing\.png"):
         main(["generate", "--model", str(folder / "model"), "--image", "nothing.png"])
+
+
+def test_an_index_is_refused_to_another_model(folder, tmp_path):
+    data = ["--dataset_name", str(folder / "rows"), "--dataset_test_split", "train"]
+    make = ["index", "--model", str(folder / "model"), *data, "--output", str(tmp_path / "index")]
+    main(make)
+    tiny = make_vlm(seed=1)
+    UniGDForConditionalGeneration.from_vlm(tiny.model).save_pretrained(tmp_path / "other")
+    UniGDProcessor(tiny.processor).save_pretrained(tmp_path / "other")
+    other = ["--index", str(tmp_path / "index"), "--model", str(tmp_path / "other")]
+    for query in (["search", "--query", "cat"], ["answer", "--question", "cat"]):
+        with pytest.raises(SystemExit, match=rf"made by {folder}/model, and {tmp_path}/other embeds its probe"):
+            main([*query, *other])
+    with pytest.raises(SystemExit, match="was begun with other rows or settings"):
+        main([*make, "--store_images", "false"])

@@ -7,6 +7,7 @@ import yaml
 
 from hf_unigd.cli.main import main
 from hf_unigd.quickstart import run as quickstart
+from hf_unigd.quickstart import sugar
 
 
 def test_it_writes_what_it_promises(tmp_path, capsys, monkeypatch):
@@ -41,3 +42,23 @@ def test_a_checkpoint_that_differs_in_a_fresh_process_is_reported(tmp_path, monk
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(RuntimeError, match="does not load in a fresh process"):
         quickstart.check_in_fresh_process(model, processor, rows, tmp_path)
+
+
+def test_the_sugar_recipe_compares_with_and_without_the_structure_loss(tmp_path, capsys, monkeypatch):
+    for name, value in (("STORIES", 40), ("TEST_STORIES", 20), ("CAST", 20), ("CLIP_STEPS", 2)):
+        monkeypatch.setattr(sugar, name, value)
+    main(["quickstart", "--recipe", "sugar", "--output", str(tmp_path), "--max_steps", "2", "--batch_size", "4"])
+    printed = capsys.readouterr().out
+    assert "five captions, four pictures, R@10" in printed
+    assert "Reloaded in a fresh process without hf-unigd" in printed
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["with_structure"] != metrics["without_structure"]
+    assert set(metrics["before"]) == set(metrics["with_structure"])
+    processor = json.loads((tmp_path / "processor_config.json").read_text())
+    assert processor["embedding_position"] == "last_slice"
+    assert "(Sugar)" in (tmp_path / "README.md").read_text()
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(SystemExit):
+        main(["quickstart", "--recipe", "unknown"])

@@ -1,0 +1,85 @@
+"""What the alignment kernel sees in two sequences: how similar they are, and which slices go with which."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..data import Example, RowError, SentenceSplitter
+from ..data.teachers import Spaces
+from ..kernels import alignment_kernel, alignment_posterior
+from ..modeling import SequenceError, UniGDProcessor
+
+
+def align_slices(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_modalities: torch.Tensor | None = None,
+    y_modalities: torch.Tensor | None = None,
+    spaces: Spaces | None = None,
+    bandwidth: float = 1.0,
+    normalization: str = "content",
+) -> tuple[torch.Tensor, float]:
+    r"""
+    Aligns two sequences of slices with the kernel of [`StructureLoss`] (Sugar, section 3.2).
+
+    Args:
+        x, y (`torch.FloatTensor` of shape `(n, width)` and `(m, width)`): Unit vectors of slices, or what
+            [`~hf_unigd.data.Teachers`] see of them.
+        x_modalities, y_modalities (`torch.LongTensor` of shape `(n,)` and `(m,)`, *optional*): 0 for an image, 1 for
+            a text; with `spaces`.
+        spaces: Columns in which slices of two modalities are compared, as [`~hf_unigd.data.Teachers.spaces`] gives
+            them; all of them by default.
+        bandwidth: `δ`; the kernel's bandwidth is `δ · sqrt((n + m) / 2)`.
+        normalization: `"cosine"`, or `"content"`, which also takes out what the two lengths alone explain.
+
+    Returns:
+        The posterior alignment `(n, m)`, float32 (float64 of float64): how often an alignment drawn with the kernel's
+        weights meets each pair of slices. And the normalised kernel, limited to 1, as in training.
+
+    Raises:
+        ValueError: a sequence is empty, or an argument is none of the above.
+    """
+    inputs: dict[str, Any] = {
+        "x": x,
+        "x_offsets": torch.tensor([0, len(x)]),
+        "y": y,
+        "y_offsets": torch.tensor([0, len(y)]),
+        "x_modalities": x_modalities,
+        "y_modalities": y_modalities,
+        "spaces": spaces,
+        "bandwidth": bandwidth,
+        "per_pair_bandwidth": True,
+    }
+    (posterior,) = alignment_posterior(**inputs)
+    similarity = alignment_kernel(**inputs, normalize=normalization).exp().clamp(max=1.0)
+    return posterior, similarity.item()
+
+
+@torch.no_grad()
+def embed_slices(
+    model: PreTrainedModel, processor: UniGDProcessor, example: Example, splitter: SentenceSplitter
+) -> torch.Tensor:
+    """
+    The model's own embeddings of the slices of a sequence and its target, each in the context of those before it.
+
+    Args:
+        model: A [`UniGDModel`] or [`UniGDForConditionalGeneration`].
+        processor: Its processor.
+        example: The sequence.
+        splitter: Cuts texts into sentences, as it cut the example's `slices`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(len(example.slices), embedding_dim)`, on the CPU: unit vectors.
+
+    Raises:
+        RowError: the processor cannot take the sequence.
+    """
+    try:
+        batch = processor.process_sequences(
+            [example.anchor], [example.target], prompted=example.prompted, sentence_ends=splitter
+        )
+    except SequenceError as error:
+        raise RowError(example.row, error.reason) from error
+    batch["spans"] = batch.pop("slice_spans")
+    return model.eval().embed(**batch.to(model.device, model.dtype)).cpu()

@@ -1,0 +1,129 @@
+"""What sentence-transformers runs: `SentenceTransformer(id, trust_remote_code=True)` embeds as the model itself does.
+
+Saved with every checkpoint and named in its `modules.json`; only sentence-transformers loads it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sentence_transformers.base.modality import is_image_url_or_path, is_message_dict
+from sentence_transformers.base.modules import InputModule
+
+from .modeling_unigd import UniGDModel
+from .processing_unigd import UniGDProcessor
+
+
+class UniGDSentenceModule(InputModule):
+    """
+    Embeds texts, PIL images, paths of pictures, `{"text": ..., "image": ...}` dicts, chats, and lists of texts and
+    images in any order.
+
+    Args:
+        model ([`UniGDModel`]): The model.
+        processor ([`UniGDProcessor`]): Its processor.
+    """
+
+    save_in_root = True
+    config_keys: list[str] = []  # noqa: RUF012
+
+    def __init__(self, model: UniGDModel, processor: UniGDProcessor):
+        super().__init__()
+        self.model = model
+        self.model.processor = processor
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+
+    @property
+    def modalities(self):
+        return ["text", "image", "message"]
+
+    def preprocess(self, inputs, prompt: str | None = None, **kwargs) -> dict[str, Any]:
+        """Model inputs of a batch. A `prompt` is put before each, as an instruction.
+
+        Raises:
+            ValueError: an input that is none of the accepted, or the address of a picture, which is not fetched.
+        """
+        sequences = [_to_sequence(value) for value in inputs]
+        if prompt:
+            sequences = [_with_instruction(sequence, prompt) for sequence in sequences]
+        return dict(self.processor.process_sequences(sequences))
+
+    def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
+        inputs = {
+            name: value.to(self.model.dtype) if value.is_floating_point() else value
+            for name, value in features.items()
+            if isinstance(value, torch.Tensor)
+        }
+        return {**features, "sentence_embedding": self.model.embed(**inputs)}
+
+    def get_embedding_dimension(self) -> int:
+        return self.model.config.embedding_dim
+
+    get_sentence_embedding_dimension = get_embedding_dimension
+
+    def save(self, output_path: str, *args, **kwargs) -> None:
+        self.model.save_pretrained(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token=None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        **kwargs,
+    ):
+        where = {
+            "token": token,
+            "cache_dir": cache_folder,
+            "revision": revision or "main",
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        model = UniGDModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
+        processor = UniGDProcessor.from_pretrained(model_name_or_path, **where, **(processor_kwargs or {}))
+        return cls(model, processor)
+
+
+def _to_sequence(value: Any) -> Any:
+    """An input of sentence-transformers as [`UniGDProcessor.process_sequences`] takes it."""
+    if is_message_dict(value):
+        value = [value]
+    if isinstance(value, (list, tuple)) and value and is_message_dict(value[0]):
+        return [{**turn, "content": _parts(turn["content"])} for turn in value]
+    return _parts(value)
+
+
+def _parts(value: Any) -> list:
+    if isinstance(value, str):
+        if value.startswith(("http://", "https://", "data:")) and is_image_url_or_path(value):
+            raise ValueError(f"{value[:80]} is not fetched: open the picture and pass a PIL image.")
+        return [Image.open(Path(value)).convert("RGB") if is_image_url_or_path(value) else value]
+    if isinstance(value, Image.Image):
+        return [value.convert("RGB")]
+    if isinstance(value, dict):
+        if "type" in value:  # a part of a message
+            value = {value["type"]: value[value["type"]]}
+        unknown = set(value) - {"text", "image"}
+        if unknown:
+            raise ValueError(f"An input has the modalities {sorted(unknown)}; only 'text' and 'image' are taken.")
+        return [part for each in value.values() for part in _parts(each)]
+    if isinstance(value, (list, tuple)):
+        return [part for each in value for part in _parts(each)]
+    raise ValueError(
+        f"An input is a {type(value).__name__}; texts, PIL images, paths, dicts, lists and chats are taken."
+    )
+
+
+def _with_instruction(sequence: list, prompt: str) -> list:
+    if sequence and isinstance(sequence[0], dict):
+        first = {**sequence[0], "content": [prompt, *sequence[0]["content"]]}
+        return [first, *sequence[1:]]
+    return [prompt, *sequence]

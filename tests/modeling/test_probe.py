@@ -1,0 +1,108 @@
+"""The probe: written with a checkpoint, reproduced by every load, and never stale."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
+from hf_unigd.modeling import modeling_unigd
+from hf_unigd.modeling.probe_unigd import (
+    PROBE_NAME,
+    load_probe,
+    make_probe,
+    probe_difference,
+    probe_sequences,
+    probe_tolerance,
+    processor_differences,
+)
+from tiny_models import FAMILIES, make_vlm
+
+
+def make_model(family="llava", **kwargs):
+    tiny = make_vlm(family)
+    torch.manual_seed(0)
+    model = UniGDForConditionalGeneration.from_vlm(tiny.model, head_type="linear", embedding_dim=8, **kwargs)
+    model.processor = UniGDProcessor(tiny.processor)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_probe_holds_what_the_model_makes_of_a_text_and_a_picture(family):
+    model = make_model(family)
+    probe = make_probe(model, model.processor)
+    with torch.no_grad():
+        expected = model.embed(**model.processor.process_sequences(probe_sequences(), padding_side="right"))
+    assert torch.equal(probe["embeddings"], expected)
+    assert probe_difference(model, probe) == 0
+    assert processor_differences(model.processor, probe) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_is_tolerated_and_other_changes_are_not(tmp_path, dtype):
+    model = make_model()
+    model.vlm.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(tmp_path)
+    for loaded_as in (torch.float32, dtype):
+        UniGDModel.from_pretrained(tmp_path, dtype=loaded_as)
+    probe = load_probe(tmp_path / PROBE_NAME)
+    assert probe_tolerance(model, probe) == {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}[dtype]
+    model.vlm.get_input_embeddings().weight.data *= -1
+    assert probe_difference(model, probe) > probe_tolerance(model, probe)
+
+
+def test_saving_opens_again_what_was_written(tmp_path, monkeypatch):
+    model = make_model()
+
+    def lossy(self, folder, *args, **kwargs):
+        model.embedding_head.projection.bias.data += 1  # as if what is written were not what is in memory
+        save(self, folder, *args, **kwargs)
+        model.embedding_head.projection.bias.data -= 1
+
+    save = modeling_unigd.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(modeling_unigd.PreTrainedModel, "save_pretrained", lossy)
+    with pytest.raises(RuntimeError, match="does not compute what it did when it was saved"):
+        model.save_pretrained(tmp_path / "a")
+    model.verify_saves = False
+    model.save_pretrained(tmp_path / "b")
+
+
+def test_a_loaded_model_is_saved_with_the_processor_of_its_checkpoint(tmp_path):
+    make_model().save_pretrained(tmp_path / "a")
+    loaded = UniGDModel.from_pretrained(tmp_path / "a")
+    assert loaded.processor is None
+    loaded.save_pretrained(tmp_path / "b")
+    for name in ("processor_config.json", PROBE_NAME, "modules.json", "sentence_unigd.py"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_without_a_processor_a_save_says_what_it_lacks(tmp_path, caplog):
+    model = make_model()
+    model.processor = None
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path)
+    assert "Set `model.processor`" in caplog.text
+    assert not (tmp_path / PROBE_NAME).exists()
+    UniGDModel.from_pretrained(tmp_path)
+
+
+def test_another_processor_removes_the_probe_and_says_so(tmp_path, caplog):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    assert (tmp_path / PROBE_NAME).exists()
+    other = UniGDProcessor(model.processor.vlm_processor, prompts={"text": "What is it about"})
+    with caplog.at_level(logging.WARNING):
+        other.save_pretrained(tmp_path)
+    assert "made with another processor" in caplog.text
+    assert UniGDProcessor.from_pretrained(tmp_path).prompts["text"] == "What is it about"
+
+
+def test_saving_does_not_change_the_models_mode_or_gradients(tmp_path):
+    model = make_model().train()
+    model.save_pretrained(tmp_path)
+    assert model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert set(load_file(tmp_path / PROBE_NAME)) >= {"embeddings", "input.input_ids", "input.pixel_values"}
