@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
+from ..data.lengths import sequence_length
 from ..evaluation import retrieval_metrics
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .adapters import add_adapter
@@ -24,9 +25,9 @@ from .batches import count_targets, idle_batch, idle_chunk, join_batches
 from .collator import UniGDDataCollator
 from .gradient_cache import RandomState, embed_chunks
 from .interruption import SaveOnSigterm, discard, last_whole_checkpoint
-from .lengths import EpochLengthGroupedSampler, sequence_length
 from .losses import InfoNCELoss, StructureLoss
 from .prefixes import PrefixSampler
+from .sampler import EpochLengthGroupedSampler
 from .vision import VisionFeatureCache, tower_key, vision_parameters, with_image_features
 
 

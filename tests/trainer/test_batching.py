@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from hf_unigd import UniGDProcessor
 from hf_unigd.data import RowParser, make_examples
-from hf_unigd.trainer.lengths import sequence_length
+from hf_unigd.data.lengths import sequence_length
 from tiny_models import FAMILIES, make_image, make_vlm
 
 
