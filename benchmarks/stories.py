@@ -27,6 +27,8 @@ ARMS: dict[str, dict] = {
     "without structure loss": {"alignment_weight": 0.0},
     "content": {"alignment_weight": 1.0},
     "cosine": {"alignment_weight": 1.0, "alignment_normalization": "cosine"},
+    "content, delta 0.5": {"alignment_weight": 1.0, "alignment_bandwidth": 0.5},
+    "content, delta 0.3": {"alignment_weight": 1.0, "alignment_bandwidth": 0.3},
     "mean slice similarity (w/o GAK)": {"alignment_weight": 1.0, "alignment_target": "mean_slice"},
     "CLIP only (w/o TK)": {"alignment_weight": 1.0, "triple_kernel": False},
     "last token (w/o AvgPool)": {"alignment_weight": 1.0, "image_pooling": "last"},

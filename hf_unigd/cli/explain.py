@@ -60,17 +60,19 @@ def main(argv: list[str]) -> None:
         model, processor = load_checkpoint(args.model, dtype="auto")
         model = model.to(accelerator())
         x, y = (embed_slices(model, processor, example, teacher_args.splitter) for example in (a, b))
-        seen_by = args.model
+        seen = f"by the embeddings of {args.model}"
     else:
         teachers = Teachers(teacher_args, accelerator())
         x, y = teachers(a.slices), teachers(b.slices)
         settings["spaces"] = teachers.spaces(args.triple_kernel)
         settings["x_modalities"] = torch.tensor([one.modality for one in a.slices])
         settings["y_modalities"] = torch.tensor([one.modality for one in b.slices])
-        seen_by = "the teachers"
+        seen = "as the teachers see them"
+        if teachers.truncated:
+            print(f"{teachers.truncated} texts are longer than an encoder takes, and were cut as it does.")
     posterior, similarity = align_slices(x, y, **settings)
     title = (
-        f"Rows {numbers.A} (down) and {numbers.B} (across) as {seen_by} see them: similarity {similarity:.3f}\n"
+        f"Rows {numbers.A} (down) and {numbers.B} (across) {seen}: similarity {similarity:.3f}\n"
         f"({args.alignment_normalization}-normalised kernel, δ = {args.alignment_bandwidth:g})"
     )
     contents = [[one.content for one in example.slices] for example in (a, b)]

@@ -46,16 +46,16 @@ class RowParser:
             target (VladVA: 30).
         long_caption_max_tokens: Longest caption allowed (VladVA: 500).
         image_folder: Where relative image paths start.
-        requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
         splitter: Where given, examples are cut into slices by it, and a chat needs neither an answer nor a match.
+        requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
     """
 
     count_tokens: Callable[[str], int]
     short_caption_max_tokens: int = 30
     long_caption_max_tokens: int = 500
     image_folder: str | Path | None = None
-    requires_match: bool = True
     splitter: SentenceSplitter | None = None
+    requires_match: bool = True
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Example:
         """

@@ -1,23 +1,17 @@
-"""A fixed input by whose embedding a model is recognised."""
+"""Recognising the model that made an index by its probe, the same fixed input that checkpoints carry."""
 
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
 from ..modeling import UniGDProcessor
+from ..modeling.probe_unigd import make_probe
 
 
-_TEXT = "a photograph of a red bicycle that leans against a white wall"
-_IMAGE = Image.linear_gradient("L").convert("RGB")
-
-
-@torch.no_grad()
 def probe(model: PreTrainedModel, processor: UniGDProcessor, length: int = 8) -> list[float]:
-    """First numbers of the embedding of a fixed picture and text."""
-    batch = processor.process_sequences([[_IMAGE, _TEXT]]).to(model.device, model.dtype)
-    return model.eval().embed(**batch)[0, :length].tolist()
+    """First numbers of the embeddings of the probe's text and picture."""
+    return make_probe(model, processor)["embeddings"][:, :length].flatten().tolist()
 
 
 def differs(made: Sequence[float], found: Sequence[float], dtype: torch.dtype) -> bool:

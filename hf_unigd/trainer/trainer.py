@@ -404,7 +404,9 @@ class UniGDTrainer(Trainer):
         if self.args.alignment_weight:
             structure = dict(batch["structure"])
             if self.teachers is not None:
+                before = self.teachers.truncated
                 structure["features"] = self.teachers(structure.pop("slices"))
+                metrics["truncated_texts"] = embeddings.new_tensor(self.teachers.truncated - before)
             alignment = self.structure_loss(at["slices"], **structure, spaces=self._spaces)
             parts["alignment"] = alignment.pop("loss")
             metrics |= alignment
@@ -456,8 +458,6 @@ class UniGDTrainer(Trainer):
                 mean = self.accelerator.reduce(torch.stack(list(by_step.values())).mean(), reduction="mean")
                 logs[name] = mean.item()
             self._logged.clear()
-            if self.teachers is not None and self.teachers.truncated:
-                logs["truncated_texts"] = self.teachers.truncated  # of what the teachers read on this process
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model):

@@ -86,6 +86,15 @@ def test_posterior_and_similarity_equal_path_enumeration(normalization, n, m, se
     assert similarity == pytest.approx(min(1.0, ratio), rel=1e-9)
 
 
+def test_the_similarity_is_limited_to_one():
+    # Two unlike images that CLIP finds equal to each of two sentences: nearer to these than to themselves.
+    own, cross = torch.eye(OWN), torch.eye(CROSS)[:1].expand(2, CROSS)
+    images, texts = torch.cat([own[:2], cross], 1), torch.cat([own[2:3].expand(2, OWN), cross], 1)
+    modalities = torch.tensor([IMAGE, IMAGE]), torch.tensor([TEXT, TEXT])
+    _, similarity = align_slices(images, texts, *modalities, slice_spaces(OWN, CROSS))
+    assert similarity == 1.0
+
+
 def test_an_empty_sequence_is_refused():
     x, _ = make_slices(2, 0)
     with pytest.raises(ValueError, match="`x` must not be empty"):

@@ -176,6 +176,18 @@ def test_chats_without_an_answer_train_for_structure_alone(teacher_args, tmp_pat
     assert trainer.state.log_history[0]["causal_lm_loss"] == 0
 
 
+def test_texts_that_an_encoder_cuts_are_counted_in_the_log(teacher_args, tmp_path):
+    def chat(text):
+        return [{"role": "user", "content": text}]
+
+    # The cross-modal teacher takes 16 tokens, the text teacher 64; each step sees all four rows.
+    rows = Dataset.from_dict({"messages": [chat("A cat."), chat("A dog."), chat("cat " * 20), chat("dog " * 99)]})
+    trainer = make_trainer(tmp_path, teacher_args, rows)
+    trainer.train()
+    counts = [entry["truncated_texts"] for entry in trainer.state.log_history if "truncated_texts" in entry]
+    assert counts == [3, 3, 3]
+
+
 def test_arguments_that_cannot_train_are_refused(teacher_args, tmp_path):
     for wrong in ({"alignment_weight": -1.0}, {"alignment_weight": 0.0, "causal_lm_weight": 0.0}):
         with pytest.raises(ValueError, match="`alignment_weight="):
