@@ -7,7 +7,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling import UniGDProcessor
+from ..data.lengths import sequence_length
+from ..modeling import SequenceError, UniGDProcessor
+
+
+WINDOW = 16
 
 
 @torch.no_grad()
@@ -20,7 +24,8 @@ def embed_sequences(
     show_progress: bool = True,
 ) -> torch.Tensor:
     """
-    Embeddings of texts, images and mixtures of both, in their order.
+    Embeddings of texts, images and mixtures of both, in their order. Of each `WINDOW` batches, those of about the same
+    length run together, to spare padding.
 
     Args:
         model: A [`UniGDModel`] or [`UniGDForConditionalGeneration`].
@@ -37,17 +42,29 @@ def embed_sequences(
         ValueError: `sequences` is empty.
         SequenceError: a sequence cannot be processed, or is longer than the model's context.
     """
-    model.eval()
-    embeddings = []
-    with tqdm(total=len(sequences), desc="Embedding", unit="row", disable=not show_progress) as progress:
-        for start in range(0, len(sequences), batch_size):
-            part = [sequences[place] for place in range(start, min(start + batch_size, len(sequences)))]
-            batch = processor.process_sequences(part, max_length=context_length(model)).to(model.device, model.dtype)
-            embeddings.append(model.embed(**batch, truncate_dim=truncate_dim).cpu())
-            progress.update(len(part))
-    if not embeddings:
+    if len(sequences) == 0:
         raise ValueError("There is nothing to embed: `sequences` is empty.")
-    return torch.cat(embeddings)
+    model.eval()
+    order, embeddings = [], []
+    with tqdm(total=len(sequences), desc="Embedding", unit="row", disable=not show_progress) as progress:
+        for first in range(0, len(sequences), WINDOW * batch_size):
+            # Read once: they may be pictures that are opened here.
+            window = [sequences[place] for place in range(first, min(first + WINDOW * batch_size, len(sequences)))]
+            lengths = [sequence_length(processor, sequence) for sequence in window]
+            by_length = sorted(range(len(window)), key=lambda place: -lengths[place])
+            order += [first + place for place in by_length]
+            for start in range(0, len(window), batch_size):
+                places = by_length[start : start + batch_size]
+                try:
+                    batch = processor.process_sequences(
+                        [window[place] for place in places], max_length=context_length(model)
+                    )
+                except SequenceError as error:
+                    raise SequenceError(first + places[error.index], error.reason) from error
+                batch = batch.to(model.device, model.dtype)
+                embeddings.append(model.embed(**batch, truncate_dim=truncate_dim).cpu())
+                progress.update(len(places))
+    return torch.cat(embeddings)[torch.tensor(order).argsort()]
 
 
 def context_length(model: PreTrainedModel) -> int | None:

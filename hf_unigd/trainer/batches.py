@@ -21,6 +21,13 @@ def idle_chunk(chunk: Batch) -> Batch:
     return {**chunk, "spans": chunk["spans"][:0], "labels": torch.full_like(chunk["labels"], -100)}
 
 
+def idle_batch(batch: Batch) -> Batch:
+    """A batch of no rows, in the form of another."""
+    idle = {name: value[:0] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    places = {name: value[:0] for name, value in batch["places"].items()}
+    return {**idle, "places": places, "chunks": [idle_chunk(batch["chunks"][0])]}
+
+
 def join_batches(batches: list[Batch]) -> Batch:
     """One batch of the rows of several, in the same chunks."""
     joined: Batch = {"chunks": [chunk for batch in batches for chunk in batch["chunks"]], "places": {}}

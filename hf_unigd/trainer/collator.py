@@ -8,9 +8,9 @@ import torch
 
 from ..data import Example, RowError
 from ..data.example import content_key
+from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..modeling import SequenceError, UniGDProcessor
-from .lengths import sequence_length
 from .prefixes import PrefixSampler
 from .vision import image_key
 

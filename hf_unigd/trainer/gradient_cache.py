@@ -84,8 +84,6 @@ def embed_chunks(
         for chunk in chunks:
             states.append(RandomState(device))
             outputs.append(forward({**chunk, "labels": torch.full_like(chunk["labels"], -100)}))
-    # Autocast keeps casts of the weights, and those made here have no graph.
-    torch.clear_autocast_cache()
     return EmbeddedChunks(
         torch.cat([output.embeddings for output in outputs]).detach().requires_grad_(),
         outputs[0].logit_scale.detach().requires_grad_(),

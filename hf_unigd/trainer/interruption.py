@@ -44,10 +44,20 @@ class SaveOnSigterm(TrainerCallback):
             sys.exit(128 + signal.SIGTERM)
 
 
-def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint of a folder that was written to its end, which is the trainer's state."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((str(path) for path in found if _is_whole(path)), None)
+def last_whole_checkpoint(folder: str | Path, removes_others: bool = False) -> str | None:
+    """
+    The last checkpoint of a folder that was written to its end, which is the trainer's state.
+
+    Args:
+        folder: The output folder of a run.
+        removes_others: Remove what was begun after it, which the trainer would take for newer checkpoints.
+    """
+    for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        if _is_whole(path):
+            return str(path)
+        if removes_others:
+            discard(path)
+    return None
 
 
 def _is_whole(checkpoint: Path) -> bool:

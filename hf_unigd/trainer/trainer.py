@@ -16,17 +16,18 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
+from ..data.lengths import sequence_length
 from ..evaluation import retrieval_metrics
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .adapters import add_adapter, save_adapter_companions
 from .arguments import UniGDTrainingArguments
-from .batches import count_targets, idle_chunk, join_batches
+from .batches import count_targets, idle_batch, idle_chunk, join_batches
 from .collator import UniGDDataCollator
 from .gradient_cache import RandomState, embed_chunks
 from .interruption import SaveOnSigterm, discard, last_whole_checkpoint
-from .lengths import EpochLengthGroupedSampler, sequence_length
 from .losses import InfoNCELoss, StructureLoss
 from .prefixes import PrefixSampler
+from .sampler import EpochLengthGroupedSampler
 from .vision import VisionFeatureCache, tower_key, vision_parameters, with_image_features
 
 
@@ -175,7 +176,7 @@ class UniGDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.should_save)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
         return super().train(resume_from_checkpoint, **kwargs)
@@ -512,6 +513,22 @@ class UniGDTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last, self.accelerator.even_batches = drop_last, even_batches
 
+    def _evaluated(self, dataloader):
+        """The batches; under FSDP, where all processes have to take part, as many as on any of them."""
+        batch = None
+        batches = iter(dataloader)
+        while True:
+            previous, batch = batch, next(batches, None)
+            if self.is_fsdp_enabled and not any(gather_object([batch is not None])):
+                return
+            if batch is None:
+                if not self.is_fsdp_enabled:
+                    return
+                if previous is None:
+                    raise ValueError("Under FSDP every process needs a row to evaluate. Give more rows.")
+                batch = idle_batch(previous)
+            yield batch
+
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -520,7 +537,7 @@ class UniGDTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         model.to(self.args.device).eval()
         gathered: dict[str, list] = defaultdict(list)
-        for batch in dataloader:
+        for batch in self._evaluated(dataloader):
             batch = self._prepare_inputs(batch)
             gathered["rows"].append(batch["rows"].cpu())
             with self.accelerator.autocast():

@@ -388,6 +388,71 @@ def check(case: Case) -> dict:
     }
 
 
+def check_evaluation(fsdp: bool) -> dict:
+    """Rows that the processes cannot share evenly are each evaluated once: the metrics are those of one process."""
+    AcceleratorState._reset_state()
+    case = Case("vladva", layout="2 processes", fsdp=fsdp)
+    with tempfile.TemporaryDirectory() as folder:
+        args = make_args(case, folder)
+        args.per_device_eval_batch_size = 2
+        model, processor, _ = make_model("full", dropout=False)
+        trainer = ParityTrainer(case, model, args, processor)
+        trainer.train()
+        parse = make_parser(processor, args)
+        examples = [parse(row, place) for place, row in enumerate(rows()[:5])]
+        metrics = trainer.evaluate(examples)
+    whole, _, _ = make_model("full", dropout=False)
+    (anchors, candidates), total, count = trainer.data_collator(examples)["chunks"], 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            if example.target is not None:
+                batch = processor.process_sequences([example.anchor], [example.target], padding_side="right")
+                tokens = int((batch["labels"] != -100).sum())
+                inputs = {name: _double(value) for name, value in batch.items() if name != "spans"}
+                total, count = total + whole.vlm(**inputs).loss.item() * tokens, count + tokens
+        found = whole.embed(**{name: _double(value) for name, value in anchors.items()})
+        positives = whole.embed(**{name: _double(value) for name, value in candidates.items()})[: len(found)]
+    ranks = (found @ positives.T).argsort(dim=1, descending=True).argsort(dim=1).diagonal()
+    expected = {
+        "eval_causal_lm_loss": total / count,
+        "eval_anchor_to_positive_recall_at_1": (ranks == 0).double().mean().item(),
+    }
+    error = max(abs(metrics[name] - value) for name, value in expected.items())
+    how = "evaluation, 2 processes" + (", FSDP2" if fsdp else "")
+    return {"recipe": "evaluation", "model": "full", "how": how, "gradient_error": 0.0, "log_error": error}
+
+
+def check_non_finite_stop() -> dict:
+    """A loss that is not finite on one process stops both, which name it, with a checkpoint saved."""
+    AcceleratorState._reset_state()
+    case = Case("vladva", layout="2 processes")
+    with tempfile.TemporaryDirectory() as folder:
+        args = make_args(case, folder)
+        args.contrastive_weight = 0.0  # which would spread it
+        args.loss_gradient_norm_steps = 0
+        model, processor, _ = make_model("full", dropout=False)
+        trainer = ParityTrainer(case, model, args, processor)
+        if args.process_index == 1:
+            collate = trainer.data_collator._collate
+
+            def poison(examples):
+                batch = collate(examples)
+                for chunk in batch["chunks"]:
+                    if "pixel_values" in chunk:
+                        chunk["pixel_values"][:] = torch.nan
+                return batch
+
+            trainer.get_train_dataloader = lambda: [poison([make_parser(processor, args)(rows()[7], 7)])]
+        message = ""
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            message = str(error)
+        saved = Path(args.output_dir, "checkpoint-0").exists() or args.process_index > 0
+    agrees = saved and "nan on process 1, in the batch of rows [7]" in message and "process 0" not in message
+    return {"recipe": "stop", "model": "full", "how": "2 processes", "gradient_error": 0.0, "log_error": 1.0 - agrees}
+
+
 def run_group(world_size: int, subset: bool) -> list[dict]:
     """Results of all cases of this many processes, run in one group of them."""
     with socket.socket() as probe:
@@ -429,6 +494,10 @@ def run_rank(world_size: int, output: Path, subset: bool) -> None:
                 if result:
                     file.write(json.dumps(result) + "\n")
                     file.flush()
+        if world_size == 2:
+            for result in (check_evaluation(fsdp=False), check_evaluation(fsdp=True), check_non_finite_stop()):
+                if not is_good(result) or int(os.environ["RANK"]) == 0:
+                    file.write(json.dumps(result) + "\n")
 
 
 def is_good(result: dict) -> bool:
@@ -440,6 +509,8 @@ def table(results: list[dict]) -> str:
     columns = [(recipe, model) for recipe in RECIPES for model in ("full", "lora")]
     by_way: dict[str, dict] = {}
     for result in results:
+        if result["recipe"] not in RECIPES:
+            continue
         by_way.setdefault(result["how"], {})[result["recipe"], result["model"]] = result
     lines = [
         "| | " + " | ".join(f"{recipe}, {model}" for recipe, model in columns) + " |",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from parity import cases, check, is_good, run_group
+from parity import RECIPES, cases, check, is_good, run_group
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -18,7 +18,8 @@ def test_one_process_agrees_with_rows_run_one_by_one(case):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_many_processes_agree_with_rows_run_one_by_one(world_size):
     results = run_group(world_size, subset=True)
-    assert len(results) == sum(case.in_subset and case.world_size == world_size for case in cases())
+    compared = [result for result in results if result["recipe"] in RECIPES]
+    assert len(compared) == sum(case.in_subset and case.world_size == world_size for case in cases())
     assert not [result for result in results if not is_good(result)]
 
 

@@ -1,0 +1,332 @@
+"""Training and embedding beside their peers, in one run: `python benchmarks/training.py [joint] [cached] [sft] [embed]`.
+
+One LLaVA of small size, its vision tower and language model in the proportion of CLIP ViT-L/14 and SmolLM2-135M, random
+weights; every peer gets the same backbone, the same rows and, where it takes tensors, the same tensors. Peers take turns,
+repeat by repeat; time is the median, ratios are medians of each repeat's ratio. Memory is the most that torch's allocator
+held in a step above what it held before. Writes benchmarks/results/training-*.json.
+"""  # noqa: E501
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.quickstart.small_llava import build_processor
+from hf_unigd.retrieval.embedding import embed_sequences
+from hf_unigd.trainer.losses import InfoNCELoss
+
+
+RESULTS = Path(__file__).parent / "results"
+TEXT = "a red cat sits on the green grass beside two small blue dogs and looks at people who wave from a window"
+WORDS = TEXT.split()
+
+
+def words(count: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(WORDS[place] for place in torch.randint(0, len(WORDS), (count,), generator=generator).tolist())
+
+
+def picture(seed: int, size: int = 168) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def rows(count: int, long_captions: bool) -> Dataset:
+    """Short captions of 6 to 20 words, long ones of 30 to 90."""
+    columns = {
+        "image": [picture(place) for place in range(count)],
+        "short_caption": [words(6 + place * 7 % 15, place) for place in range(count)],
+    }
+    if long_captions:
+        columns["long_caption"] = [words(30 + place * 23 % 61, 1000 + place) for place in range(count)]
+    return Dataset.from_dict(columns)
+
+
+def make_processor():
+    return build_processor([TEXT, "Summarize the provided image in one word"], 168, 14)
+
+
+def make_vlm(processor) -> LlavaForConditionalGeneration:
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "image_size": 168,
+            "patch_size": 14,
+            "hidden_size": 448,
+            "intermediate_size": 1792,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 7,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 16384,
+            "hidden_size": 256,
+            "intermediate_size": 683,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 1024,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=144,
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config)
+
+
+def make_trainer(batch_size: int, long_captions: bool = True, **kwargs) -> tuple[UniGDTrainer, dict]:
+    """A trainer and one batch."""
+    processor = UniGDProcessor(make_processor())
+    args = UniGDTrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=batch_size,
+        use_cpu=True,
+        report_to=[],
+        loss_gradient_norm_steps=0,
+        gradient_accumulation_steps=1,
+        **kwargs,
+    )
+    model = UniGDForConditionalGeneration.from_vlm(make_vlm(processor))
+    trainer = UniGDTrainer(model, args, rows(batch_size, long_captions), None, processor)
+    trainer.create_optimizer()
+    batch = trainer.train_collator([trainer.train_dataset[place] for place in range(batch_size)])
+    model.train()
+    return trainer, batch
+
+
+def step_of(trainer, batch):
+    tokens = trainer._get_num_items_in_batch([batch], "cpu")
+
+    def step():
+        loss = trainer.training_step(trainer.model, batch, tokens)
+        trainer.model.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def joint() -> dict:
+    """Contrastive and next-token on image, short and long caption: ours, and two passes of the usual kind."""
+    trainer, batch = make_trainer(16)
+    tokens = trainer._get_num_items_in_batch([batch], "cpu")
+    twin, _ = make_trainer(16)
+    model, processor, loss_function = twin.model, twin.processing_class, InfoNCELoss()
+    images = [[picture(place)] for place in range(16)]
+    queries = processor.process_sequences(images, padding_side="right")
+    spoken, texts = batch["chunks"]
+    spoken = {name: value for name, value in spoken.items() if name != "spans"}
+
+    def usual():
+        scale = model.embedding_head.logit_scale.exp().squeeze()
+        contrastive = loss_function(model.embed(**queries), model.embed(**texts), scale)["loss"]
+        contrastive.backward()
+        causal_lm = model.vlm(**spoken, num_items_in_batch=tokens).loss
+        causal_lm.backward()
+        model.zero_grad()
+        return float(contrastive + causal_lm)
+
+    return compare("joint", {"ours": step_of(trainer, batch), "two passes": usual}, same_loss=1e-4)
+
+
+def cached() -> dict:
+    """Contrastive alone, 32 pairs in chunks of 8, the tower frozen or trained: ours, and sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    found = {}
+    for frozen in (True, False):
+        trainer, batch = make_trainer(
+            32, False, causal_lm_weight=0.0, gradient_cache_chunk_size=8, freeze_vision_tower=frozen
+        )
+        whole, _ = make_trainer(32, False, causal_lm_weight=0.0)
+        collated = whole.train_collator([whole.train_dataset[place] for place in range(32)])
+        with tempfile.TemporaryDirectory() as folder:
+            processor = make_processor()
+            make_vlm(processor).save_pretrained(folder)
+            processor.save_pretrained(folder)
+            transformer = Transformer(folder)
+        peer = SentenceTransformer(
+            modules=[transformer, Pooling(256, pooling_mode="lasttoken"), Normalize()], device="cpu"
+        ).train()
+        if frozen:
+            for name, parameter in peer.named_parameters():
+                if "vision_tower" in name or "projector" in name:
+                    parameter.requires_grad_(False)
+        features = []
+        for chunk in collated["chunks"]:
+            inputs = {name: value for name, value in chunk.items() if name not in ("spans", "labels")}
+            if "pixel_values" in inputs:
+                inputs["num_images_per_sample"] = torch.ones(32, dtype=torch.long)
+            features.append({**inputs, "modality": "message"})
+        scale = float(trainer.model.embedding_head.logit_scale.exp())
+        loss_function = CachedMultipleNegativesRankingLoss(
+            peer, scale, mini_batch_size=8, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+        )
+
+        def theirs(loss_function=loss_function, features=features, peer=peer):
+            loss = loss_function([dict(each) for each in features], None)
+            loss.backward()
+            peer.zero_grad()
+            return float(loss)
+
+        name = f"cached, {'frozen' if frozen else 'trained'} tower"
+        found |= compare(name, {"ours": step_of(trainer, batch), "sentence-transformers": theirs})
+    return found
+
+
+def sft() -> dict:
+    """Next-token alone: ours, and TRL's SFTTrainer on the same tensors."""
+    from trl import SFTConfig, SFTTrainer
+
+    trainer, batch = make_trainer(16, contrastive_weight=0.0)
+    (chunk,) = batch["chunks"]
+    chunk = {name: value for name, value in chunk.items() if name != "spans"}
+    tokens = trainer._get_num_items_in_batch([batch], "cpu")
+    processor = make_processor()
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+    peer = SFTTrainer(
+        make_vlm(processor),
+        SFTConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[], max_length=None, bf16=False,
+                  gradient_checkpointing=False, per_device_train_batch_size=16),
+        train_dataset=Dataset.from_dict({"messages": [messages] * 4, "images": [[picture(0)]] * 4}),
+        processing_class=processor,
+    )  # fmt: skip
+    peer.current_gradient_accumulation_steps = 1
+    for name, parameter in peer.model.named_parameters():
+        if "vision_tower" in name or "projector" in name:
+            parameter.requires_grad_(False)
+
+    def theirs():
+        loss = peer.training_step(peer.model, dict(chunk), tokens)
+        peer.model.zero_grad()
+        return float(loss)
+
+    return compare("sft", {"ours": step_of(trainer, batch), "SFTTrainer": theirs}, same_loss=1e-5)
+
+
+def embed() -> dict:
+    """192 rows (texts, pictures, pictures with texts) by `embed_sequences` and by `SentenceTransformer.encode`."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    processor = UniGDProcessor(make_processor())
+    model = UniGDForConditionalGeneration.from_vlm(make_vlm(processor)).eval()
+    texts = [words(5 + place * 37 % 100, place) for place in range(192)]
+    sequences = [
+        (text, [picture(place)], [picture(place), text])[place % 3]  # as composed retrieval has them
+        for place, text in enumerate(texts)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        model.vlm.save_pretrained(folder)
+        make_processor().save_pretrained(folder)
+        transformer = Transformer(folder)
+    peer = SentenceTransformer(
+        modules=[transformer, Pooling(256, pooling_mode="lasttoken"), Normalize()], device="cpu"
+    ).eval()
+
+    def message(sequence):
+        parts = sequence if isinstance(sequence, list) else [sequence]
+        content = [
+            {"type": "image", "image": part} if isinstance(part, Image.Image) else {"type": "text", "text": part}
+            for part in parts
+        ]
+        prompt = processor.prompts["image" if isinstance(sequence, list) else "text"]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+
+    messages = [message(sequence) for sequence in sequences]
+
+    def ours():
+        return embed_sequences(model, processor, sequences, 32, show_progress=False)
+
+    def theirs():
+        return peer.encode(messages, batch_size=32, convert_to_tensor=True, show_progress_bar=False)
+
+    return compare("embed", {"ours": ours, "sentence-transformers": theirs})
+
+
+def compare(name: str, peers: dict, same_loss: float | None = None) -> dict:
+    """Times peers in turns; prints and returns what was found."""
+    results = {peer: step() for peer, step in peers.items()}  # warm-up
+    if same_loss is not None:
+        ours, theirs = results.values()
+        assert abs(ours - theirs) <= same_loss * abs(theirs), results
+    times: dict[str, list[float]] = {peer: [] for peer in peers}
+    for _ in range(REPEATS):
+        for peer, step in peers.items():
+            start = time.perf_counter()
+            step()
+            times[peer].append(time.perf_counter() - start)
+    ours, theirs = times.values()
+    found = {
+        "seconds": {peer: statistics.median(each) for peer, each in times.items()},
+        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "peak_bytes": {peer: peak(step) for peer, step in peers.items()},
+        "repeats": REPEATS,
+    }
+    if same_loss is not None:
+        found["losses"] = results
+    seconds = ", ".join(f"{peer} {value:.2f} s" for peer, value in found["seconds"].items())
+    memory = ", ".join(f"{peer} {value / 1e6:.0f} MB" for peer, value in found["peak_bytes"].items())
+    print(f"{name}: {seconds}; ratio {found['ratio']:.2f}; {memory}", flush=True)
+    return {name: found}
+
+
+def peak(step) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        held = torch.zeros(1)
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        recording.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    del held
+    return max(totals) - totals[0]
+
+
+def versions() -> dict:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "accelerate", "peft", "trl", "sentence-transformers")
+    cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "cpu": cpu[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+BENCHMARKS = {"joint": joint, "cached": cached, "sft": sft, "embed": embed}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    REPEATS = arguments.repeats
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    for benchmark in arguments.names:
+        command = f"python benchmarks/training.py {benchmark} --repeats {REPEATS} --threads {arguments.threads}"
+        result = {"command": command, **versions(), "results": BENCHMARKS[benchmark]()}
+        (RESULTS / f"training-{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,121 @@
+"""Which rows meet in a batch: streams shared out and resumed, batches of rows of one length."""
+
+import pytest
+import torch
+from datasets import Dataset
+from test_trainer import make_rows, make_trainer
+from torch.utils.data import DataLoader
+
+from hf_unigd import UniGDProcessor
+from hf_unigd.data import RowParser, make_examples
+from hf_unigd.data.lengths import sequence_length
+from tiny_models import FAMILIES, make_image, make_vlm
+
+
+def stream(rows=24, shards=4):
+    columns = {"anchor": [f"question {n}" for n in range(rows)], "positive": [f"answer {n}" for n in range(rows)]}
+    return Dataset.from_dict(columns).to_iterable_dataset(num_shards=shards)
+
+
+def text_of(example):
+    return example.anchor[0]["content"][0]["text"]
+
+
+@pytest.mark.parametrize("shards", [1, 3, 4])
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_stream_is_read_once_by_all_processes_and_workers_together(shards, workers, processes):
+    examples = make_examples(stream(shards=shards).shuffle(seed=1, buffer_size=5), RowParser(len))
+    seen = []
+    for process in range(processes):
+        part = examples.shard(processes, process)
+        seen += map(text_of, DataLoader(part, batch_size=None, num_workers=workers))
+    assert sorted(seen) == sorted(f"question {n}" for n in range(24))
+
+
+def test_an_endless_stream_has_every_row_once_a_pass_in_another_order():
+    examples = make_examples(stream().shuffle(seed=1, buffer_size=24), RowParser(len)).shard(1, 0, endless=True)
+    iterator = iter(examples)
+    passes = [[text_of(next(iterator)) for _ in range(24)] for _ in range(3)]
+    assert all(len(set(texts)) == 24 for texts in passes)
+    assert passes[0] != passes[1] != passes[2]
+    empty = make_examples(stream().filter(lambda row: False), RowParser(len)).shard(1, 0, endless=True)
+    assert list(empty) == []
+
+
+def train_on_stream(folder, stop_at=None, **resume):
+    """Rows of each step. 24 rows in batches of 5: the seventh step reads across the end of the first pass."""
+    settings = {"per_device_train_batch_size": 5, "max_steps": 10, "save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(folder, stream().shuffle(seed=3, buffer_size=9), **settings)
+    seen = []
+    step = trainer.training_step
+
+    def record(model, inputs, *args):
+        if trainer.state.global_step == stop_at:
+            raise KeyboardInterrupt
+        seen.append(trainer.processing_class.batch_decode(inputs["chunks"][0]["input_ids"]))
+        return step(model, inputs, *args)
+
+    trainer.training_step = record
+    if stop_at is None:
+        trainer.train(**resume)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    return seen, trainer.model
+
+
+def test_a_resumed_stream_goes_on_where_it_stopped_past_its_first_end(tmp_path):
+    whole, model = train_on_stream(tmp_path / "whole")
+    train_on_stream(tmp_path / "parts", stop_at=7)
+    rest, resumed = train_on_stream(tmp_path / "parts", resume_from_checkpoint=True)
+    assert rest == whole[6:]
+    for (name, expected), value in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(expected, value), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lengths_count_image_tokens_exactly(family):
+    processor = UniGDProcessor(make_vlm(family).processor)
+    for size in ((16, 16), (64, 20), (20, 64)):
+        messages = [{"role": "user", "content": [{"type": "image", "image": make_image(0, size)}]}]
+        ids = processor.process_sequences([messages])["input_ids"]
+        assert sequence_length(processor, messages) == int((ids == processor.vlm_processor.image_token_id).sum())
+
+
+def padding(trainer, epoch=0):
+    """Rows in their order, and the share of padding in the anchors' tokens."""
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(epoch)
+    rows, kept, total = [], 0, 0
+    for batch in loader:
+        rows += batch["rows"].tolist()
+        kept += int(batch["chunks"][0]["attention_mask"].sum())
+        total += batch["chunks"][0]["attention_mask"].numel()
+    return rows, 1 - kept / total
+
+
+def test_batches_by_length_spare_padding_for_pictures_of_unequal_sizes(tmp_path):
+    sizes = [(16, 16), (32, 32), (64, 20), (20, 64)]
+    rows = make_rows(
+        64,
+        image=[make_image(place, sizes[place % 4]) for place in range(64)],
+        long_caption=["A cat." + " on the grass" * (place % 7) for place in range(64)],
+    )
+    _, random = padding(make_trainer(tmp_path, rows, family="qwen2_vl"))
+    trainer = make_trainer(tmp_path, rows, family="qwen2_vl", train_sampling_strategy="group_by_length")
+    order, grouped = padding(trainer)
+    assert sorted(order) == list(range(64))
+    assert grouped < random / 2, (grouped, random)
+    assert padding(trainer)[0] == order != padding(trainer, epoch=1)[0]
+    settings = {"family": "qwen2_vl", "gradient_cache_chunk_size": 4, "per_device_train_batch_size": 16}
+    chunks = make_trainer(tmp_path, rows, **settings)
+    batch = chunks.train_collator([chunks.train_dataset[place] for place in range(16)])
+    masks = [chunk["attention_mask"] for chunk in batch["chunks"][:4]]
+    widths = [mask.shape[1] for mask in masks]
+    assert widths == sorted(widths, reverse=True) and widths[0] > 1.5 * widths[-1]
+
+
+def test_lengths_need_rows_to_be_read_before(tmp_path):
+    with pytest.raises(ValueError, match="check_rows=True"):
+        make_trainer(tmp_path, train_sampling_strategy="group_by_length", check_rows=False)

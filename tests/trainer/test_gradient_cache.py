@@ -1,0 +1,86 @@
+"""The gradient cache's memory and precision; that it computes the right thing is in test_parity.py."""
+
+import json
+
+import pytest
+import torch
+from test_trainer import make_rows, make_trainer
+from torch.profiler import ProfilerActivity, profile
+
+from hf_unigd.modeling.modeling_unigd import next_token_loss
+from tiny_models import make_image
+
+
+def peak_of_allocations(function, folder):
+    """Bytes that the CPU allocator held at most while `function` ran, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        held = torch.zeros(1)
+        function()
+    recording.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    del held
+    return max(totals) - totals[0]
+
+
+def step_peak(folder, batch_size, chunk_size):
+    captions = ["A cat on the green grass, seen from the left, with three people waving." for _ in range(batch_size)]
+    rows = make_rows(batch_size, image=[make_image(place % 50) for place in range(batch_size)], long_caption=captions)
+    settings = {"gradient_cache_chunk_size": chunk_size, "per_device_train_batch_size": batch_size}
+    trainer = make_trainer(folder, rows, check_rows=False, gradient_accumulation_steps=1, **settings)
+    batch = trainer.train_collator([trainer.train_dataset[place] for place in range(batch_size)])
+    trainer.create_optimizer()
+    model = trainer.model
+
+    def step():
+        trainer.training_step(model, batch, torch.tensor(100))
+
+    step()  # gradients stay allocated from here on
+    return peak_of_allocations(step, folder)
+
+
+def test_memory_is_flat_in_the_batch(tmp_path):
+    small, large = step_peak(tmp_path, 32, 32), step_peak(tmp_path, 512, 32)
+    whole = step_peak(tmp_path, 96, None)
+    assert large <= 1.25 * small, (small, large)
+    assert whole > 2 * small, (small, whole)
+
+
+def test_bfloat16_autocast_loses_no_gradient_to_casts_made_without_a_graph(tmp_path):
+    gradients = []
+    for chunk_size in (None, 4):
+        trainer = make_trainer(tmp_path, max_steps=1, bf16=True, gradient_cache_chunk_size=chunk_size)
+        batch = trainer.train_collator([trainer.train_dataset[place] for place in range(4)])
+        model = trainer.accelerator.prepare_model(trainer.model)
+        with torch.autocast("cpu", torch.bfloat16):
+            trainer.training_step(model, batch, torch.tensor(60))
+        gradients.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        )
+    for name, expected in gradients[0].items():
+        assert torch.nn.functional.cosine_similarity(gradients[1][name].flatten(), expected.flatten(), dim=0) > 0.99, (
+            name
+        )
+
+
+def test_logits_of_a_large_vocabulary_never_stand_in_memory_whole(monkeypatch):
+    hidden = torch.randn(3, 12, 8, dtype=torch.double, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 12))
+    labels[:, :4] = -100
+    head = torch.nn.Linear(8, 50).double()
+    expected = next_token_loss(hidden, labels, head)
+    expected_gradients = torch.autograd.grad(expected, [hidden, head.weight])
+    sizes = []
+    head.register_forward_hook(lambda _module, _args, output: sizes.append(output.numel()))
+    monkeypatch.setattr("hf_unigd.modeling.modeling_unigd.MAX_LOGITS", 5 * 50)
+    loss = next_token_loss(hidden, labels, head)
+    gradients = torch.autograd.grad(loss, [hidden, head.weight])
+    assert max(sizes) == 5 * 50 and len(sizes) == 2 * 5  # 24 positions, forward and again in the backward pass
+    torch.testing.assert_close(loss, expected)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="gradient_cache_chunk_size=0"):
+        make_trainer(tmp_path, gradient_cache_chunk_size=0)

@@ -1,0 +1,45 @@
+"""A save that fails, and what a resumed run finds."""
+
+import pytest
+from test_trainer import make_trainer
+from transformers import TrainerCallback
+
+from hf_unigd import UniGDForConditionalGeneration
+from hf_unigd.trainer.interruption import last_whole_checkpoint
+
+
+SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path):
+    class FillDisk(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                (tmp_path / "checkpoint-4").mkdir()
+                (tmp_path / "checkpoint-4" / "optimizer.pt").symlink_to("/dev/full")  # no space left on device
+
+    trainer = make_trainer(tmp_path, save_total_limit=1, **SETTINGS)
+    trainer.add_callback(FillDisk())
+    with pytest.raises(RuntimeError, match="checkpoint-4 could not be saved"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    UniGDForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-2")
+    resumed = make_trainer(tmp_path, **SETTINGS)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    make_trainer(tmp_path, **SETTINGS).train()
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # written last
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.')
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = make_trainer(tmp_path, save_total_limit=1, **SETTINGS)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_there_must_be_a_checkpoint_to_resume_from(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
