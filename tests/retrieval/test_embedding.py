@@ -22,7 +22,7 @@ def test_embeddings_are_those_of_each_sequence_alone_and_padding_is_spared(llava
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     spared = sum(batch["attention_mask"].numel() for batch in widths)
     in_order = [process(sequences[start : start + 3])["attention_mask"].numel() for start in range(0, 14, 3)]
-    assert spared < 0.9 * sum(in_order)
+    assert spared < 0.95 * sum(in_order)
 
 
 def test_a_bad_sequence_is_named_by_its_own_place(llava):
