@@ -10,7 +10,9 @@ import argparse
 import copy
 import json
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -72,7 +74,7 @@ def main() -> None:
         print(f"{arm:<34}" + "".join(f"{value:>14.4f}" for value in means))
     if args.output:
         record = {
-            "command": "python benchmarks/stories.py --seeds " + " ".join(map(str, args.seeds)),
+            "command": "python " + shlex.join(sys.argv),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "minutes": round((time.time() - start) / 60, 1),

@@ -16,6 +16,8 @@ COMMANDS = {
     "answer": "Answer a question with what an index knows about it",
     "explain": "Draw which images and sentences of two sequences the alignment kernel brings together",
     "doctor": "Examine a checkpoint: tensors, prompts, probe, and which of its consumers will work here",
+    "merge": "Merge an adapter into the model beneath it",
+    "export": "Write a checkpoint as a plain LLaVA that servers know, without remote code",
     "generate": "Generate text from an image, a text, or both",
     "kernels": "Export the alignment kernels as a repository for the kernels library",
 }
