@@ -596,14 +596,18 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
     def _forward_all(self, batches, num_items_in_batch) -> UniGDCausalLMOutput:
         if num_items_in_batch is None:
             num_items_in_batch = max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
-        outputs = [
-            self.forward(**batch, skip_logits=True, use_cache=False, num_items_in_batch=num_items_in_batch)
-            for batch in batches
-        ]
+        losses, embeddings = [], []
+        # Not by `forward`: accelerate wraps it in an autocast that does not survive being entered twice.
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "spans")}
+            hidden_states = self._decode(use_cache=False, **inputs).last_hidden_state
+            lm_head = self.get_output_embeddings()
+            losses.append(next_token_loss(hidden_states, batch["labels"], lm_head, num_items_in_batch))
+            embeddings.append(self._pool(hidden_states, batch.get("attention_mask"), batch.get("spans")))
         return UniGDCausalLMOutput(
-            loss=torch.stack([output.loss for output in outputs]).sum(),
-            embeddings=torch.cat([output.embeddings for output in outputs]),
-            logit_scale=outputs[0].logit_scale,
+            loss=torch.stack(losses).sum(),
+            embeddings=torch.cat(embeddings),
+            logit_scale=self.embedding_head.logit_scale.exp().squeeze(),
         )
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
