@@ -1,5 +1,7 @@
-"""Model cards, filled from what a run knows."""
+"""Model cards, from one template."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -8,52 +10,94 @@ from ..version import __version__
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
+CURVES_NAME, RETRIEVAL_NAME = "curves.png", "retrieval.png"
+
+CITATIONS = {
+    "vladva": """\
+```bibtex
+@inproceedings{ouali2025vladva,
+  title={VladVA: Discriminative Fine-tuning of LVLMs},
+  author={Ouali, Yassine and Bulat, Adrian and Xenos, Alexandros and Zaganidis, Anestis and Maniadis Metaxas, Ioannis and Martinez, Brais and Tzimiropoulos, Georgios},
+  booktitle={CVPR},
+  year={2025}
+}
+```""",  # noqa: E501
+    "sugar": """\
+```bibtex
+@inproceedings{chow2024sugar,
+  title={Unified Generative and Discriminative Training for Multi-modal Large Language Models},
+  author={Chow, Wei and others},
+  booktitle={NeurIPS},
+  year={2024}
+}
+```""",
+}
 
 
 def make_model_card(
     repo_id: str,
     title: str,
     summary: str,
-    dataset: str,
-    metrics: dict[str, float],
-    training: dict[str, object],
+    training: Mapping[str, object],
     limits: str,
+    *,
+    dataset: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    methods: Sequence[str] = ("vladva",),
     base_model: str | None = None,
+    base_model_relation: str | None = None,
+    datasets: Sequence[str] = (),
     license: str | None = None,
+    curves_picture: str | None = None,
+    retrieval_picture: str | None = None,
+    is_trained: bool = True,
 ) -> ModelCard:
     """
     A model card with metadata that the Hub understands.
 
     Args:
-        repo_id: What the usage snippet loads.
+        repo_id: What the usage snippets load.
         title: Heading.
         summary: What was trained on what, in one sentence.
-        dataset: Name of the evaluation data, which all `metrics` were measured on.
-        metrics: Values by name.
         training: Settings by name, as a table.
         limits: What the checkpoint is not good for.
+        dataset: Name of the evaluation data, which all `metrics` were measured on.
+        metrics: Values by name; without any the card says that nothing was measured.
+        methods: Of `"vladva"` and `"sugar"` those that were used: tags and citations.
         base_model: Hub id of the backbone's weights, where there were any.
+        base_model_relation: `"finetune"` or `"adapter"`.
+        datasets: Hub ids of the training data.
         license: Licence of the weights.
+        curves_picture, retrieval_picture: File names of pictures beside the card.
+        is_trained: Whether there are weights; a recipe's card says that there are none.
+
+    Raises:
+        ValueError: metrics without the name of their data.
     """
+    if metrics and not dataset:
+        raise ValueError("`metrics` need `dataset`, the name of the data that they were measured on.")
     results = [
         EvalResult(
             task_type="image-text-to-text",
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=str(dataset),
+            dataset_name=str(dataset),
             metric_type=name,
             metric_value=round(value, 4),
         )
-        for name, value in metrics.items()
+        for name, value in (metrics or {}).items()
     ]
     card_data = ModelCardData(
-        model_name=title,
+        model_name=title if results else None,
         base_model=base_model,
+        base_model_relation=base_model_relation if base_model else None,
+        datasets=list(datasets) or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["hf-unigd", "embeddings", "retrieval", "vladva"],
+        tags=["hf-unigd", "embeddings", "retrieval", "sentence-transformers", *methods],
         license=license,
-        eval_results=results,
+        eval_results=results or None,
     )
+    measured = {name: f"{value:.4f}" for name, value in (metrics or {}).items()}
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -61,13 +105,23 @@ def make_model_card(
         title=title,
         summary=summary,
         version=__version__,
-        results=_table("Metric", {name: f"{value:.4f}" for name, value in metrics.items()}),
+        results=f"On {dataset}:\n\n{_table('Metric', measured)}" if measured else "Nothing was measured.",
         training=_table("Setting", training),
         limits=limits,
+        citations="\n\n".join(CITATIONS[method] for method in methods),
+        curves_picture=curves_picture,
+        retrieval_picture=retrieval_picture,
+        is_trained=is_trained,
     )
 
 
-def _table(heading: str, rows: dict[str, object]) -> str:
-    return "\n".join(
-        [f"| {heading} | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    )
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can stand in a card: an id of the Hub's, not a folder or file of this machine."""
+    if name is None or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None:
+        return False
+    return not Path(name).exists()
+
+
+def _table(heading: str, rows: Mapping[str, object]) -> str:
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join([f"| {heading} | Value |", "|---|---|", *lines])

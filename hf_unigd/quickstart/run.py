@@ -15,6 +15,7 @@ from ..data.icons import HELD_OUT
 from ..evaluation import rank_candidates
 from ..evaluation.pictures import draw_retrieval
 from ..hub import make_model_card
+from ..hub.cards import RETRIEVAL_NAME
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..retrieval import embed_sequences
 from ..trainer import UniGDTrainer, UniGDTrainingArguments
@@ -113,6 +114,7 @@ def run(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     minutes = (time.perf_counter() - start) / 60
 
     trainer.save_model()
+    draw_results(model, processor, test, output / RETRIEVAL_NAME)
     write_card(
         output,
         after,
@@ -124,7 +126,6 @@ def run(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     )
     show_metrics(metrics)
     show_captions(model, processor, test)
-    draw_results(model, processor, test, output / "retrieval.png")
     check_in_fresh_process(model, processor, test, output)
 
     minutes = (time.perf_counter() - start) / 60
@@ -220,6 +221,7 @@ def write_card(
     summary: str,
     dataset: str,
     objective: str,
+    method: str = "vladva",
 ) -> None:
     card = make_model_card(
         repo_id=str(output),
@@ -236,5 +238,7 @@ def write_card(
         },
         limits="It knows nothing but icons: it shows that the whole line works, and is no use beyond that.",
         license="apache-2.0",
+        methods=[method],
+        retrieval_picture=RETRIEVAL_NAME if (output / RETRIEVAL_NAME).is_file() else None,
     )
     card.save(output / "README.md")

@@ -67,6 +67,7 @@ def run_sugar(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         "--recipe sugar`.",
         dataset="Stories told with Material Design icons, other ones",
         objective=f"structure + next-token, {ALIGNMENT_WEIGHT:g} : 1 (Sugar)",
+        method="sugar",
     )
     image, caption = test[0]["images"][0], test[0]["captions"][0]
     check_in_fresh_process(trained, processor, [{"image": image, "short_caption": caption}], output)

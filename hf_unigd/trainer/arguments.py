@@ -173,6 +173,10 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
                 "`remove_unused_columns=True` would remove every column: rows are parsed by the collator."
             )
 
+    def __getstate__(self):
+        # Trainer pickles the arguments into the folder that it pushes.
+        return {**self.__dict__, "hub_token": None}
+
 
 @dataclass
 class UniGDModelConfig(ModelConfig):

@@ -13,11 +13,13 @@ from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
 from ..data.lengths import sequence_length
 from ..evaluation import retrieval_metrics
+from ..hub.runs import make_run_card
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .adapters import add_adapter, save_adapter_companions
 from .arguments import UniGDTrainingArguments
@@ -205,6 +207,8 @@ class UniGDTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        # Pickled arguments, which nobody reads again: with this machine's paths, they would be pushed.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
             save_adapter_companions(self.model, output_dir or self.args.output_dir)
 
@@ -229,6 +233,14 @@ class UniGDTrainer(Trainer):
     def _load_whole_model(self, folder) -> None:
         saved = type(self.model).from_pretrained(folder, dtype=self.model.vlm.dtype)
         self.model.load_state_dict(saved.state_dict())
+
+    def create_model_card(self, model_name=None, tags=None, **kwargs):
+        """Writes `README.md`, of what the run knows, and the losses as a picture. `kwargs` are those of
+        [`~hf_unigd.hub.make_run_card`]."""
+        if self.is_world_process_zero():
+            card = make_run_card(self, **kwargs)
+            card.data["tags"] += [tags] if isinstance(tags, str) else tags or []
+            card.save(Path(self.args.output_dir, "README.md"))
 
     def _check_batches(self) -> None:
         """Refuses, before training, batches that cannot train."""

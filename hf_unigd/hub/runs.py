@@ -1,0 +1,153 @@
+"""What a training run knows of itself, as its card tells it."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import Trainer
+
+from .cards import CURVES_NAME, RETRIEVAL_NAME, is_hub_id, make_model_card
+
+
+# Arguments that name places, accounts or ways of logging: they say nothing of the weights, and may be private.
+PRIVATE = re.compile(
+    "token|dir|folder|path|file|cache|name|hub|log|report|save|push|resume|trackio|config|tqdm|project"
+)
+LOSSES = {"contrastive": "InfoNCE", "alignment": "structure", "causal_lm": "next-token"}
+NOT_METRICS = ("runtime", "per_second", "_time", "_loss", "model_preparation")
+
+
+def make_run_card(
+    trainer: Trainer,
+    repo_id: str | None = None,
+    dataset_name: str | None = None,
+    evaluation_dataset_name: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """
+    The card of a [`UniGDTrainer`]'s model; draws the losses beside it where matplotlib is installed.
+
+    Args:
+        trainer: After training.
+        repo_id: Where the model will be; `hub_model_id`, or the name of the output folder, by default.
+        dataset_name: Hub id or name of the training data.
+        evaluation_dataset_name: The same of the evaluation data. Its metrics are left out of the metadata, which
+            needs a name, where there is none.
+        license: Licence of the weights.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    repo_id = repo_id or trainer.hub_model_id or folder.name
+    is_adapter = isinstance(trainer.model, PeftModel)
+    base = _base_model(trainer.model)
+    datasets = [dataset_name] if dataset_name and is_hub_id(dataset_name) else []
+    weights = {"vladva": args.contrastive_weight, "sugar": args.alignment_weight}
+    methods = [method for method, weight in weights.items() if weight]
+    objective = " + ".join(
+        f"{getattr(args, f'{name}_weight'):g} · {loss}"
+        for name, loss in LOSSES.items()
+        if getattr(args, f"{name}_weight")
+    )
+    origin = base if is_hub_id(base) else "a model that is not on the Hub"
+    evaluated = evaluation_dataset_name or dataset_name
+    return make_model_card(
+        repo_id=repo_id,
+        title=repo_id.rpartition("/")[2],
+        summary=f"{'an adapter on ' if is_adapter else ''}{origin}, trained with {objective}.",
+        training={"objective": objective, **_settings(trainer), "hardware": _hardware(args), **_versions()},
+        limits="Nobody has described them. The card was written by the training run, which knows its numbers alone.",
+        dataset=Path(evaluated).name if evaluated and not is_hub_id(evaluated) else evaluated,
+        metrics=_metrics(trainer.state.log_history) if evaluated else {},
+        methods=methods or ["vladva"],
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation="adapter" if is_adapter else "finetune",
+        datasets=datasets,
+        license=license,
+        curves_picture=draw_curves(trainer.state.log_history, folder / CURVES_NAME),
+        retrieval_picture=RETRIEVAL_NAME if (folder / RETRIEVAL_NAME).is_file() else None,
+    )
+
+
+def draw_curves(log_history: list[Mapping[str, Any]], file: Path) -> str | None:
+    """Draws every logged loss over the steps to `file`; its name, or `None` without matplotlib or losses."""
+    names = sorted({name for entry in log_history for name in entry if name in {f"{loss}_loss" for loss in LOSSES}})
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if not names:
+        return None
+    figure = Figure(figsize=(3.4 * len(names), 2.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        axes.plot(*zip(*points, strict=True))
+        axes.set(title=name, xlabel="step")
+    figure.savefig(file, dpi=120)
+    return file.name
+
+
+def _base_model(model) -> str | None:
+    if isinstance(model, PeftModel):
+        return model.peft_config[model.active_adapter].base_model_name_or_path
+    return model.name_or_path or None
+
+
+def _settings(trainer: Trainer) -> dict[str, object]:
+    """Every setting that is not the default, adapter and prompts included, without what is private."""
+    args, model, processor = trainer.args, trainer.model, trainer.processing_class
+    settings: dict[str, object] = {
+        "steps": trainer.state.global_step,
+        "epochs": f"{trainer.state.epoch or 0:.2f}",
+        "global batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "head": f"{model.config.head_type}, {model.config.embedding_dim} wide",
+        "embedded at": processor.embedding_position,
+        "prompts": "trained tokens" if processor.soft_prompts else " / ".join(processor.prompts.values()),
+    }
+    if isinstance(model, PeftModel):
+        lora = model.peft_config[model.active_adapter]
+        settings["LoRA"] = f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        is_weight = field.name.endswith("_weight")
+        if (value == default and not is_weight) or PRIVATE.search(field.name):
+            continue
+        if isinstance(value, (bool, int, float)) or (isinstance(value, str) and not _is_place(value)):
+            settings[field.name] = str(value.value) if hasattr(value, "value") else value
+    seconds = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
+    if seconds is not None:
+        settings["hours"] = f"{seconds / 3600:.2f}"
+    return settings
+
+
+def _is_place(value: str) -> bool:
+    return Path(value).is_absolute() or Path(value).exists() or "\\" in value
+
+
+def _hardware(args) -> str:
+    if torch.cuda.is_available() and args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    return f"{args.world_size} x {args.device.type}, {os.cpu_count()} cores"
+
+
+def _versions() -> dict[str, object]:
+    return {"transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def _metrics(log_history: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Those of the last evaluation."""
+    for entry in reversed(log_history):
+        metrics = {
+            name.removeprefix("eval_"): value
+            for name, value in entry.items()
+            if name.startswith("eval_") and not any(part in name for part in NOT_METRICS)
+        }
+        if metrics:
+            return metrics
+    return {}

@@ -1,0 +1,63 @@
+"""Writes the cards of the two recipes, from the package's template and the recipes themselves.
+
+python model_cards/render.py
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_unigd.hub import make_model_card
+
+
+ROOT = Path(__file__).parent.parent
+NO_SETTINGS = re.compile("datasets|dir|folder|dataloader|logging|save")
+UNTRAINED = (
+    "The recipe is written from the paper. Our tests run it for two steps on a tiny model; we have not trained it at "
+    "this size, and whether it reaches the paper's numbers is not known. What the paper does not name, the comments "
+    "in the recipe mark as ours. "
+)
+RECIPES = {
+    "vladva-llava-1.5-7b": {
+        "recipe": "examples/vladva/llava_1.5_7b.yaml",
+        "methods": ["vladva"],
+        "summary": "LLaVA-1.5-7B trained contrastively on short captions and by next-token prediction on long ones.",
+        "limits": UNTRAINED + "What has been trained is the quickstart's LLaVA of 1.7 million parameters on drawn "
+        "icons (README.md). Text-to-text retrieval is not trained for, and the paper reports it as its weak side.",
+    },
+    "sugar-llava-1.5-7b": {
+        "recipe": "examples/sugar/llava_1.5_7b.yaml",
+        "methods": ["sugar"],
+        "summary": "LLaVA-1.5-7B whose hidden states are as similar as an alignment kernel finds what they have read, "
+        "with next-token prediction.",
+        "limits": UNTRAINED + "The paper starts from VILA-7B, for which transformers has no class. What has been "
+        "trained is the quickstart's small LLaVA on stories of drawn icons (docs/sugar.md).",
+    },
+}
+
+
+def render(name: str) -> ModelCard:
+    """The card of a recipe."""
+    facts = RECIPES[name]
+    recipe = yaml.safe_load((ROOT / facts["recipe"]).read_text(encoding="utf-8"))
+    datasets = [Path(part["path"]).name for part in recipe["datasets"]]
+    settings = {key: value for key, value in recipe.items() if not NO_SETTINGS.search(key)}
+    return make_model_card(
+        repo_id=f"your-name/{name}",
+        title=name,
+        summary=facts["summary"],
+        training={"recipe": f"`{facts['recipe']}`", "data": ", ".join(datasets), **settings},
+        limits=facts["limits"],
+        methods=facts["methods"],
+        base_model=recipe["model_name_or_path"],
+        base_model_relation="adapter",
+        license="llama2",
+        is_trained=False,
+    )
+
+
+if __name__ == "__main__":
+    for name in RECIPES:
+        render(name).save(Path(__file__).with_name(f"{name}.md"))
