@@ -155,7 +155,7 @@ def _save_sentence_transformer(model: UniGDForConditionalGeneration, folder: Pat
     (folder / modules[-1][0]).mkdir()
     entries = [{"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)]
     _write_json(folder / "modules.json", entries)
-    settings = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
+    settings: dict[str, object] = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
     _write_json(folder / "config_sentence_transformers.json", settings)
 
 

@@ -65,7 +65,7 @@ def push_checkpoint(
             ignore_patterns=list(TRAINING_STATE),
         )
     except (HfHubHTTPError, RuntimeError) as error:  # the client raises the second where an upload breaks off
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         remedy = {
             401: "The token is missing or wrong: `hf auth login`, or `--token`.",
             403: "The token may not write there: take a name of your own, or `--create_pr true`.",

@@ -35,7 +35,7 @@ def load_base_model(model_class, name, processor: UniGDProcessor, check_probe: b
     """
     where = {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()}
     config = UniGDConfig.from_pretrained(name, **where)
-    adapter_config = json.loads(Path(find_file(name, ADAPTER_CONFIG_NAME, where)).read_text(encoding="utf-8"))
+    adapter_config = json.loads(Path(find_file(name, ADAPTER_CONFIG_NAME, where) or "").read_text(encoding="utf-8"))
     base = adapter_config["base_model_name_or_path"]
     if not base:
         raise ValueError(

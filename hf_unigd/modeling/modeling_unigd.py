@@ -160,7 +160,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {}  # noqa: RUF012  # none but the backbone's, which PEFT and transformers collect from it
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # none but the backbone's, which PEFT and transformers collect from it
     _keep_in_fp32_modules_strict = {"embedding_head"}  # noqa: RUF012
     # Whether the backbone has these is checked by the backbone itself, a `PreTrainedModel` of its own.
     _supports_flash_attn = True

@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"url": f"{self.server.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.server.repositories:
             return self._json({**answer, "error": "You already created this model repo"}, 409)
-        repository = Repository(bool(wanted.get("private")))
+        repository = Repository(wanted.get("visibility") == "private" or bool(wanted.get("private")))
         repository.add_commit("main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self.server.repositories[repo_id] = repository
         return self._json(answer)
