@@ -33,11 +33,13 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
         if isinstance(query, Image.Image):
             line[0].imshow(query)
         else:
-            line[0].text(0.5, 0.5, query, ha="center", va="center", wrap=True, fontsize=10, weight="bold")
+            wrapped = textwrap.fill(textwrap.shorten(query, 160, placeholder=" ..."), 20)
+            size = 10 if len(query) <= 60 else 7
+            line[0].text(0.5, 0.5, wrapped, ha="center", va="center", fontsize=size, weight="bold")
         for axes, (image, text, is_right) in zip(line[1:], results, strict=False):
             axes.axis("on")
             axes.set(xticks=[], yticks=[])
-            axes.set_title(text[:60], fontsize=7, wrap=True)
+            axes.set_title(textwrap.fill(text[:60], 26), fontsize=7)  # matplotlib wraps at the figure's edge alone
             colour = {True: "tab:green", False: "tab:red", None: "lightgrey"}[is_right]
             for spine in axes.spines.values():
                 spine.set(color=colour, linewidth=4)

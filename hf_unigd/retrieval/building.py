@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..data import Example, ExampleDataset, RowError, RowParser
 from ..data.rows import check_columns
 from ..modeling import SequenceError, UniGDProcessor
-from .description import IndexDescription
+from .description import IndexDescription, dtype_name
 from .embedding import embed_sequences
 from .entries import entry_features, make_entry
 from .index import FAISS_FILE, EmbeddingIndex
@@ -77,9 +77,12 @@ def build_index(
         raise ValueError("The dataset has no rows.")
     if rows.format["type"] != "custom":  # a transform may make other columns than are stored
         check_columns(rows.column_names, requires_match=False)
+    name = model_name or model.name_or_path
     description = IndexDescription(
-        model=model_name or model.name_or_path,
-        revision=getattr(model.config, "_commit_hash", None),
+        model=name,
+        # A merged adapter bears its base's name and commit, which are not its own.
+        revision=getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
+        dtype=dtype_name(model),
         probe=probe(model, processor),
         truncate_dim=truncate_dim,
         store_images=store_images,

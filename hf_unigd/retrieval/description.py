@@ -18,7 +18,8 @@ class IndexDescription:
     """
     Attributes:
         model: Hub id or folder of the model.
-        revision: Its commit on the Hub; None for a folder.
+        revision: Its commit on the Hub; None for a folder, and for an adapter.
+        dtype: Data type of its backbone.
         probe: What the model makes of a fixed input.
         truncate_dim: The Matryoshka prefix that was kept; None for all of an embedding.
         store_images: Whether pictures are kept.
@@ -29,6 +30,7 @@ class IndexDescription:
 
     model: str
     revision: str | None
+    dtype: str
     probe: list[float]
     truncate_dim: int | None
     store_images: bool
@@ -41,7 +43,7 @@ class IndexDescription:
         Raises:
             ValueError: the model embeds the probe elsewhere than the one that made the index.
         """
-        if differs(self.probe, probe(model, processor), model.dtype):
+        if differs(self.probe, probe(model, processor), (self.dtype, dtype_name(model))):
             revision = f" at {self.revision}" if self.revision else ""
             raise ValueError(
                 f"The index was made by {self.model}{revision}, and {model.name_or_path or 'this model'} embeds its "
@@ -87,3 +89,7 @@ class IndexDescription:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file} does not describe an index ({error}). Make one in another folder.") from error
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowError
 from hf_unigd.retrieval import EmbeddingIndex, build_index, embed_sequences
+from hf_unigd.retrieval.probe import differs
 from tiny_models import make_image, make_vlm
 
 
@@ -218,11 +219,30 @@ def test_another_model_is_refused_by_search_and_by_resuming(llava, tmp_path):
         EmbeddingIndex.load(tmp_path).search(model, processor, ["a cat"], k=1)
 
 
-def test_the_same_model_in_half_precision_is_the_same_model(llava, tmp_path):
-    index = build(llava, tmp_path)
-    half = llava[0].to(torch.bfloat16)
-    half.embedding_head.float()
-    assert index.search(half, llava[1], ["two blue dogs"], k=1)[0][0].row == 4
+@pytest.mark.parametrize(("made_in", "searched_in"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_same_model_in_half_precision_is_the_same_model(llava, tmp_path, made_in, searched_in):
+    models = {"float32": llava[0], "bfloat16": UniGDForConditionalGeneration.from_vlm(make_vlm().model.bfloat16())}
+    index = build((models[made_in], llava[1]), tmp_path)
+    assert index.description.dtype == made_in
+    assert index.search(models[searched_in], llava[1], ["two blue dogs"], k=1)[0][0].row == 4
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.01), ("float16", 0.02), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("width", [32, 4096])
+def test_probes_are_compared_relative_to_their_length(dtype, share, width):
+    """Numbers of wide unit vectors are small: an absolute tolerance would take any two for the same."""
+    one, other = torch.nn.functional.normalize(torch.randn(2, width, generator=torch.Generator().manual_seed(0)))
+    moved = one + share * other * one.norm() / other.norm()
+    assert differs(one.tolist(), moved.tolist(), ("float32", dtype))
+    assert not differs(one.tolist(), (one + 0.2 * (moved - one)).tolist(), (dtype, "float32"))
+    assert differs(one.tolist(), one[:8].tolist(), (dtype, dtype))
+
+
+def test_the_commit_kept_is_the_models_own(llava, tmp_path):
+    llava[0].name_or_path, llava[0].config._commit_hash = "some/base", "c0ffee"
+    assert build_index(*llava, knowledge(), tmp_path / "base", show_progress=False).description.revision == "c0ffee"
+    adapter = build(llava, tmp_path / "adapter").description
+    assert (adapter.model, adapter.revision) == ("some/model", None)
 
 
 def test_other_rows_or_settings_are_refused_unless_it_starts_anew(llava, tmp_path):
