@@ -15,7 +15,10 @@ COMMANDS = {
     "search": "Search an index by text, image, or both",
     "answer": "Answer a question with what an index knows about it",
     "explain": "Draw which images and sentences of two sequences the alignment kernel brings together",
+    "push": "Push a saved checkpoint to the Hub in one commit",
     "doctor": "Examine a checkpoint: tensors, prompts, probe, and which of its consumers will work here",
+    "merge": "Merge an adapter into the model beneath it",
+    "export": "Write a checkpoint as a plain LLaVA that servers know, without remote code",
     "generate": "Generate text from an image, a text, or both",
     "kernels": "Export the alignment kernels as a repository for the kernels library",
 }

@@ -18,7 +18,13 @@ from ..version import __version__
 
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
-REMOTE_CODE = ("configuration_unigd.py", "modeling_unigd.py", "probe_unigd.py", "processing_unigd.py")
+REMOTE_CODE = (
+    "adapter_unigd.py",
+    "configuration_unigd.py",
+    "modeling_unigd.py",
+    "probe_unigd.py",
+    "processing_unigd.py",
+)
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor")
 
 

@@ -1,10 +1,10 @@
 """Loading a trained checkpoint, whole or an adapter."""
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
-from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
+from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..modeling.adapter_unigd import is_adapter, load_base_model
 
 
 def load_checkpoint(name: str, **kwargs) -> tuple[PreTrainedModel, UniGDProcessor]:
@@ -14,23 +14,16 @@ def load_checkpoint(name: str, **kwargs) -> tuple[PreTrainedModel, UniGDProcesso
     Args:
         name: A Hub id or folder that [`UniGDTrainer`] saved.
         kwargs: For `from_pretrained` of the model: `dtype`, `attn_implementation`, `device_map`, ...
+
+    Raises:
+        ValueError, RuntimeError: what is loaded is not what was saved; `hf-unigd doctor` says more.
     """
     processor = UniGDProcessor.from_pretrained(name)
-    if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False) is None:
-        model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)
-        model.processor = processor
-        return model, processor
-
-    config = UniGDConfig.from_pretrained(name)
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    base_config, _ = UniGDConfig.get_config_dict(base)
-    if base_config.get("model_type") == UniGDConfig.model_type:
-        model = UniGDForConditionalGeneration.from_pretrained(base, **kwargs)
+    if is_adapter(name, kwargs):
+        base = load_base_model(UniGDForConditionalGeneration, name, processor, **kwargs)
+        model = PeftModel.from_pretrained(base, name).merge_and_unload().eval()
+        model._check_probe(name, kwargs)
     else:
-        head = {
-            key: getattr(config, key) for key in ("head_type", "embedding_dim", "head_hidden_dim", "matryoshka_dims")
-        }
-        model = UniGDForConditionalGeneration.from_vlm_pretrained(base, **head, **kwargs)
-    if processor.soft_prompts:
-        model.add_soft_prompts(**processor.soft_prompt_tokens)
-    return PeftModel.from_pretrained(model, name).merge_and_unload().eval(), processor
+        model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)
+    model.processor = processor
+    return model, processor

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 import tempfile
 import warnings
@@ -24,7 +25,10 @@ from .problem import Problem
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+# Without the flag at::parallel_for, a template of torch's, runs on one thread and says nothing. The runtime is the one
+# that torch has loaded: the same name is not loaded twice. Apple's compiler has none.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *OPENMP]
 # The largest |log| that linear arithmetic in doubles is trusted with, in nats (csrc/recursion.h); doubles hold 708.
 LINEAR_LIMIT = 700.0
 # -1: the best this processor has; 0: baseline, 1: AVX2, 2: AVX-512.
@@ -78,7 +82,8 @@ def _library() -> Any:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         warnings.warn(
             f"The C++ backend of hf_unigd.kernels could not be built, so the eager one is used, which is some hundred "
-            f"times slower: {last} A C++20 compiler (g++ 10 or clang 12) and `pip install ninja` are all it needs.",
+            f"times slower: {last} A C++20 compiler (g++ 10, or clang 12 with libomp) and `pip install ninja` are all "
+            "it needs.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -114,6 +119,7 @@ def _build(sources: list[Path]) -> Path:
                 name=name,
                 sources=[str(path) for path in sources],
                 extra_cflags=FLAGS,
+                extra_ldflags=OPENMP,
                 build_directory=directory,
                 is_python_module=False,
             )

@@ -102,7 +102,8 @@ class UniGDConfig(PreTrainedConfig):
         self.logit_scale_max_value = logit_scale_max_value
         self.checkpoint_format = CHECKPOINT_FORMAT  # what it is saved as, whatever it was loaded from
 
-        kwargs["tie_word_embeddings"] = False  # the backbone ties its own; the wrapper has nothing to tie
+        # The backbone ties its own; PEFT asks the wrapper whether trained tokens are tied to the output too.
+        kwargs["tie_word_embeddings"] = vlm_config.tie_word_embeddings
         # The base class writes its attention implementation into sub-configs: keep what the backbone runs with.
         kwargs.setdefault("attn_implementation", {"": None, "vlm_config": _attention_implementations(vlm_config)})
         super().__init__(**kwargs)

@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .adapter_unigd import is_adapter, load_base_model
 from .configuration_unigd import UniGDConfig
 from .probe_unigd import (
     HUB_ARGUMENTS,
@@ -167,6 +168,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _tied_weights_keys = {}  # noqa: RUF012  # none but the backbone's, which PEFT and transformers collect from it
     _keep_in_fp32_modules_strict = {"embedding_head"}  # noqa: RUF012
     # Whether the backbone has these is checked by the backbone itself, a `PreTrainedModel` of its own.
     _supports_flash_attn = True
@@ -251,6 +253,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
         As [`~PreTrainedModel.from_pretrained`], but never with a random weight, and never with one that embeds
         otherwise than what was saved.
 
+        An adapter is put on the model that it names, and not merged into it (that needs `peft`).
+
         Args:
             check_probe (`bool`, *optional*, defaults to `True`): Embed the checkpoint's probe and compare. Quantised,
                 offloaded and sharded models cannot be compared and are not.
@@ -261,8 +265,16 @@ class UniGDPreTrainedModel(PreTrainedModel):
             RuntimeError: a tensor is missing from the checkpoint or has another shape, named in the message, or the
                 probe's embedding does not come out again.
         """
+        # The Auto classes name the model beneath an adapter from the Hub, and the adapter in these.
+        adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
+        adapter = adapter_kwargs.pop("_adapter_model_path", pretrained_model_name_or_path)
+        if is_adapter(adapter, {**kwargs, **adapter_kwargs}):
+            for name in ("config", "_from_auto"):
+                kwargs.pop(name, None)
+            model, info = cls._from_adapter(adapter, check_probe, {**kwargs, **adapter_kwargs})
+            return (model, info) if output_loading_info else model
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
         if kwargs.get("config") is None:
-            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
             config_dict, _ = UniGDConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
             if config_dict.get("model_type") != UniGDConfig.model_type:
                 raise ValueError(
@@ -273,9 +285,28 @@ class UniGDPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         _raise_if_random(pretrained_model_name_or_path, info)
+        if not model.can_generate():  # transformers reads it for those alone that can
+            # A checkpoint without the file leaves the backbone's own defaults.
+            with suppress(OSError):
+                model.vlm.generation_config = GenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path, **hub_kwargs
+                )
         if check_probe:
             model._check_probe(pretrained_model_name_or_path, kwargs)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_adapter(cls, name, check_probe: bool, kwargs: dict):
+        where = {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()}
+        processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where, **_trusted())
+        model = load_base_model(cls, name, processor, check_probe=check_probe, **kwargs)
+        info = model.load_adapter(name, adapter_kwargs=where).to_dict()
+        if model.config.tie_word_embeddings:  # the output's soft prompts are the input's, under a second name
+            info["missing_keys"] = {key for key in info["missing_keys"] if "lm_head.token_adapter" not in key}
+        _raise_if_random(name, info)
+        if check_probe:
+            model._check_probe(name, where)
+        return model, info
 
     def _check_probe(self, name, kwargs) -> None:
         probe_file = find_file(name, PROBE_NAME, kwargs)
@@ -318,7 +349,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
 
-    def _save_companions(self, folder: Path) -> None:
+    def _save_companions(self, folder: Path, can_be_opened: bool = True) -> None:
         processor = self.processor or self._processor_of_checkpoint()
         if processor is None:
             logger.warning(
@@ -331,17 +362,15 @@ class UniGDPreTrainedModel(PreTrainedModel):
         processor.save_pretrained(folder)
         save_probe(self, processor, folder)
         self._save_sentence_transformer(folder)
-        if self.verify_saves:
+        if self.verify_saves and can_be_opened:
             type(self).from_pretrained(folder, dtype=self.dtype)
 
     def _processor_of_checkpoint(self) -> UniGDProcessor | None:
         """The processor beside the weights that this model was loaded from."""
         if not self.name_or_path:
             return None
-        # Where this code itself came with the checkpoint, its user has trusted that.
-        trusted = {"trust_remote_code": True} if __name__.startswith("transformers_modules.") else {}
         with suppress(OSError, ValueError):  # a plain model's, or none
-            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision, **trusted)
+            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision, **_trusted())
         return None
 
     @property
@@ -494,16 +523,6 @@ class UniGDModel(UniGDPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
-        # A checkpoint without the file leaves the backbone's own defaults.
-        with suppress(OSError):
-            model.vlm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        return loaded
-
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)
         self.vlm.generation_config.save_pretrained(save_directory)
@@ -585,14 +604,18 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
     def _forward_all(self, batches, num_items_in_batch) -> UniGDCausalLMOutput:
         if num_items_in_batch is None:
             num_items_in_batch = max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
-        outputs = [
-            self.forward(**batch, skip_logits=True, use_cache=False, num_items_in_batch=num_items_in_batch)
-            for batch in batches
-        ]
+        losses, embeddings = [], []
+        # Not by `forward`: accelerate wraps it in an autocast that does not survive being entered twice.
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "spans")}
+            hidden_states = self._decode(use_cache=False, **inputs).last_hidden_state
+            lm_head = self.get_output_embeddings()
+            losses.append(next_token_loss(hidden_states, batch["labels"], lm_head, num_items_in_batch))
+            embeddings.append(self._pool(hidden_states, batch.get("attention_mask"), batch.get("spans")))
         return UniGDCausalLMOutput(
-            loss=torch.stack([output.loss for output in outputs]).sum(),
-            embeddings=torch.cat([output.embeddings for output in outputs]),
-            logit_scale=outputs[0].logit_scale,
+            loss=torch.stack(losses).sum(),
+            embeddings=torch.cat(embeddings),
+            logit_scale=self.embedding_head.logit_scale.exp().squeeze(),
         )
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
@@ -633,6 +656,11 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
 
 def _summed_cross_entropy(hidden_states, targets, lm_head):
     return F.cross_entropy(_at_least_float32(lm_head(hidden_states)), targets, reduction="sum")
+
+
+def _trusted() -> dict[str, bool]:
+    """For checkpoints that this code came with, where it did: their user has trusted it."""
+    return {"trust_remote_code": True} if __name__.startswith("transformers_modules.") else {}
 
 
 def _raise_if_random(name: str, loading_info: dict) -> None:

@@ -1,12 +1,16 @@
 """LoRA, soft prompts and head in one PEFT adapter."""
 
 import copy
+import json
 import re
+from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..modeling.adapter_unigd import ADAPTER_CONFIG_NAME
 
 
 def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor, peft_config: LoraConfig) -> PeftModel:
@@ -32,6 +36,32 @@ def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor,
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config)
+
+
+def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
+    """
+    Writes beside an adapter what PEFT leaves out: config with the head's shape, remote code, generation config, and,
+    where this process has the whole model, the processor, the probe and what sentence-transformers needs.
+
+    Raises:
+        RuntimeError, ValueError: what was written does not load again to the same embeddings.
+    """
+    folder = Path(folder)
+    config_file = folder / ADAPTER_CONFIG_NAME
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    # `AutoPeftModel` loads the model beneath by this; PEFT would name a module of ours, which others need not have.
+    config |= {
+        "task_type": None,
+        "auto_mapping": {"parent_library": "transformers", "base_model_class": "AutoModelForImageTextToText"},
+    }
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    base = model.get_base_model()
+    custom_object_save(base, folder, config=base.config)
+    base.config.save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
+    if base._can_be_probed:
+        # An adapter of a model that was made in memory names none to open it with.
+        base._save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
 
 
 def _language_model_layers(model: UniGDForConditionalGeneration, names) -> str:

@@ -21,7 +21,7 @@ from ..data.lengths import sequence_length
 from ..evaluation import retrieval_metrics
 from ..hub.runs import make_run_card
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from .adapters import add_adapter
+from .adapters import add_adapter, save_adapter_companions
 from .arguments import UniGDTrainingArguments
 from .batches import count_targets, idle_batch, idle_chunk, join_batches
 from .collator import UniGDDataCollator
@@ -209,8 +209,8 @@ class UniGDTrainer(Trainer):
         super()._save(output_dir, state_dict)
         # Pickled arguments, which nobody reads again: with this machine's paths, they would be pushed.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if isinstance(self.model, PeftModel):  # PEFT saves no config, and the head's shape is in it
-            self.model.config.save_pretrained(output_dir or self.args.output_dir)
+        if isinstance(self.model, PeftModel):
+            save_adapter_companions(self.model, output_dir or self.args.output_dir)
 
     # Saving gives a backbone's tensors their native names, which only `from_pretrained` translates back: Trainer reads
     # the file itself, finds no such names in the model, and leaves the weights as they are without a word.

@@ -58,6 +58,13 @@ def test_processes_that_start_together_build_once(compiled_backend, tmp_path):
     assert [path.suffix for path in sorted((tmp_path / "unigd").iterdir())] == [".lock", ".so"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="one thread without OpenMP")
+def test_the_build_uses_threads(compiled_backend):
+    """at::parallel_for, compiled without OpenMP, runs on one thread, and every result is still right."""
+    library = compiled._build(sorted(compiled.SOURCES.glob("*.cpp"))).read_bytes()
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
+
+
 def test_the_cache_knows_what_it_was_built_from(monkeypatch):
     """Another flag, torch or source is another library: nothing stale is ever loaded."""
     names = set()

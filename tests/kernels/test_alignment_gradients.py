@@ -88,6 +88,25 @@ def test_deterministic_on_request(compiled_backend):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_do_not_disturb_each_other(compiled_backend, dtype, paired):
+    """More threads than cores, against one."""
+    x, offsets = packed([12, 30, 9, 22] * 20, 24, dtype=dtype)
+    pairs = torch.randint(80, (1000, 2), generator=torch.Generator().manual_seed(0)) if paired else None
+    runs = []
+    before = torch.get_num_threads()
+    for threads in (1, 7, 7, 7):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        log_k = alignment_kernel(leaf, offsets, bandwidth=2.0, pairs=pairs, backend="compiled")
+        runs.append([log_k.detach(), *torch.autograd.grad(log_k.square().sum(), leaf)])
+    torch.set_num_threads(before)
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert_close(a, b, 1e-5 if dtype == torch.float32 else 1e-13)
+
+
 def test_reference_posterior_is_the_derivative():
     """The reference's alpha and beta against automatic differentiation of the recursion, which uses neither."""
     x, _ = packed([9], 3)

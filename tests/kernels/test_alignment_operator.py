@@ -23,9 +23,16 @@ def test_opcheck(backend, paired):
     x.requires_grad_(), y.requires_grad_()
     torch.library.opcheck(ops.alignment, (x, x_offsets, None, y, y_offsets, None, *settings))
     torch.library.opcheck(ops.alignment, (x, x_offsets, None, None, None, None, *settings))
+    x, y, sigma = x.detach(), y.detach(), sigma.detach()
+    settings = (pairs, sigma, *settings[2:])
+    for sides in ((x, x_offsets, None, y, y_offsets, None), (x, x_offsets, None, None, None, None)):
+        grad = torch.randn_like(ops.alignment(*sides, *settings))
+        torch.library.opcheck(ops.alignment_backward, (grad, *sides, *settings))
     lengths = x_offsets.diff()
+    torch.library.opcheck(ops.sequence_lengths, (x, x_offsets, "x"))
+    torch.library.opcheck(ops.sequence_lengths, (torch.randn(2, 5, 3), lengths, "x"))
     torch.library.opcheck(ops.log_path_count, (lengths[:, None], lengths[None]))
-    torch.library.opcheck(ops.median_bandwidth, (x.detach(), x_offsets, None, []))
+    torch.library.opcheck(ops.median_bandwidth, (x, x_offsets, None, []))
 
 
 @pytest.mark.parametrize("normalize", ["cosine", "content"])

@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
@@ -120,6 +121,8 @@ def cases() -> list[Case]:
 
 class FixedTeachers:
     """Slices' features drawn from their content: like the real ones, a function of it alone."""
+
+    truncated = 0
 
     def __init__(self, args, device="cpu"):
         pass
@@ -244,8 +247,7 @@ def make_args(case: Case, folder: str) -> UniGDTrainingArguments:
 def train_one_step(case: Case, ignores_cache: bool = False):
     """Gradients by name and the logged values."""
     AcceleratorState._reset_state()
-    trainer_module.Teachers = FixedTeachers
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.object(trainer_module, "Teachers", FixedTeachers):
         args = make_args(case, folder)
         model, processor, peft_config = make_model(case.model, case.dropout)
         keeper = KeepGradients()
@@ -264,7 +266,8 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
     case = Case(recipe, kind, train_vision=train_vision)
     args = make_args(case, "unused")
     AcceleratorState._reset_state()
-    trainer = ParityTrainer(case, model, args, processor, peft_config=peft_config)  # freezes and adapts the model
+    with patch.object(trainer_module, "Teachers", FixedTeachers):
+        trainer = ParityTrainer(case, model, args, processor, peft_config=peft_config)  # freezes and adapts the model
     model = trainer.model.get_base_model() if kind == "lora" else trainer.model
     parse = make_parser(processor, args)
     examples = [parse(row, place) for place, row in enumerate(rows())]

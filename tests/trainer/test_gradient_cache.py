@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_trainer import make_rows, make_trainer
 from torch.profiler import ProfilerActivity, profile
 
@@ -46,14 +47,16 @@ def test_memory_is_flat_in_the_batch(tmp_path):
     assert whole > 2 * small, (small, whole)
 
 
-def test_bfloat16_autocast_loses_no_gradient_to_casts_made_without_a_graph(tmp_path):
+def test_bfloat16_autocast_gives_the_gradients_of_the_plain_step_and_ends_with_it(tmp_path):
     gradients = []
     for chunk_size in (None, 4):
+        AcceleratorState._reset_state()  # which would keep the precision of the first trainer of all
         trainer = make_trainer(tmp_path, max_steps=1, bf16=True, gradient_cache_chunk_size=chunk_size)
         batch = trainer.train_collator([trainer.train_dataset[place] for place in range(4)])
         model = trainer.accelerator.prepare_model(trainer.model)
-        with torch.autocast("cpu", torch.bfloat16):
-            trainer.training_step(model, batch, torch.tensor(60))
+        trainer.training_step(model, batch, torch.tensor(60))
+        assert trainer.accelerator.mixed_precision == "bf16"
+        assert not torch.is_autocast_enabled("cpu")  # nor does it leak out of the step
         gradients.append(
             {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         )

@@ -24,5 +24,5 @@ def test_many_processes_agree_with_rows_run_one_by_one(world_size):
 
 
 def test_the_documented_table_is_of_these_cases():
-    text = DOCUMENT.read_text()
-    assert {case.name for case in cases()} == {line.split(" | ")[0][2:] for line in text.splitlines() if "e-" in line}
+    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|") and "e-" in line]
+    assert {line.split(" | ")[0][2:] for line in lines} == {case.name for case in cases()}

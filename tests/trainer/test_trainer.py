@@ -444,3 +444,11 @@ def test_two_processes_take_the_same_step_as_one(tmp_path):
         logs.append([entry for entry in state["log_history"] if "contrastive_loss" in entry])
     for name in ("loss", "contrastive_loss", "causal_lm_loss", "grad_norm", "negative_similarity"):
         assert [entry[name] for entry in logs[1]] == pytest.approx([entry[name] for entry in logs[0]], rel=1e-3), name
+
+
+def test_mixed_precision_ends_with_the_step(tmp_path):
+    """Or what is computed afterwards, a checkpoint's probe for one, is in another precision than it says."""
+    trainer = make_trainer(tmp_path, bf16=True, save_strategy="steps", save_steps=4)
+    trainer.train()
+    assert not torch.is_autocast_enabled("cpu")
+    UniGDForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
