@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
@@ -105,6 +107,12 @@ class UniGDHead(nn.Module):
             )
         # Of shape (1,): FSDP shards no scalars.
         self.logit_scale = nn.Parameter(torch.tensor([float(config.logit_scale_init_value)]))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # As in `_WithOneDimension`: adapters are loaded by torch.
+        if (temperature := state_dict.get(f"{prefix}logit_scale")) is not None:
+            state_dict[f"{prefix}logit_scale"] = temperature.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=pooled.device.type, enabled=False):
@@ -668,6 +676,23 @@ def _raise_if_random(name: str, loading_info: dict) -> None:
         )
 
 
+class _WithOneDimension(ConversionOps):
+    """The temperature of checkpoints from before it had a dimension, which FSDP2 needs of every parameter."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {target_patterns[0]: tensor.reshape(1)}
+
+    @property
+    def reverse_op(self):
+        return self
+
+
+_TEMPERATURE = "embedding_head.logit_scale"
+register_checkpoint_conversion_mapping(
+    UniGDConfig.model_type, [WeightConverter(_TEMPERATURE, _TEMPERATURE, [_WithOneDimension()])], overwrite=True
+)
 UniGDModel.register_for_auto_class("AutoModel")
 UniGDForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
