@@ -28,6 +28,7 @@ FILES = {
     "probe_unigd.py": {"save_probe", "load_probe"},
     "processing_unigd.py": {"save_pretrained"},
     "sentence_unigd.py": {"_parts"},
+    "adapter_unigd.py": {"load_base_model"},
 }
 OPENS = {
     "open",
