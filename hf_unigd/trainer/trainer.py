@@ -40,6 +40,14 @@ class ClampLogitScale(TrainerCallback):
         model.clamp_logit_scale_()
 
 
+class SetDatasetEpoch(TrainerCallback):
+    """Tells the examples which epoch it is; accelerate forgets to where a batch sampler is split among processes."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # `state.epoch` counts steps as fractions: 2.9999999 is the third epoch's end and the fourth's beginning.
+        train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))
+
+
 class UniGDTrainer(Trainer):
     r"""
     Trains embeddings and generation together:
@@ -150,6 +158,7 @@ class UniGDTrainer(Trainer):
         )
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
         self.add_callback(ClampLogitScale())
+        self.add_callback(SetDatasetEpoch())
         self.add_callback(SaveOnSigterm(self.accelerator))
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
         self.structure_loss = StructureLoss(

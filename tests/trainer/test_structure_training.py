@@ -196,3 +196,13 @@ def test_arguments_that_cannot_train_are_refused(teacher_args, tmp_path):
         make_trainer(tmp_path, teacher_args, alignment_positions=0)
     with pytest.raises(ValueError, match="`target` must be one of"):
         make_trainer(tmp_path, teacher_args, alignment_target="dtw")
+
+
+def test_every_epoch_chooses_anew_however_batches_are_spread(teacher_args, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda self, epoch: None)
+    trainer = make_trainer(tmp_path, teacher_args, max_steps=7)  # of 3 an epoch
+    seen = []
+    parse = trainer.train_dataset.parse
+    monkeypatch.setattr(trainer.train_dataset, "parse", lambda index: seen.append(parse(index)) or seen[-1])
+    trainer.train()
+    assert [{example.epoch for example in seen[start : start + 12]} for start in (0, 12, 24)] == [{0}, {1}, {2}]
