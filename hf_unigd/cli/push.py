@@ -18,6 +18,10 @@ class PushArguments:
 
 
 def main(argv: list[str]) -> None:
+    # The two things that it needs may be given without their names.
+    for place, name in enumerate(("--folder", "--repo_id")):
+        if len(argv) > 2 * place and not argv[2 * place].startswith("-"):
+            argv = [*argv[: 2 * place], name, *argv[2 * place :]]
     (args,) = TrlParser((PushArguments,), prog="hf-unigd push").parse_args_and_config(argv)
     commit = push_checkpoint(args.folder, args.repo_id, args.private, args.revision, args.create_pr, args.token)
     print(commit.pr_url or commit.commit_url)

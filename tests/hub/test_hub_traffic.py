@@ -82,7 +82,7 @@ import torch
 
 folder = {folder!r}
 def push(repo_id, *more):
-    return outcome(lambda: main(["push", "--folder", folder, "--repo_id", repo_id, *more]))
+    return outcome(lambda: main(["push", folder, repo_id, *more]))
 
 answers["push"] = push("ada/model")
 first = HfApi().model_info("ada/model").sha
