@@ -633,7 +633,8 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no target.
-        lm_head (`nn.Module`): Maps hidden states to `out_features` logits; called on the labelled positions alone.
+        lm_head (`nn.Module`): Maps hidden states to logits, one to each row of its weight; called on the labelled
+            positions alone.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the sum; the number of labelled tokens of
             the whole accumulated global batch in training. Defaults to the number here.
 
@@ -643,7 +644,7 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
     targets = labels[:, 1:].to(hidden_states.device)
     labelled = targets != -100
     hidden_states, targets = hidden_states[:, :-1][labelled], targets[labelled]
-    rows = max(1, MAX_LOGITS // lm_head.out_features)
+    rows = max(1, MAX_LOGITS // len(lm_head.weight))
     if len(targets) <= rows:
         total = _summed_cross_entropy(hidden_states, targets, lm_head)
     else:

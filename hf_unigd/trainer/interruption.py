@@ -20,7 +20,8 @@ class SaveOnSigterm(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.received = False
+        self.received = False  # by this process
+        self.agreed = False  # by all of them, at the end of a step
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.previous = signal.signal(signal.SIGTERM, self._receive)
@@ -33,14 +34,15 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         received = torch.tensor(int(self.received), device=args.device)
-        self.received = bool(self.accelerator.reduce(received, reduction="sum"))
-        control.should_save |= self.received
+        self.agreed = bool(self.accelerator.reduce(received, reduction="sum"))
+        control.should_save |= self.agreed
 
     def on_save(self, args, state, control, **kwargs):
-        if self.received:
+        if self.agreed:
             self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first is gone
             if state.is_world_process_zero:
                 print(f"SIGTERM: saved checkpoint-{state.global_step} in {args.output_dir}.", file=sys.stderr)
+            signal.signal(signal.SIGTERM, self.previous)
             sys.exit(128 + signal.SIGTERM)
 
 

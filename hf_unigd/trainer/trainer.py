@@ -45,7 +45,8 @@ class SetDatasetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # `state.epoch` counts steps as fractions: 2.9999999 is the third epoch's end and the fourth's beginning.
-        train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))
 
 
 class UniGDTrainer(Trainer):

@@ -1,5 +1,8 @@
 """A save that fails, and what a resumed run finds."""
 
+import os
+import signal
+
 import pytest
 from test_trainer import make_trainer
 from transformers import TrainerCallback
@@ -27,6 +30,22 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path):
     resumed = make_trainer(tmp_path, **SETTINGS)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
+
+
+def test_a_signal_while_saving_waits_for_the_end_of_a_step(tmp_path):
+    """Where processes agree on it: one that leaves at once would leave the others waiting for it."""
+
+    class Terminate(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(tmp_path, **SETTINGS)
+    trainer.callback_handler.callbacks.insert(0, Terminate())
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):

@@ -128,7 +128,7 @@ def test_training_learns_the_captions_and_the_pairs(tmp_path, family, adapter):
         tmp_path, rows, family, LORA if adapter else None, adapter, rows, max_steps=60, per_device_train_batch_size=8
     )
     before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
-    assert after["eval_perplexity"] < before["eval_perplexity"] * (0.8 if adapter else 0.25)  # a random LM is frozen
+    assert after["eval_perplexity"] < before["eval_perplexity"] * (0.9 if adapter else 0.25)  # a random LM is frozen
     assert after["eval_anchor_to_positive_recall_at_1"] >= 0.75 > before["eval_anchor_to_positive_recall_at_1"]
     assert after["eval_positive_to_anchor_recall_at_1"] >= 0.75
 
