@@ -197,6 +197,8 @@ def test_pushes_that_fail_say_why_and_commit_nothing(hub, checkpoint, tmp_path):
 
 
 OFFLINE = """
+import time
+time.sleep = lambda seconds: None  # the client's pauses before it tries again, 23 s for each file
 from hf_unigd import UniGDModel, UniGDProcessor
 answers["cached"] = outcome(lambda: UniGDModel.from_pretrained("ada/model").embedding_head.projection[0].weight.shape)
 answers["cached_processor"] = outcome(lambda: type(UniGDProcessor.from_pretrained("ada/model")).__name__)
