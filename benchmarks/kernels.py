@@ -1,6 +1,7 @@
 """The alignment kernels beside their peers, in one run: `python benchmarks/kernels.py [headline] [grid] [scaling]`.
 
-Peers take turns, repeat by repeat, and each figure is the median: what else the machine does hits all of them alike.
+Peers take turns, repeat by repeat, and `ms` is the median: what else the machine does hits all of them alike. On a
+busy machine `fastest` and `cpu`, the least processor time of a call over all its threads, say more.
 `product` is the floor, the bare matrix product of all slices, and `xfloor` the ratio to it. `eager autograd` is what
 one writes without this library: batched anti-diagonals, differentiated by autograd. Memory is a fresh process's peak
 less what it held before the call. A peer is left out, and said to be, where it would take longer than LIMIT by its
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 
 # A script's folder comes first on the path, where this file would hide Hugging Face's library `kernels`.
@@ -176,10 +178,23 @@ WEIGHED = ("product", "compiled (ours)", "eager (ours)", "eager autograd", "tsle
 ALWAYS_FIT = ("product", "compiled (ours)", "soft-DTW compiled (ours)")
 
 
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float
+
+
 def seconds(call):
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def median(values):
+    return statistics.median(value.wall for value in values)
+
+
+def least_cpu(values):
+    return min(value.cpu for value in values)
 
 
 def reason_to_leave_out(name, case, rates):
@@ -214,15 +229,16 @@ def measure(case, names, repeats, rates):
         if reason := reason_to_leave_out(name, case, rates):
             left_out[name] = reason
         elif (first := call(name)) is not None:
-            times[name] = [first] if first > TURNS else []
+            times[name] = [first] if first.wall > TURNS else []
     for _ in range(repeats):
         for name, values in list(times.items()):
             # A quick call several times in its turn.
-            for _ in range(5 if values and values[0] < 0.1 else 1):
-                if (sum(values) < TURNS or len(values) < 2) and (value := call(name)) is not None:
+            for _ in range(5 if values and values[0].wall < 0.1 else 1):
+                more = sum(value.wall for value in values) < TURNS or len(values) < 2
+                if more and (value := call(name)) is not None:
                     values.append(value)
     for name, values in times.items():
-        rates[name, case.d, case.dtype, case.backward] = min(values) / case.work
+        rates[name, case.d, case.dtype, case.backward] = min(values).wall / case.work
     return times, left_out
 
 
@@ -253,14 +269,17 @@ def peak_memory(arguments, name):
 
 
 def report(case, times, left_out, memory=None):
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = {name: median(values) for name, values in times.items()}
     floor = medians.get("product")
     ours_time = medians.get("soft-DTW compiled (ours)"), medians.get("compiled (ours)")
     print(f"\n{case}, {case.total} slices")
-    print(f"  {'':26}{'ms':>12}{'fastest':>12}{'xours':>9}{'xfloor':>9}" + (f"{'peak MB':>10}" if memory else ""))
+    print(
+        f"  {'':26}{'ms':>12}{'fastest':>12}{'cpu':>12}{'xours':>9}{'xfloor':>9}"
+        + (f"{'peak MB':>10}" if memory else "")
+    )
     for name, value in medians.items():
         mine = ours_time[0] if name.startswith("soft-DTW") else ours_time[1]
-        row = f"  {name:26}{value * 1e3:12.1f}{min(times[name]) * 1e3:12.1f}"
+        row = f"  {name:26}{value * 1e3:12.1f}{min(times[name]).wall * 1e3:12.1f}{least_cpu(times[name]) * 1e3:12.1f}"
         row += f"{value / mine:9.1f}" if mine else f"{'':9}"
         row += f"{value / floor:9.2f}" if floor else f"{'':9}"
         print(row + (f"{memory[name]:10.0f}" if memory and name in memory else ""), flush=True)
@@ -270,7 +289,8 @@ def report(case, times, left_out, memory=None):
         "case": str(case),
         "slices": case.total,
         "seconds": medians,
-        "fastest_seconds": {name: min(values) for name, values in times.items()},
+        "fastest_seconds": {name: min(values).wall for name, values in times.items()},
+        "cpu_seconds": {name: least_cpu(values) for name, values in times.items()},
         "left_out": left_out,
         "peak_mb": memory or {},
     }
@@ -278,7 +298,7 @@ def report(case, times, left_out, memory=None):
 
 def weigh(arguments, times):
     """Peak memory of the peers whose call takes a fresh process no long time."""
-    names = [name for name in times if name in WEIGHED and min(times[name]) < TURNS]
+    names = [name for name in times if name in WEIGHED and min(times[name]).wall < LIMIT]
     return {name: peak for name in names if (peak := peak_memory(arguments, name)) is not None}
 
 
@@ -313,22 +333,23 @@ def grid():
 
 
 def scaling():
-    """Cost by total slices squared and nothing else: N to 4,096, and other lengths with as many slices."""
-    print(f"\n{'N':>6}{'lengths':>10}{'slices':>9}{'forward s':>11}{'ns/slices^2':>13}{'f+b s':>9}{'ns/slices^2':>13}")
+    """Cost by total slices squared and nothing else: N to 4,096, and other lengths with as many slices.
+
+    Forward, then forward + backward."""
+    print(f"\n{'N':>6}{'lengths':>10}{'slices':>9}" + f"{'s':>10}{'cpu s':>8}{'cpu ns/slices^2':>17}" * 2)
     for n, lengths in ((256, (8, 32)), (512, (8, 32)), (1024, (8, 32)), (2048, (8, 32)), (4096, (8, 32)),
                        (2560, (4, 12)), (640, (16, 48)), (160, (64, 192))):  # fmt: skip
         row = {"n": n, "lengths": lengths}
+        line = f"{n:6}{lengths[0]:>5}..{lengths[1]:<3}"
         for backward in (False, True):
             case = Case(n, lengths, 64, torch.float32, backward)
+            values = measure(case, ["compiled (ours)"], 3, {})[0]["compiled (ours)"]
+            wall, cpu = median(values), least_cpu(values)
             row["slices"] = case.total
-            key = "forward_backward" if backward else "forward"
-            row[key] = statistics.median(measure(case, ["compiled (ours)"], 3, {})[0]["compiled (ours)"])
-        forward, both, unit = row["forward"], row["forward_backward"], 1e9 / row["slices"] ** 2
-        print(
-            f"{n:6}{lengths[0]:>6}..{lengths[1]:<3}{row['slices']:8}{forward:11.3f}{forward * unit:13.3f}"
-            f"{both:9.3f}{both * unit:13.3f}",
-            flush=True,
-        )
+            row["forward_backward" if backward else "forward"] = {"seconds": wall, "cpu_seconds": cpu}
+            line += "" if backward else f"{case.total:9}"
+            line += f"{wall:10.3f}{cpu:8.3f}{cpu * 1e9 / case.total**2:17.3f}"
+        print(line, flush=True)
         yield row
 
 
