@@ -390,7 +390,14 @@ class UniGDPreTrainedModel(PreTrainedModel):
             shutil.copyfile(code, folder / code.name)
         module = {"idx": 0, "name": "0", "path": "", "type": "sentence_unigd.UniGDSentenceModule"}
         settings: dict[str, object] = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
-        for name, content in (("modules.json", [module]), ("config_sentence_transformers.json", settings)):
+        # From which MTEB learns that pictures are taken.
+        forward = {"method": "forward", "method_output_name": "embeddings"}
+        modalities = {"modality_config": dict.fromkeys(("text", "image", "message"), forward)}
+        for name, content in (
+            ("modules.json", [module]),
+            ("config_sentence_transformers.json", settings),
+            ("sentence_bert_config.json", modalities),
+        ):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def get_input_embeddings(self):

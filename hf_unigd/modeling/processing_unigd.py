@@ -458,7 +458,7 @@ class UniGDProcessor(ProcessorMixin):
         config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "vlm_processor_class" not in config:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a processor without embedding prompts. "
+                f"No processor with embedding prompts is found in {pretrained_model_name_or_path}. "
                 f"`{cls.__name__}.from_vlm_pretrained(...)` adds them to it."
             )
         vlm_processor_class = getattr(transformers, config["vlm_processor_class"])

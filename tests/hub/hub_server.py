@@ -156,6 +156,10 @@ class _Handler(BaseHTTPRequestHandler):
                     "tags": [],
                 }
             )
+        if what == "commits":
+            entry = {"title": "", "message": "", "authors": [{"user": owner}], "date": "2026-01-01T00:00:00.000Z"}
+            history = [{**entry, "id": oid} for oid, _ in reversed(repository.refs.get(revision, []))]
+            return self._json(history)
         found = repository.commit(revision)
         if found is None:
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
