@@ -44,10 +44,10 @@ class SetDatasetEpoch(TrainerCallback):
     """Tells the examples which epoch it is; accelerate forgets to where a batch sampler is split among processes."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
+        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
             # `state.epoch` counts steps as fractions: 2.9999999 is the third epoch's end and the fourth's beginning.
-            dataset.set_epoch(int(state.epoch + 1e-6))
+            set_epoch(int(state.epoch + 1e-6))
 
 
 class UniGDTrainer(Trainer):
