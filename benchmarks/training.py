@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.hub.export import export_checkpoint
 from hf_unigd.quickstart.small_llava import build_processor
 from hf_unigd.retrieval.embedding import embed_sequences
 from hf_unigd.trainer.losses import InfoNCELoss
@@ -223,43 +224,47 @@ def sft() -> dict:
 
 
 def embed() -> dict:
-    """192 rows (texts, pictures, pictures with texts) by `embed_sequences` and by `SentenceTransformer.encode`."""
+    """192 rows (texts, pictures, pictures with texts) by `embed_sequences`, and by `SentenceTransformer.encode` of the
+    same model exported.
+
+    Texts of 5 to 104 words, and of 4 to 400 with as many between 4 and 40 as above: captions, queries and passages."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     processor = UniGDProcessor(make_processor())
-    model = UniGDForConditionalGeneration.from_vlm(make_vlm(processor)).eval()
-    texts = [words(5 + place * 37 % 100, place) for place in range(192)]
-    sequences = [
-        (text, [picture(place)], [picture(place), text])[place % 3]  # as composed retrieval has them
-        for place, text in enumerate(texts)
-    ]
+    model = UniGDForConditionalGeneration.from_vlm(make_vlm(processor), head_type="none").eval()
+    lengths = {
+        "5 to 104 words": [5 + place * 37 % 100 for place in range(192)],
+        "4 to 400 words": [round(4 * 100 ** (place * 37 % 192 / 191)) for place in range(192)],
+    }
+    model.processor = processor
     with tempfile.TemporaryDirectory() as folder:
-        model.vlm.save_pretrained(folder)
-        make_processor().save_pretrained(folder)
-        transformer = Transformer(folder)
-    peer = SentenceTransformer(
-        modules=[transformer, Pooling(256, pooling_mode="lasttoken"), Normalize()], device="cpu"
-    ).eval()
+        model.save_pretrained(f"{folder}/ours")
+        export_checkpoint(f"{folder}/ours", f"{folder}/plain")
+        peer = SentenceTransformer(f"{folder}/plain", device="cpu").eval()
 
-    def message(sequence):
-        parts = sequence if isinstance(sequence, list) else [sequence]
-        content = [
-            {"type": "image", "image": part} if isinstance(part, Image.Image) else {"type": "text", "text": part}
-            for part in parts
+    def as_input(sequence):
+        if isinstance(sequence, str):
+            return sequence
+        image, *text = sequence
+        return {"image": image, "text": text[0]} if text else image
+
+    found = {}
+    for name, counts in lengths.items():
+        sequences = [
+            (words(count, place), [picture(place)], [picture(place), words(count, place)])[place % 3]
+            for place, count in enumerate(counts)
         ]
-        prompt = processor.prompts["image" if isinstance(sequence, list) else "text"]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        inputs = [as_input(sequence) for sequence in sequences]
 
-    messages = [message(sequence) for sequence in sequences]
+        def ours(sequences=sequences):
+            return embed_sequences(model, processor, sequences, 32, show_progress=False)
 
-    def ours():
-        return embed_sequences(model, processor, sequences, 32, show_progress=False)
+        def theirs(inputs=inputs):
+            return peer.encode(inputs, batch_size=32, convert_to_tensor=True, show_progress_bar=False)
 
-    def theirs():
-        return peer.encode(messages, batch_size=32, convert_to_tensor=True, show_progress_bar=False)
-
-    return compare("embed", {"ours": ours, "sentence-transformers": theirs})
+        assert (ours() - theirs()).abs().max() < 1e-5
+        found |= compare(f"embed, {name}", {"ours": ours, "sentence-transformers": theirs})
+    return found
 
 
 def compare(name: str, peers: dict, same_loss: float | None = None) -> dict:
