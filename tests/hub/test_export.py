@@ -81,7 +81,8 @@ def test_a_server_loads_the_exported_adapter_without_our_code(tmp_path):
 
     merged, _ = load_checkpoint(str(tmp_path / "adapter"))
     question = processor.process_sequences([[RED, "what is it"]], prompted=False)
-    assert torch.equal(merged(**question).logits, torch.tensor(seen["logits"]))
+    # Another number of threads sums in another order.
+    torch.testing.assert_close(merged(**question).logits, torch.tensor(seen["logits"]), atol=1e-6, rtol=0)
     assert merged.generate(**question, max_new_tokens=8, do_sample=False).tolist() == seen["answer"]
     expected = model.embed(**processor.process_sequences(["a red cat", RED, [RED, "two dogs"]]))
     assert (torch.tensor(seen["embeddings"]) - expected).abs().max() < 1e-5
