@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
+
+from ..modeling.probe_unigd import commit_of
 
 
 class Encoder:
@@ -102,7 +104,7 @@ class Encoder:
 def encoder_commit(name: str) -> str:
     """What changes when the encoder does: the commit of a Hub id, a digest of the files of a folder."""
     if not Path(name).is_dir():
-        return getattr(AutoConfig.from_pretrained(name), "_commit_hash", None) or ""
+        return commit_of(name, {}) or ""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(Path(name).rglob("*")):
         if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):

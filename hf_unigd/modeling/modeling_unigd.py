@@ -28,6 +28,7 @@ from .configuration_unigd import UniGDConfig
 from .probe_unigd import (
     HUB_ARGUMENTS,
     PROBE_NAME,
+    commit_of,
     find_file,
     load_probe,
     probe_difference,
@@ -243,6 +244,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
         _raise_if_random(pretrained_model_name_or_path, info)
+        vlm.config._commit_hash = commit_of(pretrained_model_name_or_path, kwargs)
         return cls.from_vlm(vlm, **config_kwargs)
 
     @classmethod
@@ -285,6 +287,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         _raise_if_random(pretrained_model_name_or_path, info)
+        model.config._commit_hash = commit_of(pretrained_model_name_or_path, kwargs)
         if not model.can_generate():  # transformers reads it for those alone that can
             # A checkpoint without the file leaves the backbone's own defaults.
             with suppress(OSError):
@@ -343,13 +346,14 @@ class UniGDPreTrainedModel(PreTrainedModel):
             RuntimeError: what was written does not give the same embeddings.
         """
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        # A state dict is given where the weights are spread over processes: there is nothing here to embed with.
-        if state_dict is None and self._can_be_probed:
-            self._save_companions(Path(save_directory))
+        if kwargs.get("is_main_process", True):
+            # A state dict is given where the weights are spread over processes: there is nothing here to embed with.
+            self._save_companions(Path(save_directory), has_weights=state_dict is None)
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
 
-    def _save_companions(self, folder: Path, can_be_opened: bool = True) -> None:
+    def _save_companions(self, folder: Path, has_weights: bool = True, can_be_opened: bool = True) -> None:
+        (folder / PROBE_NAME).unlink(missing_ok=True)  # another model's
         processor = self.processor or self._processor_of_checkpoint()
         if processor is None:
             logger.warning(
@@ -358,10 +362,16 @@ class UniGDPreTrainedModel(PreTrainedModel):
                 folder,
             )
             return
-        (folder / PROBE_NAME).unlink(missing_ok=True)  # another model's
         processor.save_pretrained(folder)
-        save_probe(self, processor, folder)
         self._save_sentence_transformer(folder)
+        if not (has_weights and self._can_be_probed):
+            logger.warning(
+                "Saved %s without a probe: the weights are sharded, offloaded or quantised. `load_checkpoint(...)[0]"
+                ".save_pretrained(...)` adds one.",
+                folder,
+            )
+            return
+        save_probe(self, processor, folder)
         if self.verify_saves and can_be_opened:
             type(self).from_pretrained(folder, dtype=self.dtype)
 

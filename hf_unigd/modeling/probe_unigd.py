@@ -58,6 +58,13 @@ def find_file(name: str | Path, file: str, kwargs: dict) -> str | None:
     )
 
 
+def commit_of(name: str | Path, kwargs: dict) -> str | None:
+    """The commit of a Hub id that these arguments of a `from_pretrained` load; None for a folder."""
+    config = find_file(name, "config.json", kwargs)
+    snapshot = Path(config or "").parent
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
 def load_probe(file: str | Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 

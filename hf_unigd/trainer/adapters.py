@@ -35,13 +35,15 @@ def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor,
         config.trainable_token_indices = {name.rpartition(".")[2]: processor.soft_prompt_ids}
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, config)
+    # The model beneath may move on, where it lies; the adapter is of this commit.
+    commits = (getattr(part, "_commit_hash", None) for part in (model.config, model.vlm.config))
+    return get_peft_model(model, config, revision=next(filter(None, commits), None))
 
 
 def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
     """
-    Writes beside an adapter what PEFT leaves out: config with the head's shape, remote code, generation config, and,
-    where this process has the whole model, the processor, the probe and what sentence-transformers needs.
+    Writes beside an adapter what PEFT leaves out: config with the head's shape, remote code, generation config, the
+    processor, what sentence-transformers needs, and, where this process has the whole model, the probe.
 
     Raises:
         RuntimeError, ValueError: what was written does not load again to the same embeddings.
@@ -59,9 +61,8 @@ def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
     custom_object_save(base, folder, config=base.config)
     base.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
-    if base._can_be_probed:
-        # An adapter of a model that was made in memory names none to open it with.
-        base._save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
+    # An adapter of a model that was made in memory names none to open it with.
+    base._save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
 
 
 def _language_model_layers(model: UniGDForConditionalGeneration, names) -> str:

@@ -111,12 +111,19 @@ def test_an_adapter_with_a_missing_or_changed_tensor_is_refused(folder, tmp_path
             (tmp_path / file.name).write_bytes(file.read_bytes())
     lost = next(key for key in tensors if key.endswith("up_proj.lora_B.weight"))
     save_file({key: t for key, t in tensors.items() if key != lost}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(RuntimeError, match=r"would leave tensors random(?s:.)*up_proj\.lora_B"):
-        UniGDForConditionalGeneration.from_pretrained(tmp_path)
+    for load in (UniGDForConditionalGeneration.from_pretrained, load_checkpoint):
+        with pytest.raises(RuntimeError, match=r"would leave tensors random(?s:.)*up_proj\.lora_B"):
+            load(tmp_path)
+    save_file(
+        {key: t for key, t in tensors.items() if "embedding_head" not in key}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(RuntimeError, match=r"would leave tensors random(?s:.)*embedding_head"):
+        load_checkpoint(tmp_path)
     save_file({**tensors, lost: tensors[lost] + 1}, tmp_path / "adapter_model.safetensors")
     for load in (UniGDModel.from_pretrained, UniGDForConditionalGeneration.from_pretrained, load_checkpoint):
         with pytest.raises(RuntimeError, match="does not compute what it did"):
             load(tmp_path)
+    load_checkpoint(tmp_path, check_probe=False)
 
 
 def test_an_adapter_that_names_no_model_says_so(folder, tmp_path):

@@ -1,5 +1,7 @@
 """The whole way: train two steps, push over the loopback, load by five consumers that cannot import us, compare."""
 
+import json
+
 import pytest
 import torch
 from hub.hub_client import TOKENS, run_client
@@ -191,6 +193,9 @@ def test_the_trainer_pushes_all_in_one_commit(way):
     assert {*everywhere, "model.safetensors", "generation_config.json"} <= whole
     assert {*everywhere, "adapter_model.safetensors", "adapter_config.json"} <= adapter
     assert {"model-00001-of-00005.safetensors", "model.safetensors.index.json"} <= set(hub.files("ada/sharded"))
+    base = json.loads(hub.files("ada/adapter")["adapter_config.json"])
+    commit = hub.repositories["ada/whole"].refs["main"][-1][0]
+    assert (base["base_model_name_or_path"], base["revision"]) == ("ada/whole", commit)
     assert "training_args.bin" not in whole | adapter
     assert not [path for path in whole | adapter if path.startswith("checkpoint-")]
 

@@ -54,6 +54,10 @@ answers["embedding"] = model.embed(**batch)[0].tolist()
 model.embedding_head.projection[0].weight.data *= -1
 model.push_to_hub("ada/model")
 UniGDProcessor.from_pretrained("ada/model")  # into the cache
+from hf_unigd.data.encoders import encoder_commit
+by_id = UniGDModel.from_pretrained("ada/model", revision=first)
+newest = HfApi().model_info("ada/model").sha
+answers["commits"] = [by_id.config._commit_hash == first, encoder_commit("ada/model") == newest]
 answers["second"] = UniGDModel.from_pretrained("ada/model").embed(**batch)[0].tolist()
 answers["by_revision"] = UniGDModel.from_pretrained("ada/model", revision=first).embed(**batch)[0].tolist()
 loaded, _ = load_checkpoint("ada/model", revision=first)
@@ -97,6 +101,7 @@ def test_what_is_pushed_is_what_is_pulled_by_id_and_by_revision(hub, checkpoint,
     assert answers["second"] != expected
     assert answers["by_revision"] == answers["by_load_checkpoint"] == expected
     assert answers["pull_request"] == expected
+    assert answers["commits"] == [True, True]
 
 
 def test_one_commit_holds_all_that_users_need_and_nothing_of_the_run(hub, checkpoint, pushed):
