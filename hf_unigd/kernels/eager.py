@@ -138,6 +138,11 @@ def _log_sum_exp(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return total.log_().add_(top)
 
 
+def _wide(u: Tensor) -> Tensor:
+    """In float64, where the device has it: posteriors are exponentials of differences of numbers as large as log K."""
+    return u if u.device.type == "mps" else u.double()
+
+
 class _Recursion:
     """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal.
 
@@ -194,8 +199,8 @@ def forward(problem: Problem) -> Tensor:
     result = x.slices.new_empty(shape)
     done = 0
     for block, counted in _blocks(problem):
-        log_kappa = log_local_kernel(block.scaled_distances(), problem.local)
-        log_k = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths).log_k
+        log_kappa = log_local_kernel(_wide(block.scaled_distances()), problem.local)
+        log_k = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths).log_k.to(result.dtype)
         if problem.pairs is not None:
             result[done : done + len(log_k)] = log_k
             done += len(log_k)
@@ -216,7 +221,7 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
         grad = torch.triu(grad + grad.T) - torch.diag(grad.diagonal())
     done = 0
     for block, _ in _blocks(problem):
-        u = block.scaled_distances()
+        u = _wide(block.scaled_distances())
         log_kappa = log_local_kernel(u, problem.local)
         recursion = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths)
         v = recursion.expected_alignments().view(u.shape)
@@ -227,7 +232,7 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
             done += len(block.i)
         v *= weight.to(v)[..., None, None] * log_local_kernel_slope(log_kappa, problem.local)
         by_log_scale += (v * u).sum(dtype=torch.float64).item()
-        block.add_gradient(v * block.inverse_scale, dx, dy)
+        block.add_gradient((v * block.inverse_scale).to(dx.dtype), dx, dy)
     return dx, None if problem.y is None else dy, -2 * by_log_scale / problem.bandwidth
 
 
@@ -236,7 +241,8 @@ def posterior(problem: Problem) -> Tensor:
     size = int(problem.x.lengths.max()), int(problem.other.lengths.max())
     parts = []
     for block, _ in _blocks(problem):
-        log_kappa = log_local_kernel(block.scaled_distances(), problem.local)
+        log_kappa = log_local_kernel(_wide(block.scaled_distances()), problem.local)
         expected = _Recursion(log_kappa, *block.pair_lengths).expected_alignments()
+        expected = expected.to(problem.x.slices.dtype)
         parts.append(F.pad(expected, (0, size[1] - expected.shape[2], 0, size[0] - expected.shape[1])))
     return torch.cat(parts)

@@ -168,7 +168,8 @@ def alignment_backward(
 
 @alignment_backward.register_fake
 def _(grad, x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, *_):
-    return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y), torch.empty_like(bandwidth)
+    y_grad = x.new_empty(0) if y is None else y.new_empty(y.shape)
+    return x.new_empty(x.shape), y_grad, torch.empty_like(bandwidth)  # contiguous, whatever the inputs' strides
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -35,6 +35,26 @@ def test_opcheck(backend, paired):
     torch.library.opcheck(ops.median_bandwidth, (x, x_offsets, None, []))
 
 
+def test_a_gradients_layout_is_known_before_it_is_computed():
+    """Of inputs that are not contiguous too, which the default compiler relies on."""
+    x, offsets = torch.randn(4, 7).T.requires_grad_(), offsets_of([3, 4])
+    y, settings = torch.randn(4, 5).T, (None, torch.tensor(1.5, dtype=torch.float64), [], "gaussian", False, "eager")
+    for sides in ((x, offsets, None, None, None, None), (x, offsets, None, y, offsets_of([2, 3]), None)):
+        sides = [side.detach() if isinstance(side, torch.Tensor) else side for side in sides]
+        torch.library.opcheck(ops.alignment_backward, (torch.randn(2, 2), *sides, *settings))
+
+
+def test_an_estimated_bandwidth_is_detached():
+    x, offsets = packed([2, 5, 3], 4)
+    sigma = ops.median_bandwidth(x, offsets, None, []).item()
+    gradients = []
+    for bandwidth in ("median", sigma):
+        leaf = x.clone().requires_grad_()
+        alignment_kernel(leaf, offsets, bandwidth=bandwidth).sum().backward()
+        gradients.append(leaf.grad)
+    assert_close(*gradients, 1e-12)
+
+
 @pytest.mark.parametrize("normalize", ["cosine", "content"])
 def test_compiles_without_a_break(normalize):
     def loss(x, offsets, y, y_lengths, sigma):

@@ -118,13 +118,34 @@ def test_agrees_with_the_reference(
         torch.bfloat16: (2e-5, 2e-2),  # the gradient is rounded to bfloat16
     }[dtype]
     assert_close(actual[0], expected[0], values)
-    # The alignments' weights are exponentials of sums of the size of log K, which are rounded.
     eps = torch.finfo(actual[0].dtype).eps
-    gradients += 2 * eps * expected[0].abs().max().item()
+    # The alignments' weights are exponentials of sums of the size of log K, which are rounded to double.
+    gradients += 2 * torch.finfo(torch.float64).eps * expected[0].abs().max().item()
     # The gradient is a difference of terms of the size of the features over sigma squared.
     terms = 20 * eps * x.double().abs().max().item() / options["bandwidth"] ** 2
     for a, e in zip(actual[1:], expected[1:], strict=True):
         assert_close(a, e, gradients, absolute=terms)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("bandwidth", [0.1, 0.01, 1e-3])
+def test_gradients_in_float32_at_small_bandwidths(backend, bandwidth):
+    x, offsets = packed([32, 32], 64, dtype=torch.float32)
+    _, gradient = values_and_gradients(x, offsets, bandwidth=bandwidth, backend=backend)[:2]
+    _, expected = values_and_gradients(x.double(), offsets, bandwidth=bandwidth, backend="reference")[:2]
+    assert_close(gradient, expected, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_close_slices_far_from_the_origin(backend, dtype):
+    """Their distances are taken again, and may then be too large for linear arithmetic."""
+    far = [[1024.0, 0.0], [1024.0, 0.1]]
+    x = torch.tensor([far[place % 2] for place in range(16) for _ in range(2)] + [[-2048.0, 0.0]] * 16).to(dtype)
+    offsets = offsets_of([2] * 16 + [1] * 16)
+    actual = alignment_kernel(x, offsets, bandwidth=0.005, normalize="none", backend=backend)
+    expected = alignment_kernel(x.double(), offsets, bandwidth=0.005, normalize="none", backend="reference")
+    assert_close(actual, expected, 2e-5)
 
 
 @pytest.mark.parametrize("instruction_set", [0, 1, 2])
