@@ -241,7 +241,8 @@ def alignment_posterior(
 
     `E[k, i, j]` is the derivative of log K by log kappa(x_i, y_j), the sum over alignments through (i, j) over the sum
     of all. It lies in [0, 1], is 1 at both corners, and every row and column of a pair sums to at least 1. For
-    explanation: no gradient flows through it. Arguments and errors as `alignment_kernel`.
+    explanation: no gradient flows through it, and `torch.compile` breaks its graph there. Arguments and errors as
+    `alignment_kernel`.
 
     Args:
         pairs: `(p, 2)` int; by default the one pair (0, 0), or (0, 1) where `y` is None.
@@ -269,7 +270,8 @@ def alignment_posterior(
         per_pair_bandwidth,
     )
     implementation = reference if backend == "reference" else eager
-    expected = implementation.posterior(problem).to(x.device, COMPUTE_DTYPE[x.dtype])
+    with torch.autocast(x.device.type, enabled=False):
+        expected = implementation.posterior(problem).to(x.device, COMPUTE_DTYPE[x.dtype])
     lengths = inputs.of_pairs(inputs.x_lengths, inputs.y_lengths)
     return expected[:, : int(lengths[0].max()), : int(lengths[1].max())]
 
@@ -297,33 +299,37 @@ def mean_slice_similarity(
         `(n, m)`, or `(p,)` with `pairs`, in [-1, 1]: float64 for float64 features, else float32.
     """
     inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, spaces, x_modalities, y_modalities)
+    sides = (x, inputs.x_extents, x_modalities, y, inputs.y_extents, y_modalities)
+    x_lengths = ops.check_inputs(*(None if side is None else side.detach() for side in sides), pairs, inputs.spaces)
     flat = inputs.spaces or [0, 0, 0, x.shape[-1]]
     result: Tensor | None = None
-    for a, b, start, stop in (flat[i : i + 4] for i in range(0, len(flat), 4)):
-        of_x = _mean_direction(x, inputs.x_extents, "x", x_modalities, a, start, stop)
-        if y is None or inputs.y_extents is None:
-            of_y = _mean_direction(x, inputs.x_extents, "x", x_modalities, b, start, stop)
-        else:
-            of_y = _mean_direction(y, inputs.y_extents, "y", y_modalities, b, start, stop)
-        if pairs is None:
-            part = of_x @ of_y.T
-        else:
-            index = pairs.to(x.device)
-            part = (of_x[index[:, 0]] * of_y[index[:, 1]]).sum(-1)
-        result = part if result is None else result + part
+    with torch.autocast(x.device.type, enabled=False):
+        for a, b, start, stop in (flat[i : i + 4] for i in range(0, len(flat), 4)):
+            of_x = _mean_direction(x, x_lengths, x_modalities, a, start, stop)
+            if y is None:
+                of_y = _mean_direction(x, x_lengths, x_modalities, b, start, stop)
+            else:
+                of_y = _mean_direction(y, inputs.y_lengths.to(y.device), y_modalities, b, start, stop)
+            if pairs is None:
+                part = of_x @ of_y.T
+            else:
+                index = pairs.to(x.device)
+                part = (of_x[index[:, 0]] * of_y[index[:, 1]]).sum(-1)
+            result = part if result is None else result + part
     assert result is not None
     return result
 
 
 def _mean_direction(
-    x: Tensor, extents: Tensor, name: str, modalities: Tensor | None, modality: int, start: int, stop: int
+    x: Tensor, lengths: Tensor, modalities: Tensor | None, modality: int, start: int, stop: int
 ) -> Tensor:
     """`(n, stop - start)`: each sequence's sum of unit slices of one modality over its number of slices."""
-    unit = F.normalize(x[..., start:stop].to(COMPUTE_DTYPE[x.dtype]), dim=-1)
-    lengths = ops.sequence_lengths(x, extents, name)
+    slices = x[..., start:stop].to(COMPUTE_DTYPE[x.dtype])
+    # Before they are normalised: what lies in the padding may be NaN, and so would be its gradient.
     if modalities is not None:
-        unit = torch.where((modalities.to(x.device) == modality)[..., None], unit, 0)
+        slices = torch.where((modalities.to(x.device) == modality)[..., None], slices, 0)
     if x.dim() == 3:
         valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        return torch.where(valid[..., None], unit, 0).sum(1) / lengths[:, None]
-    return torch.segment_reduce(unit, "mean", lengths=lengths, axis=0)
+        slices = torch.where(valid[..., None], slices, 0)
+        return F.normalize(slices, dim=-1).sum(1) / lengths[:, None]
+    return torch.segment_reduce(F.normalize(slices, dim=-1), "mean", lengths=lengths, axis=0)

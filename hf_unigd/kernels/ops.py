@@ -55,24 +55,11 @@ def make_problem(
     sigma = bandwidth.item()
     if not 0 < sigma < torch.inf:
         raise ValueError(f"`bandwidth` must be positive and finite, but is {sigma}.")
-    parts = [packing.pack(x, x_extents, x_modalities, "x")]
-    largest = packing.magnitude(parts[0], "x")
-    if y is not None:
-        assert y_extents is not None
-        parts.append(packing.pack(y, y_extents, y_modalities, "y"))
-        largest = max(largest, packing.magnitude(parts[1], "y"))
+    parts, largest = _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, spaces)
     # A shift would take 16-bit features off their grid, on which their products are exact.
     k = packing.condition(parts, largest, center=x.dtype in (torch.float64, torch.float32))
-    if parts[0].modalities is not None:
-        packing.check_spaces(parts, spaces)
     if pairs is not None:
         pairs = pairs.detach().cpu().to(torch.int64)
-        limits = torch.tensor([len(parts[0]), len(parts[-1])])
-        if ((pairs < 0) | (pairs >= limits)).any():
-            raise ValueError(
-                f"`pairs` must index {len(parts[0])} sequences of x and {len(parts[-1])} of y, but ranges over "
-                f"{pairs.amin(0).tolist()} to {pairs.amax(0).tolist()}."
-            )
         pairs = torch.stack([parts[0].rank[pairs[:, 0]], parts[-1].rank[pairs[:, 1]]], 1)
     columns = [cast(Space, tuple(spaces[i : i + 4])) for i in range(0, len(spaces), 4)]
     problem = Problem(
@@ -86,6 +73,27 @@ def make_problem(
         bfloat16=x.dtype == torch.bfloat16,
     )
     return problem, k
+
+
+def _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, spaces) -> tuple[list, float]:
+    """The packed sequences of x and, where it is given, of y, and the largest |feature|. Checks every value."""
+    parts = [packing.pack(x, x_extents, x_modalities, "x")]
+    largest = packing.magnitude(parts[0], "x")
+    if y is not None:
+        assert y_extents is not None
+        parts.append(packing.pack(y, y_extents, y_modalities, "y"))
+        largest = max(largest, packing.magnitude(parts[1], "y"))
+    if parts[0].modalities is not None:
+        packing.check_spaces(parts, spaces)
+    if pairs is not None:
+        indices = pairs.detach().cpu()
+        limits = torch.tensor([len(parts[0]), len(parts[-1])])
+        if ((indices < 0) | (indices >= limits)).any():
+            raise ValueError(
+                f"`pairs` must index {len(parts[0])} sequences of x and {len(parts[-1])} of y, but ranges over "
+                f"{indices.amin(0).tolist()} to {indices.amax(0).tolist()}."
+            )
+    return parts, largest
 
 
 def _reorder(matrix: Tensor, problem: Problem, *, to_caller: bool) -> Tensor:
@@ -194,15 +202,25 @@ def _(info, in_dims, *args):
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sequence_lengths", mutates_args=())
-def sequence_lengths(x: Tensor, extents: Tensor, name: str) -> Tensor:
-    """The `(n,)` int64 lengths, checked against the features, on their device."""
-    return packing.locate(x, extents, name)[1].to(x.device, copy=True)
+@torch.library.custom_op(f"{NAMESPACE}::check_inputs", mutates_args=())
+def check_inputs(
+    x: Tensor,
+    x_extents: Tensor,
+    x_modalities: Tensor | None,
+    y: Tensor | None,
+    y_extents: Tensor | None,
+    y_modalities: Tensor | None,
+    pairs: Tensor | None,
+    spaces: list[int],
+) -> Tensor:
+    """Refuses what `alignment` refuses. Returns the `(n,)` int64 lengths of x, so that no compiler leaves it out."""
+    _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, spaces)
+    return packing.locate(x, x_extents, "x")[1].to(x.device, copy=True)
 
 
-@sequence_lengths.register_fake
-def _(x, extents, name):
-    return x.new_empty((extents.shape[0] - (1 if x.dim() == 2 else 0),), dtype=torch.int64)
+@check_inputs.register_fake
+def _(x, x_extents, *_):
+    return x.new_empty((x_extents.shape[0] - (1 if x.dim() == 2 else 0),), dtype=torch.int64)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::log_path_count", mutates_args=())

@@ -76,12 +76,15 @@ def index_pairs(pairs: Tensor | None) -> None:
 
 
 def positive(value: float | Tensor, name: str, device: torch.device) -> Tensor:
-    """A float or a scalar tensor as a scalar tensor, with its graph. A tensor's value is checked when it is used."""
+    """A float or a scalar tensor as a scalar tensor, with its graph. In a compiled graph a tensor's value is checked
+    when it is used."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"`{name}` must be one floating-point number, but is {value.dtype} of shape {tuple(value.shape)}."
             )
+        if not torch.compiler.is_compiling() and not 0 < value.item() < float("inf"):
+            raise ValueError(f"`{name}` must be positive and finite, but is {value.item()}.")
         return value.reshape(())
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         raise ValueError(f"`{name}` must be a positive, finite number, but is {value!r}.")

@@ -29,8 +29,8 @@ def test_opcheck(backend, paired):
         grad = torch.randn_like(ops.alignment(*sides, *settings))
         torch.library.opcheck(ops.alignment_backward, (grad, *sides, *settings))
     lengths = x_offsets.diff()
-    torch.library.opcheck(ops.sequence_lengths, (x, x_offsets, "x"))
-    torch.library.opcheck(ops.sequence_lengths, (torch.randn(2, 5, 3), lengths, "x"))
+    torch.library.opcheck(ops.check_inputs, (torch.randn(2, 5, 3), lengths, None, None, None, None, None, []))
+    torch.library.opcheck(ops.check_inputs, (x, x_offsets, None, y, y_offsets, None, pairs, []))
     torch.library.opcheck(ops.log_path_count, (lengths[:, None], lengths[None]))
     torch.library.opcheck(ops.median_bandwidth, (x, x_offsets, None, []))
 
@@ -84,6 +84,25 @@ def test_autocast_changes_nothing(backend):
         actual = alignment_kernel(x, offsets, bandwidth=4.0, backend=backend)
     assert actual.dtype == torch.float32
     assert torch.equal(actual, expected)
+
+
+def test_autocast_changes_neither_the_posterior_nor_the_baseline():
+    x, offsets = packed([12, 30, 9], 64, dtype=torch.float32)
+    for function in (
+        lambda: mean_slice_similarity(x, offsets),
+        lambda: alignment_posterior(x, offsets, bandwidth=4.0),
+    ):
+        expected = function()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(function(), expected)
+
+
+def test_the_baseline_gives_padding_no_gradient():
+    x = torch.randn(2, 3, 4)
+    x[1, 2] = torch.nan
+    x.requires_grad_()
+    mean_slice_similarity(x, x_lengths=torch.tensor([3, 2])).sum().backward()
+    assert (x.grad[1, 2] == 0).all() and x.grad.isfinite().all()
 
 
 def test_vmap_is_refused_with_the_remedy():
@@ -185,6 +204,27 @@ def test_the_other_functions_refuse_too():
         mean_slice_similarity(X)
     with pytest.raises(ValueError, match="`x_offsets` must"):
         mean_slice_similarity(X, offsets_of([2, 2]))
+    with pytest.raises(ValueError, match=r"no columns for the modality pair \(0, 1\)"):
+        spaces = {(0, 0): (0, 4), (1, 1): (0, 4)}
+        mean_slice_similarity(X, OFFSETS, spaces=spaces, x_modalities=torch.arange(5) % 2)
+    with pytest.raises(ValueError, match="`pairs` must index"):
+        mean_slice_similarity(X, OFFSETS, pairs=torch.tensor([[-1, 0]]))
+    with pytest.raises(ValueError, match="`x` must be finite"):
+        mean_slice_similarity(X * torch.nan, OFFSETS)
+    with pytest.raises(ValueError, match="`gamma` must be positive and finite, but is -1"):
+        soft_dtw(X, OFFSETS, gamma=torch.tensor(-1.0))
+
+
+def test_every_pair_of_modalities_may_have_a_space_of_its_own():
+    ids = torch.arange(4)
+    pairs = [(a, b) for a in range(4) for b in range(a, 4)]
+    spaces = {pair: (2 * k, 2 * k + 2) for k, pair in enumerate(pairs)}
+    spaces |= {(b, a): columns for (a, b), columns in spaces.items()}
+    x, offsets = packed([4, 4, 4], 20)
+    options = {"bandwidth": 2.0, "spaces": spaces, "x_modalities": ids.repeat(3)}
+    expected = alignment_kernel(x, offsets, backend="reference", **options)
+    for backend in FAST_BACKENDS:
+        assert_close(alignment_kernel(x, offsets, backend=backend, **options), expected, 1e-12)
 
 
 def test_half_precision_and_int32_offsets():

@@ -32,9 +32,11 @@ Spaces read_spaces(at::IntArrayRef flat, bool modalities) {
   for (size_t k = 0; k < flat.size(); k += 4) {
     const std::pair<int64_t, int64_t> range(flat[k + 2], flat[k + 3]);
     size_t s = std::find(spaces.ranges.begin(), spaces.ranges.end(), range) - spaces.ranges.begin();
-    if (s == spaces.ranges.size()) spaces.ranges.push_back(range);
-    TORCH_CHECK(s < 8, "at most 8 spaces");
-    if (modalities) spaces.meet[flat[k]][flat[k + 1]][s] = true;
+    if (s == spaces.ranges.size()) {
+      spaces.ranges.push_back(range);
+      spaces.meet.emplace_back();
+    }
+    if (modalities) spaces.meet[s][flat[k]][flat[k + 1]] = true;
   }
   return spaces;
 }

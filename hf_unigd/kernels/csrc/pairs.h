@@ -113,7 +113,7 @@ template <typename T> class Pairs {
 
    private:
     bool meet(int64_t row, int64_t column, int64_t s) const {
-      return p_.spaces_.single || p_.spaces_.meet[p_.x_.modalities[row]][p_.y_.modalities[column]][s];
+      return p_.spaces_.single || p_.spaces_.meet[s][p_.x_.modalities[row]][p_.y_.modalities[column]];
     }
 
     Pairs& p_;

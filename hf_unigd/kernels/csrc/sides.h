@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <limits>
 #include <vector>
 
@@ -13,7 +14,7 @@ namespace unigd {
 // The distinct column ranges, and which of them two modalities are compared in.
 struct Spaces {
   std::vector<std::pair<int64_t, int64_t>> ranges;
-  bool meet[32][32][8] = {};
+  std::vector<std::array<std::array<bool, 32>, 32>> meet;
   bool single = true;
 
   int64_t count() const { return ranges.size(); }
@@ -86,7 +87,7 @@ LaneGroup<T> interleave(const Side<T>& y, int64_t first, const Spaces& spaces, b
       for (int64_t s = 0; s < spaces.count(); s++) {
         group.norms[s * group.stride + x] = y.norms[s * y.total + row];
         for (int m = 0; !spaces.single && m < 32; m++)
-          group.masks[(s * 32 + m) * group.stride + x] = spaces.meet[m][y.modalities[row]][s];
+          group.masks[(s * 32 + m) * group.stride + x] = spaces.meet[s][m][y.modalities[row]];
       }
     }
   }
