@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["hf-unigd"]
+# dependencies = ["hf-unigd[teachers]"]
 # ///
 """
 Sugar (Chow et al., NeurIPS 2024): similarities of hidden states regressed onto an alignment kernel, and next-token.

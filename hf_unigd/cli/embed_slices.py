@@ -19,7 +19,9 @@ class EmbedSlicesArguments:
     batch_size: int = field(default=64, metadata={"help": "Images or sentences a forward pass."})
     rows_per_part: int = field(default=1000, metadata={"help": "Rows that an interruption can cost."})
     overwrite: bool = field(default=False, metadata={"help": "Throw away what the folder has."})
-    short_caption_max_tokens: int = field(default=30, metadata={"help": "As in training."})
+    short_caption_max_tokens: int = field(
+        default=0, metadata={"help": "As in training, where it is 0 unless `contrastive_weight` is above 0."}
+    )
     long_caption_max_tokens: int = field(default=500, metadata={"help": "As in training."})
     image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows without features, with a warning."})

@@ -15,6 +15,9 @@ from transformers.utils import cached_file
 from ..modeling.probe_unigd import commit_of
 
 
+BATCH_SIZE = 64  # contents a forward pass
+
+
 class Encoder:
     """One frozen encoder: images or texts in, unit vectors out.
 
@@ -55,6 +58,10 @@ class Encoder:
         Raises:
             ValueError: the encoder does not take this modality.
         """
+        parts = [contents[start : start + BATCH_SIZE] for start in range(0, len(contents), BATCH_SIZE)]
+        return torch.cat([self._encode(part) for part in parts])
+
+    def _encode(self, contents):
         of_texts = isinstance(contents[0], str)
         if self.is_sentence_transformer:
             if of_texts:
@@ -69,8 +76,10 @@ class Encoder:
     def _encode_texts(self, texts):
         max_length = min(self._tokenizer.model_max_length, self.model.config.get_text_config().max_position_embeddings)
         self._count_truncated(self._tokenizer, texts, max_length)
+        # SigLIP reads its last position, and was trained with texts filled up to the limit.
+        padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
         inputs = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            list(texts), padding=padding, truncation=True, max_length=max_length, return_tensors="pt"
         ).to(self.device)
         if hasattr(self.model, "get_text_features"):
             return _features(self.model.get_text_features(**inputs))

@@ -131,7 +131,12 @@ class RowParser:
         messages = self._messages(row["messages"], list(row.get("images", [])), "messages")
         target = None
         if messages[-1]["role"] == "assistant":
-            target = "".join(part.get("text", "") for part in messages.pop()["content"])
+            answer = messages.pop()["content"]
+            if any(part["type"] == "image" for part in answer):
+                raise ValueError(
+                    "has images in the last answer, and only text is generated; move them into a user's turn before it"
+                )
+            target = " ".join(part["text"] for part in answer)
         if not messages or messages[-1]["role"] != "user":
             raise ValueError("has `messages` without a user's turn before the answer")
         positives = row.get("positive_messages") or []

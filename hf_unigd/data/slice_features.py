@@ -145,34 +145,39 @@ def write_slice_features(
     with tqdm(total=len(examples), initial=done, desc="Embedding slices", unit="row") as progress:
         for start in range(done, len(examples), rows_per_part):
             rows: list[list[int]] = []
-            new: list[Slice] = []
+            keys: list[int] = []
+            vectors: list[torch.Tensor] = []
+            waiting: list[Slice] = []  # decoded pictures among them: no more than a batch
             for place in range(start, min(start + rows_per_part, len(examples))):
                 example = examples[place]
-                slices = [] if example is None else example.slices
                 rows.append([])
-                for one in slices:
+                for one in [] if example is None else example.slices:
                     if (key := one.key) not in places:
                         places[key] = len(places)
-                        new.append(one)
+                        keys.append(key)
+                        waiting.append(one)
                     rows[-1].append(places[key])
-            _write_part(folder / f"part-{part:05d}", rows, new, teachers, batch_size)
+                    if len(waiting) == batch_size:
+                        vectors.append(teachers(waiting).cpu().half())
+                        waiting.clear()
+                progress.update()
+            if waiting:
+                vectors.append(teachers(waiting).cpu().half())
+            width = teachers.own_width + teachers.cross_width
+            _write_part(folder / f"part-{part:05d}", rows, keys, torch.cat([torch.zeros(0, width).half(), *vectors]))
             part += 1
-            progress.update(len(rows))
     if teachers.truncated:
         logger.warning("%d texts were longer than an encoder takes, and cut as it does.", teachers.truncated)
     return SliceFeatures.load(folder, args)
 
 
-def _write_part(folder: Path, rows: list[list[int]], new: list[Slice], teachers: Teachers, batch_size: int) -> None:
-    batches = [new[start : start + batch_size] for start in range(0, len(new), batch_size)]
-    width = teachers.own_width + teachers.cross_width
-    vectors = torch.cat([torch.zeros(0, width), *(teachers(batch).cpu() for batch in batches)])
+def _write_part(folder: Path, rows: list[list[int]], keys: list[int], vectors: torch.Tensor) -> None:
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     Dataset.from_dict({"slices": rows}, Features({"slices": List(Value("int64"))})).save_to_disk(unfinished / "rows")
     Dataset.from_dict(
-        {"key": [one.key for one in new], "features": vectors.half().numpy()},
-        Features({"key": Value("int64"), "features": List(Value("float16"), length=width)}),
+        {"key": keys, "features": vectors.numpy()},
+        Features({"key": Value("int64"), "features": List(Value("float16"), length=vectors.shape[1])}),
     ).save_to_disk(unfinished / "features")
     unfinished.rename(folder)
 

@@ -84,6 +84,8 @@ class Teachers:
         images, texts = [Image.new("RGB", (32, 32))], ["a"]
         self.own_width = max(self.own[IMAGE](images).shape[1], self.own[TEXT](texts).shape[1])
         self.cross_width = self.cross(texts).shape[1]
+        if self.cross(images).shape[1] != self.cross_width:
+            raise ValueError(f"`cross_teacher` {args.cross_teacher} embeds images and texts in different spaces.")
 
     def spaces(self, triple_kernel: bool = True) -> Spaces:
         return slice_spaces(self.own_width, self.cross_width, triple_kernel)

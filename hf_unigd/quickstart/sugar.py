@@ -176,7 +176,10 @@ def show_metrics(metrics: dict[str, dict[str, float]]) -> None:
             print(f"{f'{title}, R@{k}':<34}" + "".join(f"{value:>10.1%}" for value in row))
     perplexities = [metrics[stage]["perplexity"] for stage in stages[:3]]
     print(f"{'perplexity of answers':<34}" + "".join(f"{value:>10.2f}" for value in perplexities))
-    print("`weight` is `alignment_weight`: with 0, the same training without the structure loss.")
+    print(
+        "`weight` is `alignment_weight`: with 0, the same training without the structure loss, which then nothing "
+        "trains\nthe embedding head for."
+    )
 
 
 def _sentence_encoder() -> str:

@@ -168,6 +168,11 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             )
         if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
             raise ValueError(f"`gradient_cache_chunk_size={self.gradient_cache_chunk_size}` must be positive.")
+        if self.alignment_weight and self.dataloader_persistent_workers:
+            raise ValueError(
+                "`dataloader_persistent_workers=True` keeps the first epoch's positions, which `alignment_weight` "
+                "chooses anew in each. Leave it out."
+            )
         if self.remove_unused_columns:
             raise ValueError(
                 "`remove_unused_columns=True` would remove every column: rows are parsed by the collator."

@@ -112,7 +112,8 @@ class UniGDTrainer(Trainer):
             args.ddp_find_unused_parameters = not vision_is_frozen
         parser = RowParser(
             lambda text: len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"]),
-            short_caption_max_tokens=args.short_caption_max_tokens,
+            # Without a contrastive loss a short caption would be read by none.
+            short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
             long_caption_max_tokens=args.long_caption_max_tokens,
             image_folder=args.image_folder,
         )

@@ -140,6 +140,13 @@ def test_images_in_every_form(tmp_path):
             },
             "2 image placeholders in `messages`, but 1 images",
         ),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b.<image>c."}],
+                "images": [IMAGE],
+            },
+            "images in the last answer",
+        ),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "'robot'"),
         (
             {

@@ -1,19 +1,29 @@
 """The teachers, and what they saw of a dataset written to disk."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from tiny_teachers import save_teachers
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoTokenizer, BertModel, CLIPModel, Dinov2Model
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BertModel,
+    CLIPModel,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from hf_unigd.data import ExampleDataset, RowError, RowParser, SentenceSplitter, Teachers, write_slice_features
 from hf_unigd.data import slice_features as module
 from hf_unigd.data.encoders import Encoder
 from hf_unigd.data.slice_features import SliceFeatures
 from hf_unigd.data.slices import IMAGE, TEXT, Slice
-from tiny_models import make_image
+from tiny_models import make_image, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +174,34 @@ def test_rows_that_changed_or_are_new_are_refused_by_number(teacher_args, tmp_pa
         write_slice_features(make_examples(6), teacher_args, tmp_path / "f")
 
 
+def test_columns_of_another_width_are_refused(teacher_args, tmp_path):
+    examples = make_examples(2)
+    write_slice_features(examples, teacher_args, tmp_path)
+    description = json.loads((tmp_path / "teachers.json").read_text())
+    (tmp_path / "teachers.json").write_text(json.dumps({**description, "own_width": 3}))
+    with pytest.raises(ValueError, match=r"slice features of width 28, 15 is needed"):
+        SliceFeatures.load(tmp_path, teacher_args).of_row(0, examples[0].slices)
+
+
 def test_a_folder_without_features_is_refused(teacher_args, tmp_path):
     with pytest.raises(ValueError, match="holds no slice features"):
         SliceFeatures.load(tmp_path, teacher_args)
+
+
+def test_a_siglip_reads_a_text_as_it_was_trained_to_whatever_stands_beside_it(tmp_path):
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = make_tokenizer([], bos="<s>")
+    tokenizer.model_max_length = 16
+    tokenizer.save_pretrained(tmp_path)
+    text_config = {**config, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    model = SiglipModel(
+        SiglipConfig(text_config=text_config, vision_config={**config, "image_size": 16, "patch_size": 8})
+    )
+    model.save_pretrained(tmp_path)
+    encoder = Encoder(str(tmp_path), "cls", "cpu")
+    with torch.no_grad():
+        inputs = tokenizer(["a cat"], padding="max_length", return_tensors="pt")
+        expected = F.normalize(model.eval().get_text_features(**inputs).pooler_output, dim=-1)
+        alone, beside = encoder(["a cat"]), encoder(["a cat", "a much longer text of two cats"])[:1]
+    torch.testing.assert_close(alone, expected)
+    torch.testing.assert_close(beside, expected)
