@@ -337,7 +337,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         """
         As [`~PreTrainedModel.save_pretrained`]; with the model's `processor`, or else the one that it was loaded with,
         come the probe and what sentence-transformers needs. What was written is opened again and compared, unless
-        `verify_saves` is off.
+        `verify_saves` is off. With `push_to_hub`, all that [`~PreTrainedModel.push_to_hub`] takes is taken too.
 
         Raises:
             RuntimeError: what was written does not give the same embeddings.
@@ -347,7 +347,9 @@ class UniGDPreTrainedModel(PreTrainedModel):
         if state_dict is None and self._can_be_probed:
             self._save_companions(Path(save_directory))
         if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
+            taken = inspect.signature(self.push_to_hub).parameters
+            hub_kwargs = {name: value for name, value in kwargs.items() if name in taken}
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_kwargs})
 
     def _save_companions(self, folder: Path, can_be_opened: bool = True) -> None:
         processor = self.processor or self._processor_of_checkpoint()
