@@ -1,9 +1,12 @@
 """Pushing a saved checkpoint, whole or an adapter, in one commit."""
 
+import json
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.utils import HfHubHTTPError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, HfHubHTTPError, filter_repo_objects
+
+from .cards import is_hub_id
 
 
 # What training leaves beside a checkpoint: it says where and how the run was made, and loads nothing.
@@ -14,7 +17,22 @@ TRAINING_STATE = (
     "rng_state*",
     "scaler*",
     "training_args.bin",
+    "trainer_state.json",
+    "global_step*/**",
     "runs/**",
+    "wandb/**",
+    "events.out.tfevents*",
+    "**/events.out.tfevents*",
+    "_*",
+)
+# What would win over the new files where another kind of checkpoint was pushed there before.
+REPLACED = (
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "probe.safetensors",
 )
 
 
@@ -29,18 +47,21 @@ def push_checkpoint(
 ) -> CommitInfo:
     """
     Uploads what a user of the checkpoint needs, and nothing else, in one commit: the repository shows all of it or,
-    where the upload breaks off, none of it. Doing it again sends only what is not there yet.
+    where the upload breaks off, none of it. Doing it again sends only what is not there yet. Weights, adapter and
+    probe of an earlier push that this one does not replace are removed with it.
 
     Args:
         folder: What `save_pretrained` or the trainer wrote.
         repo_id: Where to; created where it does not exist.
-        private: Whether a new repository is private; the owner's default where not given.
+        private: Whether a new repository is private; the owner's default where not given. A public one that exists
+            already is refused where it is true.
         revision: Branch to commit to; created where it does not exist.
         create_pr: Open a pull request instead of committing to the branch.
         token: Of the Hub; the one that was logged in with by default.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or the Hub refuses.
+        ValueError: the folder holds no checkpoint, or an adapter on a model that is not on the Hub; the repository is
+            public and should be private; or the Hub refuses.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -50,19 +71,37 @@ def push_checkpoint(
             f"{folder} has no processor, without which nobody can use the checkpoint. Save it there too: "
             f"`processor.save_pretrained({str(folder)!r})`."
         )
+    adapter_file = folder / "adapter_config.json"
+    if adapter_file.is_file():
+        base = json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not is_hub_id(base):
+            raise ValueError(
+                f"{adapter_file} names {base!r} as the model beneath it, which is not on the Hub. Push that one "
+                "first and write its id there as `base_model_name_or_path`, or push what "
+                f"`hf-unigd merge {folder} --output DIR` writes."
+            )
+    files = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    names = set(filter_repo_objects(files, ignore_patterns=[*TRAINING_STATE, *DEFAULT_IGNORE_PATTERNS]))
+    additions = [CommitOperationAdd(name, folder / name) for name in sorted(names)]
     api = HfApi(token=token)
     try:
         if not create_pr:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None and revision != "main":
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} exists already and is public, so nothing was uploaded. Make it private first (its "
+                "settings on the Hub), or take another name."
+            )
+        if not create_pr and revision not in (None, "main"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        stale = filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=list(REPLACED))
+        # Not `upload_folder`, which commits a large folder in parts.
+        return api.create_commit(
+            repo_id,
+            [*additions, *(CommitOperationDelete(path) for path in stale if path not in names)],
+            commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
-            commit_message=commit_message,
-            ignore_patterns=list(TRAINING_STATE),
         )
     except (HfHubHTTPError, RuntimeError) as error:  # the client raises the second where an upload breaks off
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0

@@ -340,7 +340,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         """
         As [`~PreTrainedModel.save_pretrained`]; with the model's `processor`, or else the one that it was loaded with,
         come the probe and what sentence-transformers needs. What was written is opened again and compared, unless
-        `verify_saves` is off.
+        `verify_saves` is off. With `push_to_hub`, all that [`~PreTrainedModel.push_to_hub`] takes is taken too.
 
         Raises:
             RuntimeError: what was written does not give the same embeddings.
@@ -350,7 +350,9 @@ class UniGDPreTrainedModel(PreTrainedModel):
             # A state dict is given where the weights are spread over processes: there is nothing here to embed with.
             self._save_companions(Path(save_directory), has_weights=state_dict is None)
         if push_to_hub:
-            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), token=kwargs.get("token"))
+            taken = inspect.signature(self.push_to_hub).parameters
+            hub_kwargs = {name: value for name, value in kwargs.items() if name in taken}
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_kwargs})
 
     def _save_companions(self, folder: Path, has_weights: bool = True, can_be_opened: bool = True) -> None:
         (folder / PROBE_NAME).unlink(missing_ok=True)  # another model's

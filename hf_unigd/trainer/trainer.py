@@ -3,12 +3,14 @@
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -19,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
 from ..data.lengths import sequence_length
 from ..evaluation import retrieval_metrics
+from ..hub.pushing import push_checkpoint
 from ..hub.runs import make_run_card
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .adapters import add_adapter, save_adapter_companions
@@ -253,6 +256,31 @@ class UniGDTrainer(Trainer):
             card = make_run_card(self, **kwargs)
             card.data["tags"] += [tags] if isinstance(tags, str) else tags or []
             card.save(Path(self.args.output_dir, "README.md"))
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """As [`~transformers.Trainer.push_to_hub`], but with [`~hf_unigd.hub.pushing.push_checkpoint`]: logs and what
+        else the run left in the folder stay behind. `kwargs` are those of [`create_model_card`]."""
+        token = token or self.args.hub_token
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        push = partial(
+            push_checkpoint,
+            self.args.output_dir,
+            self.hub_model_id,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            token=token,
+            commit_message=commit_message,
+        )
+        return push() if blocking else HfApi().run_as_future(push)
 
     def _check_batches(self) -> None:
         """Refuses, before training, batches that cannot train."""

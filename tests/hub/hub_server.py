@@ -144,6 +144,11 @@ class _Handler(BaseHTTPRequestHandler):
         what, revision = rest[0] if rest else "revision", rest[1] if len(rest) > 1 else "main"
         if what == "lfs":
             return self._lfs_batch()
+        if what == "branch":
+            if user != owner:
+                return self._error(403, "", "Forbidden: you must be the owner")
+            repository.refs.setdefault(revision, list(repository.refs["main"]))
+            return self._json({})
         if what == "refs":
             names = [name for name in repository.refs if "/" not in name]
             return self._json(

@@ -14,6 +14,7 @@ from tiny_models import make_image
 
 
 TRAIN = """
+from pathlib import Path
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -49,7 +50,11 @@ def train(model, processor, name, peft_config=None):
         answers[name]["queries"] = {
             kinds: model.embed(**processor.process_sequences(mteb_items(kinds))).tolist() for kinds in ("t", "i", "it")
         }
+    logs = Path(name, "runs", "here")
+    logs.mkdir(parents=True)
+    (logs / "events.out.tfevents.1").write_text(str(logs.resolve()))
     trainer.push_to_hub()
+    answers[name]["private"] = outcome(lambda: trainer.push_to_hub(private=True))
 
 torch.manual_seed(0)
 tiny = make_vlm()
@@ -197,7 +202,8 @@ def test_the_trainer_pushes_all_in_one_commit(way):
     commit = hub.repositories["ada/whole"].refs["main"][-1][0]
     assert (base["base_model_name_or_path"], base["revision"]) == ("ada/whole", commit)
     assert "training_args.bin" not in whole | adapter
-    assert not [path for path in whole | adapter if path.startswith("checkpoint-")]
+    assert not [path for path in whole | adapter if path.startswith(("checkpoint-", "runs/"))]
+    assert all("public" in expected[name]["private"] for name in ("whole", "adapter"))
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)

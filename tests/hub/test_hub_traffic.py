@@ -1,11 +1,14 @@
 """The unmodified client against a hub on the loopback: pushes, pulls, pull requests, and all that goes wrong."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hub.hub_client import TOKENS, run_client
 from hub.hub_server import running_hub
+from safetensors.torch import save_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from tiny_models import make_vlm
@@ -23,6 +26,15 @@ def checkpoint(tmp_path_factory):
     (folder / "training_args.bin").write_bytes(b"hub_token=" + TOKENS["ada"].encode())
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"state")
+    for path in (
+        "runs/here/events.out.tfevents.1",
+        "logs/events.out.tfevents.1",
+        "wandb/run/log",
+        "global_step2/a.pt",
+    ):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_bytes(b"state")
+    (folder / "trainer_state.json").write_text("{}")
     return folder
 
 
@@ -64,6 +76,10 @@ loaded, _ = load_checkpoint("ada/model", revision=first)
 answers["by_load_checkpoint"] = loaded.embed(**batch)[0].tolist()
 push("ada/secret", "--private", "true")
 push("ada/model", "--create_pr", "true")
+push("ada/model", "--revision", "tried")
+model.save_pretrained(
+    "saved", push_to_hub=True, repo_id="ada/hidden", private=True, create_pr=True, max_shard_size="60KB"
+)
 answers["pull_request"] = UniGDModel.from_pretrained("ada/model", revision="refs/pr/1").embed(**batch)[0].tolist()
 """
 
@@ -109,12 +125,21 @@ def test_one_commit_holds_all_that_users_need_and_nothing_of_the_run(hub, checkp
     assert len(commits[0][1]) == 1  # .gitattributes, when it was created
     files = set(commits[1][1])
     assert files - {".gitattributes"} == {
-        path.name for path in checkpoint.iterdir() if path.is_file() and path.name != "training_args.bin"
+        path.name
+        for path in checkpoint.iterdir()
+        if path.is_file() and path.name not in ("training_args.bin", "trainer_state.json")
     }
     assert {"model.safetensors", "probe.safetensors", "modules.json", "chat_template.jinja"} <= files
     # `push_to_hub` of a model writes the same files.
     assert set(commits[2][1]) - {"README.md"} == files - {"README.md"}
     assert hub.repositories["ada/secret"].private and not hub.repositories["ada/model"].private
+    assert len(commits) == 3 and hub.files("ada/model", "tried") == commits[1][1]
+
+
+def test_saving_with_a_push_takes_all_that_a_push_does(hub, pushed):
+    assert hub.repositories["ada/hidden"].private
+    assert len(hub.files("ada/hidden")) == 1  # as it was created
+    assert "model.safetensors.index.json" in hub.files("ada/hidden", "refs/pr/1")
 
 
 def test_no_token_and_no_path_of_the_pusher_is_in_what_is_pushed_or_printed(hub, pushed):
@@ -159,6 +184,48 @@ def test_pushes_that_fail_say_why_and_commit_nothing(hub, checkpoint, tmp_path):
     commits = hub.repositories["ada/broken"].refs["main"]
     assert [len(files) > 1 for _, files in commits] == [False, True]  # created, then whole at once
     assert set(commits[1][1]) == set(hub.repositories["ada/model"].refs["main"][1][1])
+
+
+OTHER_KINDS = """
+from hf_unigd.cli.main import main
+def push(folder, repo_id, *more):
+    return outcome(lambda: main(["push", folder, repo_id, *more]))
+answers["pushes"] = [push({adapter!r}, "ada/changed"), push({whole!r}, "ada/changed")]
+answers["public"] = push({whole!r}, "ada/changed", "--private", "true")
+answers["public_pull_request"] = push({whole!r}, "ada/changed", "--private", "true", "--create_pr", "true")
+answers["local_base"] = push({local!r}, "ada/local")
+"""
+
+
+@pytest.fixture(scope="module")
+def other_kinds(hub, checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    folders = {"whole": checkpoint, "adapter": folder / "adapter", "local": folder / "local"}
+    for name, base in {"adapter": "ada/base", "local": str(checkpoint)}.items():
+        shutil.copytree(checkpoint, folders[name], ignore=shutil.ignore_patterns("model.safetensors"))
+        save_file({"weight": torch.zeros(1)}, folders[name] / "adapter_model.safetensors")
+        (folders[name] / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    code = OTHER_KINDS.format(**{name: str(path) for name, path in folders.items()})
+    return run_client(hub, folder, code)[0]
+
+
+def test_a_whole_checkpoint_takes_the_place_of_an_adapter(hub, checkpoint, other_kinds):
+    assert other_kinds["pushes"] == ["None", "None"]
+    _, adapter, whole = (set(files) for _, files in hub.repositories["ada/changed"].refs["main"])
+    assert {"adapter_config.json", "adapter_model.safetensors"} == adapter - whole
+    assert {"model.safetensors"} == whole - adapter
+
+
+def test_what_should_be_private_is_not_pushed_where_all_can_read_it(hub, other_kinds):
+    for answer in (other_kinds["public"], other_kinds["public_pull_request"]):
+        assert "ada/changed exists already and is public" in answer and "Make it private" in answer
+    assert list(hub.repositories["ada/changed"].refs) == ["main"]
+
+
+def test_an_adapter_on_a_folder_of_this_machine_is_not_pushed(hub, checkpoint, other_kinds):
+    for part in ("adapter_config.json", str(checkpoint), "Push that one first", "hf-unigd merge"):
+        assert part in other_kinds["local_base"]
+    assert "ada/local" not in hub.repositories
 
 
 OFFLINE = """
