@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint, and which of its consumers will work here, on one page."""
 
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,11 @@ from huggingface_hub import snapshot_download
 from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
-from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.probe_unigd import PROBE_NAME, load_probe, probe_difference, probe_tolerance, processor_differences
+from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
+from ..modeling.adapter_unigd import ADAPTER_CONFIG_NAME, is_adapter
+from ..modeling.probe_unigd import PROBE_NAME, load_probe, probe_differences, probe_tolerance, processor_differences
 from ..version import __version__
+from .export import check_exportable
 
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
@@ -25,6 +27,8 @@ REMOTE_CODE = (
     "probe_unigd.py",
     "processing_unigd.py",
 )
+# The same code that sentence-transformers runs: it imports what not every version has.
+SENTENCE_MODULE = "hf_unigd.modeling.sentence_unigd"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor")
 
 
@@ -39,7 +43,7 @@ class Finding:
 
 def examine(name: str | Path, revision: str | None = None, token: str | None = None) -> list[Finding]:
     """
-    Examines a whole checkpoint (not an adapter alone).
+    Examines a checkpoint, whole or an adapter.
 
     Args:
         name: A folder or Hub id.
@@ -58,13 +62,19 @@ def examine(name: str | Path, revision: str | None = None, token: str | None = N
     if config.get("model_type") != "unigd":
         raise ValueError(f"{name} is no checkpoint of hf-unigd: its config.json has no `model_type` of 'unigd'.")
     transformers_logging.disable_progress_bar()
-    findings = [*_files(folder), *_config(config), *_versions(config)]
+    findings = [*_files(folder), *_attempt("config", _config, config), *_attempt("versions", _versions, config)]
     model, of_model = _load_model(folder)
     processor, of_processor = _load_processor(folder)
     findings += [*of_model, *of_processor]
     if model is not None:
-        findings += [*_tensors(model, config), *_probe(folder, model, processor)]
-    return [*findings, *_consumers(folder, config)]
+        findings += _attempt("tensors", _tensors, model)
+    if (folder / PROBE_NAME).is_file():
+        if model is not None:
+            findings += _attempt("probe", _probe_of_model, folder, model)
+        if processor is not None:
+            findings += _attempt("probe", _probe_of_processor, folder, processor)
+    faulty = any(finding.level == FAULT for finding in findings)
+    return [*findings, *_consumers(folder, model, processor, faulty)]
 
 
 def report(findings: list[Finding]) -> str:
@@ -74,11 +84,23 @@ def report(findings: list[Finding]) -> str:
     return "\n".join([*lines, "", "No faults." if not faults else f"{faults} fault{'s' if faults > 1 else ''}."])
 
 
+def _attempt(subject: str, check: Callable[..., list[Finding]], *args) -> list[Finding]:
+    """What `check` finds. That it fails is a finding too: the page is printed in any case."""
+    try:
+        return check(*args)
+    except Exception as error:  # whatever is wrong with it is what was asked for
+        return [Finding(subject, FAULT, _line(error))]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _files(folder: Path) -> list[Finding]:
     needed = ["processor_config.json", "tokenizer.json", *REMOTE_CODE]
     missing = [file for file in needed if not (folder / file).is_file()]
-    if not [*folder.glob("*.safetensors")] or all(file.name == PROBE_NAME for file in folder.glob("*.safetensors")):
-        missing.append("model.safetensors")
+    if all(file.name == PROBE_NAME for file in folder.glob("*.safetensors")):
+        missing.append("adapter_model.safetensors" if is_adapter(folder, {}) else "model.safetensors")
     level, text = (FAULT, f"missing: {', '.join(missing)}") if missing else (OK, "complete")
     findings = [Finding("files", level, text)]
     extra = {PROBE_NAME: "nobody can tell whether it embeds as it did", "README.md": "it has no model card"}
@@ -109,15 +131,15 @@ def _load_model(folder: Path):
         model, info = UniGDForConditionalGeneration.from_pretrained(
             folder, output_loading_info=True, check_probe=False, dtype="auto"
         )
-    except Exception as error:  # whatever is wrong with it is what was asked for
-        return None, [Finding("tensors", FAULT, " ".join(str(error).split()))]
+    except Exception as error:
+        return None, [Finding("tensors", FAULT, _line(error))]
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         return model, [Finding("tensors", FAULT, f"unexpected, and not loaded: {', '.join(unexpected)}")]
     return model, [Finding("tensors", OK, "none missing, unexpected or newly initialised")]
 
 
-def _tensors(model, config: dict) -> list[Finding]:
+def _tensors(model) -> list[Finding]:
     parameters = dict(model.named_parameters())
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters.values()})
     count = sum(parameter.numel() for parameter in parameters.values())
@@ -142,7 +164,7 @@ def _load_processor(folder: Path):
     try:
         processor = UniGDProcessor.from_pretrained(folder, check_probe=False)
     except Exception as error:
-        return None, [Finding("processor", FAULT, " ".join(str(error).split()))]
+        return None, [Finding("processor", FAULT, _line(error))]
     prompts = ", ".join(f"{modality}: {prompt!r}" for modality, prompt in processor.prompts.items())
     if processor.embedding_position == "last_slice":
         prompts = f"none, embeds at the last slice, images by the {processor.image_pooling} of their tokens"
@@ -151,38 +173,69 @@ def _load_processor(folder: Path):
     return processor, [Finding("prompts", OK, prompts)]
 
 
-def _probe(folder: Path, model, processor) -> list[Finding]:
-    if not (folder / PROBE_NAME).is_file():
-        return []
+def _probe_of_model(folder: Path, model) -> list[Finding]:
     probe = load_probe(folder / PROBE_NAME)
-    difference, tolerance = probe_difference(model, probe), probe_tolerance(model, probe)
-    level = OK if difference <= tolerance else FAULT
-    findings = [
-        Finding("probe", level, f"embeddings and logits off by {difference:.2g}; rounding explains {tolerance:g}")
-    ]
-    if processor is not None:
-        try:
-            changes = processor_differences(processor, probe)
-        except Exception as error:
-            changes = [" ".join(str(error).split())]
-        text = f"prompts, template, tokenizer or image processor changed: {'; '.join(changes)}"
-        findings.append(Finding("probe", FAULT if changes else OK, text if changes else "the same inputs as then"))
-    return findings
+    differences, tolerance = probe_differences(model, probe), probe_tolerance(model, probe)
+    text = ", ".join(f"{name} off by {difference:.2g}" for name, difference in differences.items())
+    level = OK if max(differences.values()) <= tolerance else FAULT
+    return [Finding("probe", level, f"{text}; rounding explains {tolerance:g}")]
 
 
-def _consumers(folder: Path, config: dict) -> list[Finding]:
-    backbone = config["vlm_config"].get("model_type")
-    companions = (folder / "modules.json").is_file() and (folder / "sentence_unigd.py").is_file()
-    checks: list[tuple[str, str | None, Callable[[], str | None]]] = [
-        ("transformers", "transformers", lambda: None),
-        ("sentence-transformers", "sentence_transformers", lambda: None if companions else "no modules.json"),
-        ("MTEB", "mteb", lambda: None if companions else "no modules.json"),
-        ("PEFT", "peft", lambda: None),
-        ("plain LLaVA", None, lambda: None if backbone == "llava" else f"the backbone is {backbone}"),
-    ]
+def _probe_of_processor(folder: Path, processor) -> list[Finding]:
+    changes = processor_differences(processor, load_probe(folder / PROBE_NAME))
+    if not changes:
+        return [Finding("probe", OK, "the same inputs as then")]
+    text = f"prompts, template, tokenizer or image processor changed: {'; '.join(changes)}"
+    return [Finding("probe", FAULT, text)]
+
+
+def _consumers(folder: Path, model, processor, faulty: bool) -> list[Finding]:
+    """Who can use it; `faulty` says that something is wrong with the checkpoint itself."""
+    for_sentences = [_no_companions(folder), _no_import(SENTENCE_MODULE)]
+    obstacles: dict[str, list[str | None]] = {
+        "transformers": [],
+        "sentence-transformers": for_sentences,
+        "MTEB": [*for_sentences, _no_import("mteb")],
+        "PEFT": [_not_for_peft(folder, model)],
+        "plain LLaVA": [_not_exportable(model, processor)],
+    }
     findings = []
-    for name, package, obstacle in checks:
-        missing = package is not None and importlib.util.find_spec(package) is None
-        reason = f"{package} is not installed here" if missing else obstacle()
+    for name, reasons in obstacles.items():
+        reason = next(filter(None, reasons), "not to be relied on with the faults above" if faulty else None)
         findings.append(Finding(f"for {name}", NOTE if reason else OK, reason or "will work here"))
     return findings
+
+
+def _no_companions(folder: Path) -> str | None:
+    missing = [file for file in ("modules.json", "sentence_unigd.py") if not (folder / file).is_file()]
+    return f"no {' and no '.join(missing)}" if missing else None
+
+
+def _no_import(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # old versions fail in ways of their own
+        return f"cannot be imported here: {_line(error)}"
+    return None
+
+
+def _not_for_peft(folder: Path, model) -> str | None:
+    if not is_adapter(folder, {}):
+        return "a whole checkpoint, not an adapter"
+    if model is None:  # a fault, and what is beneath may be the reason
+        return None
+    adapter = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    base, _ = UniGDConfig.get_config_dict(adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+    if base["model_type"] == UniGDConfig.model_type:
+        return None
+    return f"`AutoPeftModel` refuses it: a plain {base['model_type']} has no place for the head; use `AutoModel`"
+
+
+def _not_exportable(model, processor) -> str | None:
+    if model is None or processor is None:  # a fault
+        return None
+    try:
+        check_exportable(model, processor, "llava")
+    except ValueError as error:
+        return _line(error)
+    return None

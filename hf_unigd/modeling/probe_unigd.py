@@ -3,6 +3,7 @@
 By it, whoever loads the checkpoint can tell that it embeds and speaks as it did when it was saved.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,9 +20,13 @@ _INPUT = "input."
 
 
 def probe_sequences() -> list:
-    """A text, and a picture with a text. The picture is smooth: resizing differs by library at edges alone."""
-    picture = Image.linear_gradient("L").resize((64, 64), Image.Resampling.BILINEAR)
-    return [_TEXT, [Image.merge("RGB", (picture, picture.rotate(90), picture.rotate(180))), _QUESTION]]
+    """A text, a picture with a text, and the picture alone, which older probes have not.
+
+    The picture is smooth: resizing differs by library at edges alone.
+    """
+    grey = Image.linear_gradient("L").resize((64, 64), Image.Resampling.BILINEAR)
+    picture = Image.merge("RGB", (grey, grey.rotate(90), grey.rotate(180)))
+    return [_TEXT, [picture, _QUESTION], [picture]]
 
 
 @torch.no_grad()
@@ -70,16 +75,26 @@ def load_probe(file: str | Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def probe_difference(model, probe: dict[str, torch.Tensor]) -> float:
-    """The largest distance, relative to its length, between a saved embedding or row of logits and what `model` makes
-    of the same inputs."""
-    distances = []
-    for name, now in _outputs(model, probe).items():
+def probe_differences(model, probe: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By output, the largest distance, relative to its length, between a saved row and what `model` makes of the same
+    inputs."""
+    outputs = _outputs(model, probe)
+    if "logit_scale" not in probe:  # an older probe
+        del outputs["logit_scale"]
+    differences = {}
+    for name, now in outputs.items():
         saved = probe[name]
-        if saved.shape != now.shape:
-            return float("inf")
-        distances.append(((saved - now).norm(dim=1) / saved.norm(dim=1)).nan_to_num(nan=torch.inf).max().item())
-    return max(distances)
+        if saved.shape == now.shape:
+            distances = (saved - now).norm(dim=1) / saved.norm(dim=1)
+            differences[name] = distances.nan_to_num(nan=torch.inf).max().item()
+        else:
+            differences[name] = float("inf")
+    return differences
+
+
+def probe_difference(model, probe: dict[str, torch.Tensor]) -> float:
+    """The largest of [`probe_differences`]."""
+    return max(probe_differences(model, probe).values())
 
 
 def probe_tolerance(model, probe: dict[str, torch.Tensor]) -> float:
@@ -90,7 +105,8 @@ def probe_tolerance(model, probe: dict[str, torch.Tensor]) -> float:
 
 def processor_differences(processor, probe: dict[str, torch.Tensor]) -> list[str]:
     """What `processor` makes otherwise of [`probe_sequences`] than when the probe was saved; empty where nothing."""
-    inputs = processor.process_sequences(probe_sequences(), padding_side="right")
+    rows = len(probe[f"{_INPUT}input_ids"])
+    inputs = processor.process_sequences(probe_sequences()[:rows], padding_side="right")
     saved = {name.removeprefix(_INPUT): value for name, value in probe.items() if name.startswith(_INPUT)}
     if saved.keys() != inputs.keys():
         return [f"inputs {sorted(inputs)}, they were {sorted(saved)}"]
@@ -109,7 +125,7 @@ def processor_differences(processor, probe: dict[str, torch.Tensor]) -> list[str
 
 
 def _outputs(model, tensors) -> dict[str, torch.Tensor]:
-    """Embeddings, and the logits at the last token of each row, float32 on the CPU."""
+    """Embeddings, the logits at the last token of each row, and the logit scale, float32 on the CPU."""
     inputs = {
         name.removeprefix(_INPUT): value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in tensors.items()
@@ -120,15 +136,38 @@ def _outputs(model, tensors) -> dict[str, torch.Tensor]:
     was_training = model.training
     model.eval()
     try:
-        hidden_states = model._decode(use_cache=False, **inputs).last_hidden_state
-        at_last = hidden_states[torch.arange(len(last), device=last.device), last]
-        outputs = {
-            "embeddings": model._pool(hidden_states, mask, spans),
-            "logits": model.get_output_embeddings()(at_last),
-        }
+        with _full_float32():
+            hidden_states = model._decode(use_cache=False, **inputs).last_hidden_state
+            at_last = hidden_states[torch.arange(len(last), device=last.device), last]
+            outputs = {
+                "embeddings": model._pool(hidden_states, mask, spans),
+                "logits": model.get_output_embeddings()(at_last),
+                # As it multiplies: never zero, so that a distance relative to it can be told.
+                "logit_scale": model.embedding_head.logit_scale.exp().reshape(1, 1),
+            }
         return {name: value.float().cpu() for name, value in outputs.items()}
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _full_float32():
+    """Without TF32 and bfloat16 in place of float32, which round by more than a float32 probe tolerates."""
+    # By operation: unlike `allow_tf32`, these can be read and restored whichever of torch's two ways set them.
+    operations = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
+    )
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
 
 
 def _width(dtype: torch.dtype) -> torch.Tensor:

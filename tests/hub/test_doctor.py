@@ -2,27 +2,35 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import make_adapter
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.cli.main import main
+from hf_unigd.hub import load_checkpoint
+from hf_unigd.hub.doctor import SENTENCE_MODULE
 from hf_unigd.modeling.probe_unigd import PROBE_NAME
 from tiny_models import make_vlm
 
 
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("healthy")
+def save(folder, soft_prompts=False, **settings):
     tiny = make_vlm("llava")
     torch.manual_seed(0)
     model = UniGDForConditionalGeneration.from_vlm(tiny.model, head_type="mlp", embedding_dim=8)
-    model.processor = UniGDProcessor(tiny.processor)
-    model.add_soft_prompts(**model.processor.add_soft_prompts())
+    model.processor = UniGDProcessor(tiny.processor, **settings)
+    if soft_prompts:
+        model.add_soft_prompts(**model.processor.add_soft_prompts())
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("healthy"), soft_prompts=True)
 
 
 @pytest.fixture
@@ -42,6 +50,19 @@ def change_json(folder, name, change):
     (folder / name).write_text(json.dumps(content))
 
 
+WORKS = dict.fromkeys(("transformers", "sentence-transformers", "MTEB", "PEFT", "plain LLaVA"), "will work here")
+
+
+def consumers(page):
+    """What the page says for each."""
+    return {
+        name: line.partition(f"for {name} ")[2].strip()
+        for line in page.splitlines()
+        for name in WORKS
+        if f"for {name} " in line
+    }
+
+
 def examine(folder, capsys):
     """Whether the doctor finds no fault, and what it prints."""
     try:
@@ -57,8 +78,42 @@ def test_a_healthy_checkpoint_has_no_faults(checkpoint, capsys):
     assert healthy
     for line in ("No faults.", "logits off by 0", "the same inputs as then", "soft-prompt tokens", "float32"):
         assert line in page
-    for consumer in ("transformers", "sentence-transformers", "MTEB", "PEFT", "plain LLaVA"):
-        assert f"for {consumer}" in page
+    assert consumers(page) == {**WORKS, "PEFT": "a whole checkpoint, not an adapter"}
+
+
+def test_an_adapter_on_one_of_ours_is_for_everyone(tmp_path, capsys):
+    make_adapter(tmp_path, on="ours")
+    healthy, page = examine(tmp_path / "adapter", capsys)
+    assert healthy, page
+    assert consumers(page) == WORKS
+
+
+def test_an_adapter_on_a_plain_model_is_not_for_peft(tmp_path, capsys):
+    make_adapter(tmp_path, on="plain")
+    healthy, page = examine(tmp_path / "adapter", capsys)
+    assert healthy, page
+    refusal = "`AutoPeftModel` refuses it: a plain llava has no place for the head; use `AutoModel`"
+    assert consumers(page) == {**WORKS, "PEFT": refusal}
+
+
+def test_a_last_slice_checkpoint_is_not_for_plain_llava(tmp_path, capsys):
+    healthy, page = examine(save(tmp_path, embedding_position="last_slice"), capsys)
+    assert healthy, page
+    seen = consumers(page)
+    assert "`embedding_position='last_slice'` (Sugar) cannot be exported" in seen.pop("plain LLaVA")
+    assert set(seen.values()) == {"will work here", "a whole checkpoint, not an adapter"}
+
+
+def test_a_library_that_cannot_be_imported_is_named(checkpoint, capsys, monkeypatch):
+    # As a version of before `sentence_transformers.base`, which is installed all the same.
+    monkeypatch.delitem(sys.modules, SENTENCE_MODULE, raising=False)
+    monkeypatch.setitem(sys.modules, "sentence_transformers.base.modality", None)
+    healthy, page = examine(checkpoint, capsys)
+    assert healthy
+    seen = consumers(page)
+    for name in ("sentence-transformers", "MTEB"):
+        assert "cannot be imported here" in seen[name] and "sentence_transformers.base.modality" in seen[name]
+    assert seen["transformers"] == seen["plain LLaVA"] == "will work here"
 
 
 def remove_head(folder):
@@ -115,6 +170,10 @@ def write_nan(folder):
     change_tensors(folder, lambda tensors: tensors[next(n for n in tensors if "lm_head" in n)][0].fill_(torch.nan))
 
 
+def change_logit_scale(folder):
+    change_tensors(folder, lambda tensors: tensors["embedding_head.logit_scale"].add_(0.5))
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "finding"),
     [
@@ -123,6 +182,7 @@ def write_nan(folder):
         (add_tensor, None, "unexpected, and not loaded: left_over"),
         (change_weight, "does not compute what it did", "logits off by"),
         (change_vision_weight, "does not compute what it did", "logits off by"),
+        (change_logit_scale, "does not compute what it did", "logit_scale off by 0.65"),
         (write_nan, "does not compute what it did", "not finite"),
     ],
 )
@@ -135,6 +195,7 @@ def test_damaged_weights_are_refused_and_named(checkpoint, capsys, damage, error
     healthy, page = examine(checkpoint, capsys)
     assert not healthy
     assert any("FAULT" in line and finding in line for line in page.splitlines()), page
+    assert "will work here" not in page
 
 
 @pytest.mark.parametrize("damage", [edit_prompt, strip_tokenizer, change_template])
@@ -147,6 +208,42 @@ def test_a_damaged_processor_is_refused_and_named(checkpoint, capsys, damage):
     assert any("FAULT" in line and ("prompts" in line or "processor" in line) for line in page.splitlines()), page
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        ({}, "prompts", {"text": "What is it about"}),
+        ({}, "prompts", {"image": "What is it about"}),
+        ({"embedding_position": "last_slice"}, "image_pooling", "last"),
+    ],
+)
+def test_changed_settings_are_refused_and_named(tmp_path, capsys, settings, name, value):
+    save(tmp_path, **settings)
+
+    def change(config):
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+
+    change_json(tmp_path, "processor_config.json", change)
+    for load in (UniGDProcessor.from_pretrained, load_checkpoint):
+        with pytest.raises(ValueError, match="no longer makes the inputs"):
+            load(str(tmp_path))
+    healthy, page = examine(tmp_path, capsys)
+    assert not healthy
+    assert any("FAULT" in line and "prompts, template, tokenizer" in line for line in page.splitlines()), page
+
+
+@pytest.mark.parametrize("content", [b"no tensors", None])
+def test_a_probe_that_cannot_be_run_is_a_fault_among_others(checkpoint, capsys, content):
+    if content is None:
+        probe = load_file(checkpoint / PROBE_NAME)
+        save_file({n: t for n, t in probe.items() if n != "input.pixel_values"}, checkpoint / PROBE_NAME)
+    else:
+        (checkpoint / PROBE_NAME).write_bytes(content)
+    healthy, page = examine(checkpoint, capsys)
+    assert not healthy
+    assert any(line.startswith("FAULT probe") for line in page.splitlines()), page
+    assert consumers(page).keys() == WORKS.keys()
+
+
 def test_missing_files_are_named(checkpoint, capsys):
     (checkpoint / "modeling_unigd.py").unlink()
     (checkpoint / PROBE_NAME).unlink()
@@ -156,6 +253,8 @@ def test_missing_files_are_named(checkpoint, capsys):
     assert "missing: modeling_unigd.py" in page
     assert f"no {PROBE_NAME}" in page
     assert "no modules.json" in page
+    assert consumers(page)["transformers"] == "not to be relied on with the faults above"
+    assert "will work here" not in page
 
 
 def test_what_is_no_checkpoint_of_ours_is_said(tmp_path):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.modeling import modeling_unigd
@@ -13,6 +13,7 @@ from hf_unigd.modeling.probe_unigd import (
     load_probe,
     make_probe,
     probe_difference,
+    probe_differences,
     probe_sequences,
     probe_tolerance,
     processor_differences,
@@ -51,6 +52,64 @@ def test_rounding_is_tolerated_and_other_changes_are_not(tmp_path, dtype):
     assert probe_tolerance(model, probe) == {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-4}[dtype]
     model.vlm.get_input_embeddings().weight.data *= -1
     assert probe_difference(model, probe) > probe_tolerance(model, probe)
+
+
+def test_an_older_probe_has_two_sequences_and_no_logit_scale(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    now = load_probe(tmp_path / PROBE_NAME)
+    assert len(now["embeddings"]) == 3
+    older = {
+        name: tensor[:2].clone() if name in ("embeddings", "logits") or name.startswith("input.") else tensor
+        for name, tensor in now.items()
+        if name != "logit_scale"
+    }
+    older["input.pixel_values"] = now["input.pixel_values"][:1].clone()
+    save_file(older, tmp_path / PROBE_NAME)
+    loaded = UniGDModel.from_pretrained(tmp_path)
+    assert processor_differences(UniGDProcessor.from_pretrained(tmp_path), older) == []
+    assert probe_differences(loaded, older).keys() == {"embeddings", "logits"}
+    loaded.embedding_head.logit_scale.data += 1
+    assert probe_difference(loaded, older) < 1e-5 < probe_difference(loaded, now)
+
+
+def set_nothing():
+    pass
+
+
+def set_by_flags():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def set_by_precision():
+    torch.set_float32_matmul_precision("medium")
+
+
+def set_by_operation():
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("by", [set_nothing, set_by_flags, set_by_precision, set_by_operation])
+def test_a_probe_is_computed_in_full_float32_and_leaves_the_flags_alone(by):
+    backends = torch.backends
+    operations = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    model, seen = make_model(), []
+
+    def read():
+        return [operation.fp32_precision for operation in operations]
+
+    model.embedding_head.register_forward_hook(lambda *_: seen.append(read()))
+    original = read()
+    try:
+        by()
+        before = read()
+        make_probe(model, model.processor)
+        assert read() == before
+        assert seen == [["ieee"] * 4]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for operation, precision in zip(operations, original, strict=True):
+            operation.fp32_precision = precision
 
 
 def test_saving_opens_again_what_was_written(tmp_path, monkeypatch):
