@@ -5,6 +5,7 @@ By it, whoever loads the checkpoint can tell that it embeds and speaks as it did
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -154,12 +155,8 @@ def _outputs(model, tensors) -> dict[str, torch.Tensor]:
 def _full_float32():
     """Without TF32 and bfloat16 in place of float32, which round by more than a float32 probe tolerates."""
     # By operation: unlike `allow_tf32`, these can be read and restored whichever of torch's two ways set them.
-    operations = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.mkldnn.matmul,
-        torch.backends.mkldnn.conv,
-    )
+    backends: Any = torch.backends  # whose types lack some
+    operations = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     before = [operation.fp32_precision for operation in operations]
     try:
         for operation in operations:
