@@ -133,7 +133,7 @@ def test_one_commit_holds_all_that_users_need_and_nothing_of_the_run(hub, checkp
     # `push_to_hub` of a model writes the same files.
     assert set(commits[2][1]) - {"README.md"} == files - {"README.md"}
     assert hub.repositories["ada/secret"].private and not hub.repositories["ada/model"].private
-    assert len(commits) == 3 and hub.files("ada/model", "tried") == commits[1][1]
+    assert len(commits) == 3 and commits[1][1].items() <= hub.files("ada/model", "tried").items()
 
 
 def test_saving_with_a_push_takes_all_that_a_push_does(hub, pushed):
