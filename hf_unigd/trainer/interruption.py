@@ -4,7 +4,9 @@ import json
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,14 +22,19 @@ class SaveOnSigterm(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
+        self.previous: Any = None  # handler
         self.received = False  # by this process
         self.agreed = False  # by all of them, at the end of a step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGTERM, self._receive)
+        if threading.current_thread() is threading.main_thread():  # Python allows it there alone
+            self.previous = signal.signal(signal.SIGTERM, self._receive)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous)
+    def restore(self) -> None:
+        """Gives the signal back to whoever had it before training."""
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+            self.previous = None
 
     def _receive(self, signum, frame):
         self.received = True
@@ -36,13 +43,13 @@ class SaveOnSigterm(TrainerCallback):
         received = torch.tensor(int(self.received), device=args.device)
         self.agreed = bool(self.accelerator.reduce(received, reduction="sum"))
         control.should_save |= self.agreed
+        control.should_evaluate &= not self.agreed
 
     def on_save(self, args, state, control, **kwargs):
         if self.agreed:
             self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first is gone
             if state.is_world_process_zero:
                 print(f"SIGTERM: saved checkpoint-{state.global_step} in {args.output_dir}.", file=sys.stderr)
-            signal.signal(signal.SIGTERM, self.previous)
             sys.exit(128 + signal.SIGTERM)
 
 

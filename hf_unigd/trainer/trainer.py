@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -43,14 +44,20 @@ class ClampLogitScale(TrainerCallback):
         model.clamp_logit_scale_()
 
 
-class SetDatasetEpoch(TrainerCallback):
-    """Tells the examples which epoch it is; accelerate forgets to where a batch sampler is split among processes."""
+class SetEpoch(TrainerCallback):
+    """Tells the examples and their sampler which epoch it is; accelerate forgets to where a batch sampler is split
+    among processes."""
+
+    def __init__(self, trainer: "UniGDTrainer"):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
-        if set_epoch is not None:
-            # `state.epoch` counts steps as fractions: 2.9999999 is the third epoch's end and the fourth's beginning.
-            set_epoch(int(state.epoch + 1e-6))
+        # `state.epoch` counts steps as fractions: 2.9999999 is the third epoch's end and the fourth's beginning.
+        epoch = int(state.epoch + 1e-6)
+        parts: list[Any] = [getattr(train_dataloader, "dataset", None), self.trainer._epoch_sampler]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
 
 
 class UniGDTrainer(Trainer):
@@ -164,8 +171,10 @@ class UniGDTrainer(Trainer):
         )
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
         self.add_callback(ClampLogitScale())
-        self.add_callback(SetDatasetEpoch())
-        self.add_callback(SaveOnSigterm(self.accelerator))
+        self._epoch_sampler: EpochLengthGroupedSampler | None = None
+        self.add_callback(SetEpoch(self))
+        self._save_on_sigterm = SaveOnSigterm(self.accelerator)
+        self.add_callback(self._save_on_sigterm)
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
         self.structure_loss = StructureLoss(
             target=args.alignment_target,
@@ -196,7 +205,10 @@ class UniGDTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.should_save)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
-        return super().train(resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            self._save_on_sigterm.restore()
 
     def _save_checkpoint(self, model, trial):
         # What a run leaves behind is opened again after saving; for every checkpoint that would cost too much.
@@ -206,7 +218,8 @@ class UniGDTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except Exception as error:
             name = f"checkpoint-{self.state.global_step}"
-            discard(Path(self.args.output_dir, name))
+            if self.args.should_save:
+                discard(Path(self.args.output_dir, name))
             raise RuntimeError(
                 f"{name} could not be saved ({error}) and is removed; earlier checkpoints in {self.args.output_dir} "
                 "are whole. Is the disk full?"
@@ -222,6 +235,8 @@ class UniGDTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process comes here, and one writes
+            return
         # Pickled arguments, which nobody reads again: with this machine's paths, they would be pushed.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
@@ -310,7 +325,8 @@ class UniGDTrainer(Trainer):
         if self.args.negatives_across_accumulation and batches:
             # Of the micro-steps only the last does anything, with the rows of all.
             batches = [{}] * (len(batches) - 1) + [join_batches(batches)]
-        interval = self.args.loss_gradient_norm_steps
+        # A backward pass of DeepSpeed's takes an optimizer step.
+        interval = 0 if self.is_deepspeed_enabled else self.args.loss_gradient_norm_steps
         if batches and interval and self.state.global_step % interval == 0:
             self._log_gradient_norms([batch for batch in batches if batch], num_items_in_batch)
         return batches, num_items_in_batch
@@ -528,7 +544,10 @@ class UniGDTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        # Not dispatched, which is accelerate's default for streams: the first process would read for all.
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -536,7 +555,8 @@ class UniGDTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochLengthGroupedSampler(batch_size, dataset.lengths or [], seed)
+        self._epoch_sampler = EpochLengthGroupedSampler(batch_size, dataset.lengths or [], seed)
+        return self._epoch_sampler
 
     @property
     def train_collator(self) -> UniGDDataCollator:

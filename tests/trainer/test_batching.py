@@ -1,5 +1,11 @@
 """Which rows meet in a batch: streams shared out and resumed, batches of rows of one length."""
 
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -72,6 +78,43 @@ def test_a_resumed_stream_goes_on_where_it_stopped_past_its_first_end(tmp_path):
     assert rest == whole[6:]
     for (name, expected), value in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(expected, value), name
+
+
+STREAM_OF_A_PROCESS = """
+import json, sys
+sys.path[:0] = {path!r}
+from test_batching import make_trainer, stream
+trainer = make_trainer("out", stream(), per_device_train_batch_size=4, max_steps=3, ddp_backend="gloo")
+loader = iter(trainer.get_train_dataloader())
+batches = [next(loader)["chunks"][0]["input_ids"] for _ in range(3)]
+seen = [text for ids in batches for text in trainer.processing_class.batch_decode(ids)]
+with open(f"rows-{{trainer.args.process_index}}.json", "w") as file:
+    json.dump(seen, file)
+"""
+
+
+def test_two_processes_read_a_stream_between_them(tmp_path):
+    here = Path(__file__).parent
+    (tmp_path / "read.py").write_text(STREAM_OF_A_PROCESS.format(path=[str(here), str(here.parent)]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "read.py"]
+    subprocess.run(launcher, cwd=tmp_path, check=True, capture_output=True)
+    parts = [json.loads((tmp_path / f"rows-{process}.json").read_text()) for process in range(2)]
+    assert [len(part) for part in parts] == [12, 12]
+    numbers = [re.search(r"question ?(\d+)", text).group(1) for part in parts for text in part]
+    assert len(set(numbers)) == 24
+
+
+def test_a_resumed_order_by_length_is_that_of_its_epoch_on_several_processes(tmp_path):
+    """There accelerate's own `set_epoch` does not reach the sampler."""
+    trainer = make_trainer(tmp_path, make_rows(32), train_sampling_strategy="group_by_length")
+    loader = trainer.get_train_dataloader()
+    orders = []
+    for epoch in (0.0, 1.0, 1.5):
+        trainer.state.epoch = epoch
+        trainer.callback_handler.train_dataloader = loader
+        trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+        orders.append(list(trainer._epoch_sampler))
+    assert orders[0] != orders[1] == orders[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -85,10 +85,12 @@ def test_matryoshka_is_the_mean_over_normalised_prefixes():
     torch.testing.assert_close(InfoNCELoss([2, 4, 8])(queries, positives, scale)["loss"], expected)
 
 
-def test_a_batch_of_one_is_refused_unless_it_has_a_negative():
-    one, scale = unit(1, 4), torch.tensor(1.0)
-    with pytest.raises(ValueError, match="no negatives"):
-        InfoNCELoss()(one, one, scale)
+def test_a_batch_of_one_is_zero_with_a_warning_unless_it_has_a_negative(caplog):
+    one, scale = unit(1, 4).requires_grad_(), torch.tensor(1.0)
+    parts = InfoNCELoss()(one, one, scale)
+    parts["loss"].backward()
+    assert parts["loss"] == 0 and one.grad.abs().max() == 0 and parts["masked_fraction"] == 0
+    assert "no negatives" in caplog.text
     assert InfoNCELoss()(one, one, scale, unit(1, 4, seed=3))["loss"] > 0
 
 

@@ -3,8 +3,12 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .gather import gather_rows
+
+
+logger = logging.get_logger(__name__)
 
 
 class InfoNCELoss(nn.Module):
@@ -52,8 +56,7 @@ class InfoNCELoss(nn.Module):
             `dict` of scalars: `loss`, and detached `positive_similarity`, `negative_similarity` (cosines),
             `masked_fraction` (of all pairs that are not positives).
 
-        Raises:
-            ValueError: there is one query and no negative: every softmax has one term and the gradient is zero.
+        Where there is one query and no negative, every softmax has one term: the loss is zero, and a warning says so.
         """
         if negatives is None:
             negatives = queries.new_empty(0, queries.shape[1])
@@ -65,9 +68,9 @@ class InfoNCELoss(nn.Module):
             zero = logit_scale * 0.0
             return dict.fromkeys(("loss", "positive_similarity", "negative_similarity", "masked_fraction"), zero)
         if len(candidates) == 1:
-            raise ValueError(
-                "One query and one candidate: there are no negatives, so the contrastive loss is zero. Raise the "
-                "batch size, or give hard negatives."
+            logger.warning_once(
+                "A batch has one query and one candidate: there are no negatives, and its contrastive loss is zero. "
+                "Raise the batch size, or give hard negatives."
             )
         masked = self._masked_pairs(count, candidates, *keys)
         dims = self.matryoshka_dims or [queries.shape[1]]
@@ -80,7 +83,7 @@ class InfoNCELoss(nn.Module):
             return_metrics = {
                 "positive_similarity": similarity.diagonal().mean(),
                 "negative_similarity": similarity[unmasked].mean() if unmasked.any() else similarity.new_zeros(()),
-                "masked_fraction": masked.sum() / others.sum(),
+                "masked_fraction": masked.sum() / others.sum().clamp(min=1),
             }
         return {"loss": torch.stack(losses).mean(), **return_metrics}
 
