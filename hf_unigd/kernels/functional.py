@@ -67,7 +67,7 @@ class _Inputs:
         if not isinstance(value, str):
             return validation.positive(value, "bandwidth", self.x.device)
         validation.choice(value, "bandwidth", ("median",))
-        return ops.median_bandwidth(self.x, self.x_extents, self.x_modalities, self.spaces)
+        return ops.median_bandwidth(self.x.detach(), self.x_extents, self.x_modalities, self.spaces)
 
     def log_kernel(self, *settings: Any) -> Tensor:
         return ops.alignment(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, packed, values_and_gradients
 
-from hf_unigd.kernels import alignment_kernel, alignment_posterior, compiled, mean_slice_similarity, soft_dtw
+from hf_unigd.kernels import alignment_kernel, alignment_posterior, compiled, mean_slice_similarity, ops, soft_dtw
 from hf_unigd.kernels.reference import expected_alignment, log_alpha
 
 
@@ -26,6 +26,25 @@ def test_gradcheck(backend, options):
 
     assert torch.autograd.gradcheck(kernel, (x.requires_grad_(), y.requires_grad_(), sigma))
     assert torch.autograd.gradcheck(gram, (x, sigma))
+
+
+@pytest.mark.parametrize("how", ["eager", "compile"])
+def test_the_median_bandwidth_is_detached(how):
+    """The gradient is that of the same bandwidth given as a number."""
+    x, offsets = packed([2, 5, 3], 4)
+    sigma = ops.median_bandwidth(x, offsets, None, []).item()
+
+    def gradient(bandwidth):
+        def loss(x):
+            return alignment_kernel(x, offsets, bandwidth=bandwidth).square().sum()
+
+        function = torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compile" else loss
+        leaf = x.clone().requires_grad_()
+        function(leaf).backward()
+        return leaf.grad
+
+    assert_close(gradient("median"), gradient(sigma), 1e-13)
+    assert gradient("median").abs().max() > 0
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
