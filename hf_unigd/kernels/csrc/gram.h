@@ -131,7 +131,7 @@ template <typename T> class Gram {
           const T norm = g_.x_.norms[s * g_.x_.total + from + r];
           if (g_.kernels_.scaled_distances(dots + r * group.stride, u, group.columns, norm, norms, mask, scale,
                                            Limits<T>::cancellation, Limits<T>::cap, max_u))
-            refine(from + r, s, norm, norms, mask, scale, u);
+            refine(from + r, s, norm, norms, mask, scale, u, max_u);
         }
       }
     }
@@ -209,7 +209,8 @@ template <typename T> class Gram {
       return g_.symmetric_ && i != j ? g + g_.grad_[j * m + i] : g;
     }
 
-    void refine(int64_t row, int64_t s, T norm, const T* norms, const T* mask, const T* scale, T* u) {
+    void refine(int64_t row, int64_t s, T norm, const T* norms, const T* mask, const T* scale, T* u,
+                T* max_u) {
       const LaneGroup<T>& group = g_.groups_[b_];
       const auto [start, stop] = g_.spaces_.ranges[s];
       for (int64_t j = 0; j < group.columns * kLanes; j += kLanes) {
@@ -217,8 +218,10 @@ template <typename T> class Gram {
         for (int l = 0; l < kLanes; l++) any |= u[j + l] <= scale[l] * Limits<T>::cancellation * (norm + norms[j + l]);
         for (int64_t x = j; any && x < j + kLanes; x++) {
           const T c = scale[x - j];
-          if (u[x] <= c * Limits<T>::cancellation * (norm + norms[x]) && !(mask && mask[x] == 0))
+          if (u[x] <= c * Limits<T>::cancellation * (norm + norms[x]) && !(mask && mask[x] == 0)) {
             u[x] = std::min(c * exact_distance(g_.x_.row(row), g_.y_.row(group.source[x]), start, stop), Limits<T>::cap);
+            *max_u = std::max(*max_u, u[x]);  // the true distance may be the larger one
+          }
         }
       }
     }

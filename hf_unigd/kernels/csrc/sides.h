@@ -49,8 +49,12 @@ template <typename T> struct Side {
   const T* row(int64_t r) const { return slices + r * d; }
 };
 
-// Row strides of interleaved blocks: few different ones, for each costs oneDNN a compilation, and none a power of two.
-inline int64_t stride_of(int64_t elements) { return (elements + 255) / 256 * 256 + 16; }
+// Row strides of interleaved blocks: few different ones, for each costs oneDNN a compilation, and no power of two from
+// 64 on, where rows would share cache sets. Narrow blocks, of short sequences, are padded less.
+inline int64_t stride_of(int64_t elements) {
+  const int64_t step = elements < 256 ? 32 : 256;
+  return elements <= 16 ? 16 : (elements + step - 1) / step * step + 16;
+}
 
 template <typename T> struct LaneGroup {
   int64_t columns = 0, stride = 0;
