@@ -139,7 +139,10 @@ def _log_sum_exp(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 class _Recursion:
-    """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal.
+    """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal, in float64 (but on MPS, which has none).
+
+    Their sum less log K is exponentiated: at small bandwidths all three are of size 1e6 and more, whose rounding in
+    float32 is of size 1.
 
     Args:
         log_kappa: `(B, Lx, Ly)`.
@@ -149,12 +152,14 @@ class _Recursion:
     def __init__(self, log_kappa: Tensor, n: Tensor, m: Tensor) -> None:
         _, self.rows, self.columns = log_kappa.shape
         # Below every sum of capped terms, and finite, so that differences of two such are no NaN.
-        self.never = -1e37 if log_kappa.dtype == torch.float32 else -1e300
-        self.log_kappa = _skew(log_kappa, self.never)
+        wide = torch.float32 if log_kappa.device.type == "mps" else torch.float64
+        self.never = -1e37 if wide == torch.float32 else -1e300
+        self.dtype = log_kappa.dtype
+        self.log_kappa = _skew(log_kappa.to(wide), self.never)
         self.steps = len(self.log_kappa)
         self.ends = n + m - 2, n - 1, torch.arange(len(n), device=n.device)
         # One more row in front: the one above the first.
-        alpha = log_kappa.new_full((self.steps, self.rows + 1, len(n)), self.never)
+        alpha = self.log_kappa.new_full((self.steps, self.rows + 1, len(n)), self.never)
         alpha[0, 1] = self.log_kappa[0, 0]
         start = torch.full_like(alpha[0], self.never)
         for t in range(1, self.steps):
@@ -170,9 +175,9 @@ class _Recursion:
         return max(0, t - self.columns + 1), min(self.rows, t + 1)
 
     def expected_alignments(self) -> Tensor:
-        """`(B, Lx, Ly)`: alpha beta / K, zero beyond each pair's lengths."""
+        """`(B, Lx, Ly)`: alpha beta / K in the dtype given, zero beyond each pair's lengths."""
         end, row, batch = self.ends
-        expected = torch.zeros_like(self.log_kappa)
+        expected = torch.zeros_like(self.log_kappa, dtype=self.dtype)
         # kappa beta on the next two anti-diagonals, with one more row at the end.
         one = self.log_kappa.new_full((self.rows + 1, len(batch)), self.never)
         two = one.clone()
@@ -182,7 +187,7 @@ class _Recursion:
             beta[first:last] = _log_sum_exp(one[first:last], one[first + 1 : last + 1], two[first + 1 : last + 1])
             here = end == t
             beta[row[here], batch[here]] = -self.log_k[here]
-            expected[t, first:last] = (self.log_alpha[t, first:last] + beta[first:last]).exp_()
+            expected[t, first:last] = (self.log_alpha[t, first:last] + beta[first:last]).clamp_(max=0).exp_()
             beta[first:last] += self.log_kappa[t, first:last]
             one, two = beta.clamp_(min=self.never), one
         return _unskew(expected)
@@ -195,7 +200,7 @@ def forward(problem: Problem) -> Tensor:
     done = 0
     for block, counted in _blocks(problem):
         log_kappa = log_local_kernel(block.scaled_distances(), problem.local)
-        log_k = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths).log_k
+        log_k = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths).log_k.to(result)
         if problem.pairs is not None:
             result[done : done + len(log_k)] = log_k
             done += len(log_k)

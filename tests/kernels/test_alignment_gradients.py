@@ -75,6 +75,23 @@ def test_float32_gradients(backend, sizes, bandwidth):
         assert_close(a, e, tolerance)
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("bandwidth", [0.1, 0.05, 0.01])
+def test_float32_gradients_where_log_k_is_large(backend, bandwidth):
+    """log K is -1e6 to -1e9: in float32 the recursion's own rounding would be of the size of the posterior."""
+    x, offsets = packed([32, 32], 64, dtype=torch.float32)
+    pairs = torch.tensor([[0, 1]])
+    options = {"bandwidth": bandwidth, "pairs": pairs, "normalize": "none"}
+    actual = values_and_gradients(x, offsets, backend=backend, **options)
+    expected = values_and_gradients(x.double(), offsets, backend="reference", **options)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-6)
+    options = {"bandwidth": bandwidth, "pairs": pairs}
+    posterior = alignment_posterior(x, offsets, backend=backend, **options)
+    assert posterior.dtype == torch.float32
+    assert_close(posterior, alignment_posterior(x.double(), offsets, backend="reference", **options), 1e-5)
+
+
 def test_the_certificate_catches_what_the_bound_lets_through(compiled_backend, monkeypatch):
     """With the bound switched off, linear arithmetic underflows: the forward is lost, the backward notices."""
     x, offsets = packed([40, 50, 33], 8)
