@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Problem, Sequences, cancellation, largest, log_local_kernel, log_local_kernel_slope
+from .problem import Problem, Sequences, cancellation, ieee_products, largest, log_local_kernel, log_local_kernel_slope
 
 
 # Cells (pairs of slices) worked on at once; some eight tensors of this size are alive in the backward.
@@ -53,6 +53,7 @@ class Block:
         modalities = self._outer(x.modalities.to(device)[self.x_index], y.modalities.to(device)[self.y_index])
         return self.problem.comparisons(*modalities)
 
+    @ieee_products()
     def scaled_distances(self) -> Tensor:
         """u = c d^2 for every cell of the block: `(..., Lx, Ly)`."""
         x, y = self.problem.x.slices[self.x_index], self.problem.other.slices[self.y_index]
@@ -70,6 +71,7 @@ class Block:
         assert result is not None
         return (result * self.inverse_scale).clamp_(max=largest(result.dtype))
 
+    @ieee_products()
     def add_gradient(self, v: Tensor, dx: Tensor, dy: Tensor) -> None:
         """Adds the gradient to both sides' slices from V, the derivative by the squared distances."""
         x, y = self.problem.x.slices[self.x_index], self.problem.other.slices[self.y_index]
@@ -139,7 +141,7 @@ def _log_sum_exp(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 class _Recursion:
-    """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal, in float64 (but on MPS, which has none).
+    """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal, in float64 (MPS has none).
 
     Their sum less log K is exponentiated: at small bandwidths all three are of size 1e6 and more, whose rounding in
     float32 is of size 1.
