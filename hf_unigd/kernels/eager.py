@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Problem, Sequences, cancellation, largest, log_local_kernel, log_local_kernel_slope
+from .problem import Problem, Sequences, cancellation, ieee_products, largest, log_local_kernel, log_local_kernel_slope
 
 
 # Cells (pairs of slices) worked on at once; some eight tensors of this size are alive in the backward.
@@ -53,6 +53,7 @@ class Block:
         modalities = self._outer(x.modalities.to(device)[self.x_index], y.modalities.to(device)[self.y_index])
         return self.problem.comparisons(*modalities)
 
+    @ieee_products()
     def scaled_distances(self) -> Tensor:
         """u = c d^2 for every cell of the block: `(..., Lx, Ly)`."""
         x, y = self.problem.x.slices[self.x_index], self.problem.other.slices[self.y_index]
@@ -70,6 +71,7 @@ class Block:
         assert result is not None
         return (result * self.inverse_scale).clamp_(max=largest(result.dtype))
 
+    @ieee_products()
     def add_gradient(self, v: Tensor, dx: Tensor, dy: Tensor) -> None:
         """Adds the gradient to both sides' slices from V, the derivative by the squared distances."""
         x, y = self.problem.x.slices[self.x_index], self.problem.other.slices[self.y_index]
@@ -138,13 +140,11 @@ def _log_sum_exp(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return total.log_().add_(top)
 
 
-def _wide(u: Tensor) -> Tensor:
-    """In float64, where the device has it: posteriors are exponentials of differences of numbers as large as log K."""
-    return u if u.device.type == "mps" else u.double()
-
-
 class _Recursion:
-    """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal.
+    """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal, in float64 (MPS has none).
+
+    Their sum less log K is exponentiated: at small bandwidths all three are of size 1e6 and more, whose rounding in
+    float32 is of size 1.
 
     Args:
         log_kappa: `(B, Lx, Ly)`.
@@ -154,12 +154,14 @@ class _Recursion:
     def __init__(self, log_kappa: Tensor, n: Tensor, m: Tensor) -> None:
         _, self.rows, self.columns = log_kappa.shape
         # Below every sum of capped terms, and finite, so that differences of two such are no NaN.
-        self.never = -1e37 if log_kappa.dtype == torch.float32 else -1e300
-        self.log_kappa = _skew(log_kappa, self.never)
+        wide = torch.float32 if log_kappa.device.type == "mps" else torch.float64
+        self.never = -1e37 if wide == torch.float32 else -1e300
+        self.dtype = log_kappa.dtype
+        self.log_kappa = _skew(log_kappa.to(wide), self.never)
         self.steps = len(self.log_kappa)
         self.ends = n + m - 2, n - 1, torch.arange(len(n), device=n.device)
         # One more row in front: the one above the first.
-        alpha = log_kappa.new_full((self.steps, self.rows + 1, len(n)), self.never)
+        alpha = self.log_kappa.new_full((self.steps, self.rows + 1, len(n)), self.never)
         alpha[0, 1] = self.log_kappa[0, 0]
         start = torch.full_like(alpha[0], self.never)
         for t in range(1, self.steps):
@@ -175,9 +177,9 @@ class _Recursion:
         return max(0, t - self.columns + 1), min(self.rows, t + 1)
 
     def expected_alignments(self) -> Tensor:
-        """`(B, Lx, Ly)`: alpha beta / K, zero beyond each pair's lengths."""
+        """`(B, Lx, Ly)`: alpha beta / K in the dtype given, zero beyond each pair's lengths."""
         end, row, batch = self.ends
-        expected = torch.zeros_like(self.log_kappa)
+        expected = torch.zeros_like(self.log_kappa, dtype=self.dtype)
         # kappa beta on the next two anti-diagonals, with one more row at the end.
         one = self.log_kappa.new_full((self.rows + 1, len(batch)), self.never)
         two = one.clone()
@@ -187,7 +189,7 @@ class _Recursion:
             beta[first:last] = _log_sum_exp(one[first:last], one[first + 1 : last + 1], two[first + 1 : last + 1])
             here = end == t
             beta[row[here], batch[here]] = -self.log_k[here]
-            expected[t, first:last] = (self.log_alpha[t, first:last] + beta[first:last]).exp_()
+            expected[t, first:last] = (self.log_alpha[t, first:last] + beta[first:last]).clamp_(max=0).exp_()
             beta[first:last] += self.log_kappa[t, first:last]
             one, two = beta.clamp_(min=self.never), one
         return _unskew(expected)
@@ -199,8 +201,8 @@ def forward(problem: Problem) -> Tensor:
     result = x.slices.new_empty(shape)
     done = 0
     for block, counted in _blocks(problem):
-        log_kappa = log_local_kernel(_wide(block.scaled_distances()), problem.local)
-        log_k = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths).log_k.to(result.dtype)
+        log_kappa = log_local_kernel(block.scaled_distances(), problem.local)
+        log_k = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths).log_k.to(result)
         if problem.pairs is not None:
             result[done : done + len(log_k)] = log_k
             done += len(log_k)
@@ -221,7 +223,7 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
         grad = torch.triu(grad + grad.T) - torch.diag(grad.diagonal())
     done = 0
     for block, _ in _blocks(problem):
-        u = _wide(block.scaled_distances())
+        u = block.scaled_distances()
         log_kappa = log_local_kernel(u, problem.local)
         recursion = _Recursion(log_kappa.flatten(0, -3), *block.pair_lengths)
         v = recursion.expected_alignments().view(u.shape)
@@ -232,7 +234,7 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
             done += len(block.i)
         v *= weight.to(v)[..., None, None] * log_local_kernel_slope(log_kappa, problem.local)
         by_log_scale += (v * u).sum(dtype=torch.float64).item()
-        block.add_gradient((v * block.inverse_scale).to(dx.dtype), dx, dy)
+        block.add_gradient(v * block.inverse_scale, dx, dy)
     return dx, None if problem.y is None else dy, -2 * by_log_scale / problem.bandwidth
 
 
@@ -241,8 +243,7 @@ def posterior(problem: Problem) -> Tensor:
     size = int(problem.x.lengths.max()), int(problem.other.lengths.max())
     parts = []
     for block, _ in _blocks(problem):
-        log_kappa = log_local_kernel(_wide(block.scaled_distances()), problem.local)
+        log_kappa = log_local_kernel(block.scaled_distances(), problem.local)
         expected = _Recursion(log_kappa, *block.pair_lengths).expected_alignments()
-        expected = expected.to(problem.x.slices.dtype)
         parts.append(F.pad(expected, (0, size[1] - expected.shape[2], 0, size[0] - expected.shape[1])))
     return torch.cat(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,20 @@ class Problem:
         """c of u = c d^2 for pairs of these lengths: the scale; over (n + m) / 2 where the bandwidth is per pair."""
         lengths = (x_lengths + y_lengths).to(torch.float64)
         return self.scale * 2 / lengths if self.per_pair_bandwidth else torch.full_like(lengths, self.scale)
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """Float32 matrix products on CUDA in float32, whatever the caller allows: TF32's 10 bits would lose distances."""
+    matmul = torch.backends.cuda.matmul
+    # Torch before 2.9 has the older switch only; later ones refuse a mix of both.
+    name, value = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def largest(dtype: torch.dtype) -> float:

@@ -13,19 +13,23 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .problem import Problem, cancellation
+from .problem import Problem, cancellation, ieee_products
 
 
 # Sequences of y side by side: a warp.
 LANES = 32
-# Cells (pairs of slices) held at once: 256 MB of float32, twice that in a backward.
+# Cells (pairs of slices) held at once: 256 MB of float32, three times that in a backward.
 BLOCK_CELLS = 1 << 26
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether Triton is installed and the device is one it runs on; any is in its interpreter."""
+    """Whether Triton is installed and the device is one it runs on; any is in its interpreter.
+
+    Not AMD's, which torch calls "cuda" too: the kernels hold NVIDIA's instructions.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return (nvidia or interpreted) and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -94,6 +98,7 @@ class _Block:
             x.modalities[self.rows].to(device)[:, None], y.modalities.to(device)[self.columns]
         )
 
+    @ieee_products()
     def squared_distances(self) -> Tensor:
         x, y = self.problem.x.slices[self.rows], self.problem.other.slices[self.columns]
         result = None
@@ -111,8 +116,9 @@ class _Block:
 
     def run_forward(self, cells: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """log K `(sequences, lanes)` and, where kept, log alpha of all cells."""
-        alpha = torch.empty_like(cells) if keep else cells.new_empty(self.grid[0], cells.shape[1])
-        log_k = cells.new_empty(self.grid[0], len(self.lengths))
+        shape = cells.shape if keep else (self.grid[0], cells.shape[1])
+        alpha = cells.new_empty(shape, dtype=torch.float64)
+        log_k = cells.new_empty(self.grid[0], len(self.lengths), dtype=torch.float64)
         _kernels().forward_kernel[self.grid](
             cells, alpha, log_k, *self.arguments, **self.constants, KEEP=keep, num_warps=1
         )
@@ -120,13 +126,14 @@ class _Block:
 
     def run_backward(self, cells: Tensor, alpha: Tensor, log_k: Tensor, grad: Tensor) -> float:
         """dL/d(squared distance) in the place of `cells`; returns dL/dlog c."""
-        below = cells.new_empty(self.grid[0], cells.shape[1])
+        below = cells.new_empty(self.grid[0], cells.shape[1], dtype=torch.float64)
         by_scale = torch.empty_like(log_k)
         _kernels().backward_kernel[self.grid](
             cells, alpha, below, log_k, grad, by_scale, *self.arguments, **self.constants, num_warps=1
         )
         return by_scale.sum(dtype=torch.float64).item()
 
+    @ieee_products()
     def add_gradient(self, v: Tensor, dx: Tensor, dy: Tensor) -> None:
         x, y = self.problem.x.slices[self.rows], self.problem.other.slices[self.columns]
         to_y = torch.zeros_like(y)
@@ -177,7 +184,7 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
     for block in _blocks(problem):
         cells = block.squared_distances()
         log_k, alpha = block.run_forward(cells, keep=True)
-        weights = torch.zeros_like(log_k)
+        weights = torch.zeros_like(log_k, dtype=cells.dtype)
         columns = slice(block.g * LANES, min(block.g_end * LANES, len(problem.other)))
         weights[:, : columns.stop - columns.start] = grad[block.i : block.i_end, columns]
         by_log_scale += block.run_backward(cells, alpha, log_k, weights)

@@ -1,7 +1,8 @@
 """The recursion in Triton: a lane a pair, one warp a program, no barrier and no shuffle.
 
 W sequences of y are interleaved, so that column `j * W + lane` of `CELLS` is slice j of sequence `lane`. A cell beyond
-a lane's own lengths cannot reach its answer, so nothing is masked. All logarithms are to base 2.
+a lane's own lengths cannot reach its answer, so nothing is masked. All logarithms are to base 2. Cells are in the
+features' dtype; log alpha, log beta and log K in float64, for their sum, of terms of any size, is exponentiated.
 """
 
 import triton
@@ -48,8 +49,12 @@ def _log_kappa(d2, scale, GAUSSIAN: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _log_sum_exp(a, b, c, FAST: tl.constexpr):
+    """Of float64. FAST: the differences and their sum in float32, which is exact enough once the top is off."""
     top = tl.maximum(tl.maximum(a, b), c)
-    return top + _log2(_exp2(a - top, FAST) + _exp2(b - top, FAST) + _exp2(c - top, FAST), FAST)
+    a, b, c = a - top, b - top, c - top
+    if FAST:
+        a, b, c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
+    return top + _log2(_exp2(a, FAST) + _exp2(b, FAST) + _exp2(c, FAST), FAST)
 
 
 @triton.jit
@@ -64,8 +69,8 @@ def _pair_scale(SCALE, n, m, PER_PAIR: tl.constexpr):
 @triton.jit
 def forward_kernel(
     CELLS,  # (rows, columns): squared distances
-    ALPHA,  # KEEP: (rows, columns), every row of log alpha; else (sequences, columns), the last one
-    LOG_K,  # (sequences, groups * W)
+    ALPHA,  # float64, KEEP: (rows, columns), every row of log alpha; else (sequences, columns), the last one
+    LOG_K,  # float64 (sequences, groups * W)
     OFFSETS,  # (sequences + 1,): rows of each sequence of x
     GROUPS,  # (groups + 1,): columns of each group
     LENGTHS,  # (groups * W,): of the sequences of y
@@ -85,7 +90,7 @@ def forward_kernel(
     width = (tl.load(GROUPS + group + 1) - start) // W
     m = tl.load(LENGTHS + group * W + lane)
     scale = _pair_scale(SCALE, n, m, PER_PAIR)
-    never = tl.zeros([W], CELLS.dtype.element_ty) + NEVER
+    never = tl.zeros([W], tl.float64) + NEVER
     answer = never
     for i in range(n):
         cells = CELLS + (first + i).to(tl.int64) * columns + start + lane
@@ -112,11 +117,11 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     CELLS,  # (rows, columns): squared distances in, dL/d(squared distance) out
-    ALPHA,  # (rows, columns): log alpha
-    BELOW,  # (sequences, columns): scratch, log (kappa beta / K) of the row after
-    LOG_K,  # (sequences, groups * W)
+    ALPHA,  # float64 (rows, columns): log alpha
+    BELOW,  # float64 (sequences, columns): scratch, log (kappa beta / K) of the row after
+    LOG_K,  # float64 (sequences, groups * W)
     GRAD,  # (sequences, groups * W): dL/dlogK
-    BY_SCALE,  # (sequences, groups * W): out, sum of dL/du u
+    BY_SCALE,  # float64 (sequences, groups * W): out, sum of dL/du u
     OFFSETS,
     GROUPS,
     LENGTHS,
@@ -138,7 +143,7 @@ def backward_kernel(
     pair = sequence * tl.num_programs(1) * W + group * W + lane
     log_k = tl.load(LOG_K + pair) * LOG2_E
     grad = tl.load(GRAD + pair)
-    never = tl.zeros([W], CELLS.dtype.element_ty) + NEVER
+    never = tl.zeros([W], tl.float64) + NEVER
     by_scale = never * 0.0
     below = BELOW + sequence.to(tl.int64) * columns + start + lane
     for back in range(n):
@@ -155,7 +160,8 @@ def backward_kernel(
             beta = tl.where((i == n - 1) & (j == m - 1), -log_k, beta)
             d2 = tl.load(cells + j * W)
             value = _log_kappa(d2, scale, GAUSSIAN, FAST)
-            weight = -grad * _exp2(tl.minimum(tl.load(alpha + j * W) + beta, 0.0), FAST)
+            log_weight = tl.minimum(tl.load(alpha + j * W) + beta, 0.0).to(d2.dtype)
+            weight = -grad * _exp2(log_weight, FAST)
             if GAUSSIAN:
                 weight = weight * (1.0 + _exp2(value, FAST))
             weight = weight * scale * LN_2

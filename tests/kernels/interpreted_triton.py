@@ -17,6 +17,7 @@ from hf_unigd.kernels import triton_backend
     [
         {"bandwidth": 2.0, "normalize": "none"},
         {"bandwidth": 0.05, "normalize": "cosine"},
+        {"bandwidth": 0.01, "normalize": "none"},
         {"bandwidth": 1.0, "per_pair_bandwidth": True},
         {"bandwidth": 2.0, "local": "plain_gaussian"},
     ],
@@ -31,7 +32,7 @@ def test_against_the_reference(options, dtype):
         actual = values_and_gradients(x, x_offsets, *other, backend="triton", **options)
         expected = values_and_gradients(x.double(), x_offsets, *wide, backend="reference", **options)
         assert_close(actual[0], expected[0], values)
-        rounding = 2 * torch.finfo(dtype).eps * expected[0].abs().max().item()
+        rounding = 20 * torch.finfo(torch.float64).eps * expected[0].abs().max().item()  # of a path's sums
         for a, e in zip(actual[1:], expected[1:], strict=True):
             assert_close(a, e, gradients + rounding)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, packed, values_and_gradients
 
-from hf_unigd.kernels import alignment_kernel, alignment_posterior, compiled, mean_slice_similarity, soft_dtw
+from hf_unigd.kernels import alignment_kernel, alignment_posterior, compiled, mean_slice_similarity, ops, soft_dtw
 from hf_unigd.kernels.reference import expected_alignment, log_alpha
 
 
@@ -26,6 +26,25 @@ def test_gradcheck(backend, options):
 
     assert torch.autograd.gradcheck(kernel, (x.requires_grad_(), y.requires_grad_(), sigma))
     assert torch.autograd.gradcheck(gram, (x, sigma))
+
+
+@pytest.mark.parametrize("how", ["eager", "compile"])
+def test_the_median_bandwidth_is_detached(how):
+    """The gradient is that of the same bandwidth given as a number."""
+    x, offsets = packed([2, 5, 3], 4)
+    sigma = ops.median_bandwidth(x, offsets, None, []).item()
+
+    def gradient(bandwidth):
+        def loss(x):
+            return alignment_kernel(x, offsets, bandwidth=bandwidth).square().sum()
+
+        function = torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compile" else loss
+        leaf = x.clone().requires_grad_()
+        function(leaf).backward()
+        return leaf.grad
+
+    assert_close(gradient("median"), gradient(sigma), 1e-13)
+    assert gradient("median").abs().max() > 0
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -54,6 +73,23 @@ def test_float32_gradients(backend, sizes, bandwidth):
     assert_close(actual[0], expected[0], 2e-5)
     for a, e in zip(actual[1:], expected[1:], strict=True):
         assert_close(a, e, tolerance)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("bandwidth", [0.1, 0.05, 0.01])
+def test_float32_gradients_where_log_k_is_large(backend, bandwidth):
+    """log K is -1e6 to -1e9: in float32 the recursion's own rounding would be of the size of the posterior."""
+    x, offsets = packed([32, 32], 64, dtype=torch.float32)
+    pairs = torch.tensor([[0, 1]])
+    options = {"bandwidth": bandwidth, "pairs": pairs, "normalize": "none"}
+    actual = values_and_gradients(x, offsets, backend=backend, **options)
+    expected = values_and_gradients(x.double(), offsets, backend="reference", **options)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, 1e-6)
+    options = {"bandwidth": bandwidth, "pairs": pairs}
+    posterior = alignment_posterior(x, offsets, backend=backend, **options)
+    assert posterior.dtype == torch.float32
+    assert_close(posterior, alignment_posterior(x.double(), offsets, backend="reference", **options), 1e-5)
 
 
 def test_the_certificate_catches_what_the_bound_lets_through(compiled_backend, monkeypatch):

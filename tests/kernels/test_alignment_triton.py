@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from hf_unigd.kernels import triton_backend
+from hf_unigd.kernels.problem import ieee_products
 
 
 triton = pytest.importorskip("triton")
@@ -17,7 +21,26 @@ def test_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stdout
-    assert "9 passed" in process.stdout
+    assert "11 passed" in process.stdout
+
+
+def test_not_on_amd(monkeypatch):
+    """Which torch calls "cuda" too."""
+    device = torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert triton_backend.is_available(device)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not triton_backend.is_available(device)
+
+
+def test_products_are_ieee_where_the_caller_allows_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with ieee_products():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 KERNELS = {
@@ -39,7 +62,8 @@ def test_compiles_ahead_of_time(name, capability):
     tensors, switches = KERNELS[name]
     for dtype in ("fp32", "fp64"):
         for keep in switches.get("KEEP", [None]):
-            signature = dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(["OFFSETS", "GROUPS", "LENGTHS"], "*i64")
+            signature = {t: f"*{dtype}" if t in ("CELLS", "GRAD") else "*fp64" for t in tensors}
+            signature |= dict.fromkeys(["OFFSETS", "GROUPS", "LENGTHS"], "*i64")
             signature |= {"SCALE": f"*{dtype}", "columns": "i32"}
             constants = {"W": 32, "GAUSSIAN": True, "PER_PAIR": True, "FAST": dtype == "fp32"}
             constants |= {} if keep is None else {"KEEP": keep}

@@ -273,6 +273,23 @@ def test_finite_for_any_finite_input(backend, dtype, scale, bandwidth):
             assert torch.isfinite(alignment_kernel(x, offsets, **options)).all()
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cancelled_distances_too_large_for_linear_arithmetic(backend, dtype):
+    """The expanded square rounds |a - b|^2 to 0: what is put in its place must count for the arithmetic's bound."""
+    near = torch.tensor([[1024.0, 0], [1024.0, 0.1]], dtype=dtype)
+    x, sizes = near, [1, 1]
+    if dtype == torch.float32:  # float32 is centred, so some weight on the other side keeps the norms large
+        x = torch.cat([near.repeat_interleave(2, 0).repeat(8, 1), torch.tensor([[-2048.0, 0]]).repeat(16, 1)])
+        sizes = [2] * 16 + [1] * 16
+    options = {"bandwidth": 0.005, "normalize": "none"}
+    actual = alignment_kernel(x, offsets_of(sizes), backend=backend, **options)
+    expected = alignment_kernel(x.double(), offsets_of(sizes), backend="reference", **options)
+    assert expected[0, 1] < -200
+    assert_close(actual, expected, 2e-5)
+    assert_close(actual[0, 1], expected[0, 1], 2e-5)  # by its own scale, not that of the far ones
+
+
 @pytest.mark.parametrize("d", [1, 4096])
 def test_few_and_many_features(d):
     x, offsets = packed([3, 19, 8], d, dtype=torch.float32)
