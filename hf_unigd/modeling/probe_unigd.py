@@ -144,7 +144,7 @@ def _outputs(model, tensors) -> dict[str, torch.Tensor]:
                 "embeddings": model._pool(hidden_states, mask, spans),
                 "logits": model.get_output_embeddings()(at_last),
                 # As it multiplies: never zero, so that a distance relative to it can be told.
-                "logit_scale": model.embedding_head.logit_scale.exp().reshape(1, 1),
+                "logit_scale": model.embedding_head.inverse_temperature.reshape(1, 1),
             }
         return {name: value.float().cpu() for name, value in outputs.items()}
     finally:

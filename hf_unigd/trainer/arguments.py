@@ -1,5 +1,6 @@
 """Arguments of scripts and commands, parsed by TRL's `TrlParser` from YAML and flags."""
 
+import os
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
@@ -154,6 +155,10 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start."})
 
     def __post_init__(self):
+        # transformers takes the precision of `accelerate launch`, but compares these flags with DeepSpeed's.
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        self.bf16 |= precision == "bf16"
+        self.fp16 |= precision == "fp16"
         super().__post_init__()
         weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
         listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())

@@ -192,13 +192,22 @@ class UniGDTrainer(Trainer):
                 "with DeepSpeed, which takes an optimizer step with the backward pass. Train with DDP or FSDP2, or "
                 "without the cache."
             )
-        if self.accelerator.is_fsdp2 and self._vision_is_frozen:
+        if self.accelerator.is_fsdp2:
+            self._prepare_fsdp()
+        self._check_batches()
+
+    def _prepare_fsdp(self) -> None:
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            # accelerate rounds what the model returns and adds gradients up in bfloat16, which DDP does not.
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+            )
+        if self._vision_is_frozen:
             # Kept whole on every process, outside FSDP: it runs by itself, and only where there are pictures.
             decoder = {type(module).__name__ for module in self.model.vlm.get_decoder().modules()}
-            plugin = self.accelerator.state.fsdp_plugin
             plugin.ignored_modules = [torch.nn.ParameterList(vision_parameters(self.model))]
             plugin.transformer_cls_names_to_wrap = sorted(decoder & set(self.model._no_split_modules))
-        self._check_batches()
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint is True:

@@ -13,29 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from datasets import Dataset
 
 from hf_unigd.hub import load_checkpoint
-from tiny_models import make_image, make_vlm
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny LLaVA and rows to train it on."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny = make_vlm()
-    tiny.model.save_pretrained(folder / "vlm")
-    tiny.processor.save_pretrained(folder / "vlm")
-    rows = {
-        "image": [make_image(place) for place in range(32)],
-        "short_caption": [f"cat {place}" for place in range(32)],
-        "long_caption": [f"A cat on the grass, seen {place} times." for place in range(32)],
-    }
-    Dataset.from_dict(rows).save_to_disk(str(folder / "rows"))
-    return folder
 
 
 def launch(folder, output, config, *flags):

@@ -1,5 +1,7 @@
 """The model against its own backbone, for every family."""
 
+import copy
+
 import pytest
 import torch
 
@@ -114,6 +116,23 @@ def test_bfloat16_keeps_head_and_temperature_in_float32(family, tmp_path):
     embeddings = half.embed(**batch)
     assert embeddings.dtype == torch.float32
     assert (embeddings * model.embed(**batch)).sum(-1).min() > 0.98
+
+
+@pytest.mark.parametrize("head_type", ["none", "linear", "mlp"])
+def test_a_head_that_was_cast_is_computed_in_float32(head_type):
+    """As DeepSpeed and FSDP cast it."""
+    size = {} if head_type == "none" else {"embedding_dim": 8}
+    model, processor, _ = make("llava", head_type=head_type, **size)
+    model.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    batch = processor.process_sequences(SEQUENCES)
+    outputs = model(**batch, output_hidden_states=True)
+    hidden = outputs.hidden_states[-1].double()
+    pooled = torch.stack([hidden[row, start:end].mean(0) for row, start, end in batch["spans"].tolist()])
+    expected = torch.nn.functional.normalize(copy.deepcopy(model.embedding_head.projection).double()(pooled), dim=-1)
+    torch.testing.assert_close(outputs.embeddings.double(), expected, atol=1e-6, rtol=0)
+    expected = model.embedding_head.logit_scale.double().exp().squeeze()
+    torch.testing.assert_close(outputs.logit_scale.double(), expected, atol=0, rtol=1e-6)
 
 
 def test_the_head_is_float32_under_autocast(llava):

@@ -265,7 +265,7 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
     """Gradients by name and what should be logged, from rows that are run one by one."""
     model, processor, peft_config = make_model(kind, dropout=False)
     case = Case(recipe, kind, train_vision=train_vision)
-    args = make_args(case, "unused")
+    args = make_args(case, tempfile.gettempdir())  # nothing is saved
     AcceleratorState._reset_state()
     with patch.object(trainer_module, "Teachers", FixedTeachers):
         trainer = ParityTrainer(case, model, args, processor, peft_config=peft_config)  # freezes and adapts the model

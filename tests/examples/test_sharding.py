@@ -1,0 +1,127 @@
+"""The sharding configurations, started with 2 processes on gloo: the same training as with DDP, saved and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_unigd.hub import load_checkpoint
+from tiny_models import make_image
+
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+ACCUMULATION = ["--gradient_accumulation_steps", "2"]
+ADAPTER = ["--use_peft", "true", "--soft_prompts", "true"]
+OWN_FILES = {
+    "fsdp2": {"pytorch_model_fsdp.bin", "optimizer.bin"},
+    "deepspeed_zero2": {"global_step2", "latest", "zero_to_fp32.py", "zero_to_torch.py"},
+}
+
+
+def train(folder: Path, config: str) -> Path:
+    """Trains a whole model and an adapter, each at one go and resumed, and once in the configuration's precision."""
+    output = folder / config
+    common = {
+        "model_name_or_path": folder / "vlm",
+        "dataset_name": folder / "rows",
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "ddp_backend": "gloo",
+        "use_cpu": "true",
+        "report_to": "none",
+        "check_rows": "false",
+    }
+    flags = [part for name, value in common.items() for part in (f"--{name}", str(value))]
+    runs = [["bf16", [*flags, "--output_dir", f"{output}/bf16"]]]
+    for kind, more in (("full", ACCUMULATION), ("adapter", ADAPTER)):
+        whole, resumed = f"{output}/{kind}", f"{output}/{kind}-resumed"
+        resume = ["--resume_from_checkpoint", f"{whole}/checkpoint-2"]
+        runs.append(["no", [*flags, *more, "--output_dir", whole]])
+        runs.append(["no", [*flags, *more, "--output_dir", resumed, *resume]])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    command = [*launcher, "--num_processes", "2", "-m", "launched_runs", json.dumps(runs)]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "DS_ACCELERATOR": "cpu",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def ddp(folder):
+    return train(folder, "ddp")
+
+
+@pytest.fixture(scope="module", params=sorted(OWN_FILES))
+def sharded(request, folder):
+    if request.param == "deepspeed_zero2":
+        pytest.importorskip("deepspeed")
+    return train(folder, request.param)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    (file,) = checkpoint.glob("*model.safetensors")
+    return load_file(file)
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    history = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    return [{name: value for name, value in entry.items() if "loss" in name} for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_it_trains_as_ddp_does(kind, sharded, ddp):
+    for found, expected in zip(losses(sharded / kind), losses(ddp / kind), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    found, expected = weights(sharded / kind), weights(ddp / kind)
+    assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(expected, torch.float32)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_resumed_run_ends_in_the_same_weights(kind, sharded):
+    at_one_go, resumed, before = (
+        weights(sharded / name) for name in (kind, f"{kind}-resumed", f"{kind}/checkpoint-2")
+    )
+    assert not (sharded / f"{kind}-resumed" / "checkpoint-2").exists()
+    assert all(torch.equal(at_one_go[name], resumed[name]) for name in at_one_go)
+    assert any(not torch.equal(at_one_go[name], before[name]) for name in at_one_go)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_its_checkpoints_are_ddps_and_load(kind, sharded, ddp):
+    """Besides the weights the same files, code and `auto_map` among them."""
+    checkpoint, expected = sharded / kind / "checkpoint-2", ddp / kind / "checkpoint-2"
+    names, expected_names = ({path.name for path in each.iterdir()} for each in (checkpoint, expected))
+    assert names - expected_names == OWN_FILES[sharded.name]
+    assert expected_names - names <= {"optimizer.pt", "probe.safetensors"}
+    for path in expected.iterdir():
+        if path.name in names and path.suffix in (".json", ".py", ".jinja", ".md") and path.stem != "trainer_state":
+            assert (checkpoint / path.name).read_bytes() == path.read_bytes(), path.name
+    embeddings = []
+    for each in (checkpoint, expected):
+        model, processor = load_checkpoint(str(each))
+        embeddings.append(model.embed(**processor.process_sequences(["a cat", [make_image(1)]])))
+    torch.testing.assert_close(*embeddings, atol=1e-5, rtol=0)
+
+
+def test_in_bfloat16_the_losses_are_still_computed_in_float32(sharded, ddp):
+    found, expected = losses(sharded / "bf16")[0], losses(ddp / "bf16")[0]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert all(torch.tensor(value).bfloat16().item() != pytest.approx(value, rel=1e-6) for value in found.values())
+    load_checkpoint(str(sharded / "bf16"))
