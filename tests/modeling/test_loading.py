@@ -30,6 +30,7 @@ speaker = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=
 images = [Image.open(f"{folder}/{name}.png") for name in "ab"]
 batch = processor.process_sequences([[images[0]], "a red cat", ["two blue dogs", images[1]]], padding_side="left")
 generated = speaker.generate(**batch, max_new_tokens=8, do_sample=False)
+embedder.save_pretrained(f"{folder}/again")
 print(json.dumps({
     "class": [type(embedder).__name__, type(speaker).__name__, type(processor).__name__],
     "embeddings": embedder(**batch).embeddings.tolist(),
@@ -37,7 +38,6 @@ print(json.dumps({
     "text": processor.batch_decode(generated),
     "prompts": processor.prompts,
 }))
-embedder.save_pretrained(f"{folder}/again")
 """
 
 
