@@ -41,6 +41,9 @@ def train(folder: Path, config: str) -> Path:
     }
     flags = [part for name, value in common.items() for part in (f"--{name}", str(value))]
     runs = [["bf16", [*flags, "--output_dir", f"{output}/bf16"]]]
+    if config != "deepspeed_zero2":  # which refuses the cache
+        cache = ["--gradient_cache_chunk_size", "3"]
+        runs.append(["no", [*flags, *ADAPTER, *cache, "--output_dir", f"{output}/cached-adapter"]])
     for kind, more in (("full", ACCUMULATION), ("adapter", ADAPTER)):
         whole, resumed = f"{output}/{kind}", f"{output}/{kind}-resumed"
         resume = ["--resume_from_checkpoint", f"{whole}/checkpoint-2"]
