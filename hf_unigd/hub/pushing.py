@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, HfHubHTTPError, filter_repo_objects
 
-from .cards import is_hub_id
+from .cards import is_hub_id, make_model_card
 
 
 # What training leaves beside a checkpoint: it says where and how the run was made, and loads nothing.
@@ -48,7 +49,8 @@ def push_checkpoint(
     """
     Uploads what a user of the checkpoint needs, and nothing else, in one commit: the repository shows all of it or,
     where the upload breaks off, none of it. Doing it again sends only what is not there yet. Weights, adapter and
-    probe of an earlier push that this one does not replace are removed with it.
+    probe of an earlier push that this one does not replace are removed with it. Where neither folder nor repository
+    has a model card, one is written, of what the checkpoint itself tells.
 
     Args:
         folder: What `save_pretrained` or the trainer wrote.
@@ -71,17 +73,11 @@ def push_checkpoint(
             f"{folder} has no processor, without which nobody can use the checkpoint. Save it there too: "
             f"`processor.save_pretrained({str(folder)!r})`."
         )
-    adapter_file = folder / "adapter_config.json"
+    adapter_file, base = folder / "adapter_config.json", None
     if adapter_file.is_file():
         base = json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if not is_hub_id(base):
-            raise ValueError(
-                f"{adapter_file} names {base!r} as the model beneath it, which is not on the Hub. Push that one "
-                "first and write its id there as `base_model_name_or_path`, or push what "
-                f"`hf-unigd merge {folder} --output DIR` writes."
-            )
-    files = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    names = set(filter_repo_objects(files, ignore_patterns=[*TRAINING_STATE, *DEFAULT_IGNORE_PATTERNS]))
+        check_base_is_on_hub(base)
+    names = pushed_files(folder)
     additions = [CommitOperationAdd(name, folder / name) for name in sorted(names)]
     api = HfApi(token=token)
     try:
@@ -94,7 +90,10 @@ def push_checkpoint(
             )
         if not create_pr and revision not in (None, "main"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        stale = filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=list(REPLACED))
+        there = api.list_repo_files(repo_id, revision=revision)
+        if REPOCARD_NAME not in {*names, *there}:
+            additions.append(CommitOperationAdd(REPOCARD_NAME, _make_card(folder, repo_id, base).encode()))
+        stale = filter_repo_objects(there, allow_patterns=list(REPLACED))
         # Not `upload_folder`, which commits a large folder in parts.
         return api.create_commit(
             repo_id,
@@ -111,3 +110,38 @@ def push_checkpoint(
         }.get(status, "Nothing was committed; doing it again goes on with what is missing.")
         reason = getattr(error, "server_message", None) or error
         raise ValueError(f"{repo_id}: {reason} {remedy}") from error
+
+
+def pushed_files(folder: str | Path) -> set[str]:
+    """What a push takes of a folder, as paths in it: all but what training left there."""
+    folder = Path(folder)
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return set(filter_repo_objects(files, ignore_patterns=[*TRAINING_STATE, *DEFAULT_IGNORE_PATTERNS]))
+
+
+def check_base_is_on_hub(base: str | None) -> None:
+    """
+    Raises:
+        ValueError: the model beneath an adapter is not where those who load the adapter would find it.
+    """
+    if not is_hub_id(base):
+        raise ValueError(
+            f"The adapter is on {base!r}, which is not on the Hub, so nobody could load it. Push that model first and "
+            "write its id into adapter_config.json as `base_model_name_or_path`, or push what "
+            "`hf-unigd merge ADAPTER --output DIR` writes."
+        )
+
+
+def _make_card(folder: Path, repo_id: str, base: str | None) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    card = make_model_card(
+        repo_id=repo_id,
+        title=repo_id.rpartition("/")[2],
+        summary=f"an adapter on {base}." if base else "a whole model.",
+        training={"head": f"{config['head_type']}, {config['embedding_dim']} wide", "how": "not recorded"},
+        limits="Nobody has described them. The card was made of the checkpoint's files, which came without one.",
+        methods=(),
+        base_model=base,
+        base_model_relation="adapter",
+    )
+    return str(card)

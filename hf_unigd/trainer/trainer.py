@@ -3,64 +3,34 @@
 import math
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
 from ..data.lengths import sequence_length
 from ..evaluation import retrieval_metrics
-from ..hub.pushing import push_checkpoint
-from ..hub.runs import make_run_card
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from .adapters import add_adapter, save_adapter_companions
+from .adapters import add_adapter
 from .arguments import UniGDTrainingArguments
 from .batches import count_targets, idle_batch, idle_chunk, join_batches
+from .callbacks import ClampLogitScale, SetEpoch
+from .checkpoints import CheckpointingTrainer
 from .collator import UniGDDataCollator
 from .gradient_cache import RandomState, embed_chunks
-from .interruption import SaveOnSigterm, discard, last_whole_checkpoint
 from .losses import InfoNCELoss, StructureLoss
 from .prefixes import PrefixSampler
 from .sampler import EpochLengthGroupedSampler
 from .vision import VisionFeatureCache, tower_key, vision_parameters, with_image_features
 
 
-class ClampLogitScale(TrainerCallback):
-    """Limits the temperature after each optimizer step, as CLIP does."""
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        model.clamp_logit_scale_()
-
-
-class SetEpoch(TrainerCallback):
-    """Tells the examples and their sampler which epoch it is; accelerate forgets to where a batch sampler is split
-    among processes."""
-
-    def __init__(self, trainer: "UniGDTrainer"):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # `state.epoch` counts steps as fractions: 2.9999999 is the third epoch's end and the fourth's beginning.
-        epoch = int(state.epoch + 1e-6)
-        parts: list[Any] = [getattr(train_dataloader, "dataset", None), self.trainer._epoch_sampler]
-        for part in parts:
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-
-
-class UniGDTrainer(Trainer):
+class UniGDTrainer(CheckpointingTrainer):
     r"""
     Trains embeddings and generation together:
 
@@ -173,8 +143,6 @@ class UniGDTrainer(Trainer):
         self.add_callback(ClampLogitScale())
         self._epoch_sampler: EpochLengthGroupedSampler | None = None
         self.add_callback(SetEpoch(self))
-        self._save_on_sigterm = SaveOnSigterm(self.accelerator)
-        self.add_callback(self._save_on_sigterm)
         self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
         self.structure_loss = StructureLoss(
             target=args.alignment_target,
@@ -208,103 +176,6 @@ class UniGDTrainer(Trainer):
             decoder = {type(module).__name__ for module in self.model.vlm.get_decoder().modules()}
             plugin.ignored_modules = [torch.nn.ParameterList(vision_parameters(self.model))]
             plugin.transformer_cls_names_to_wrap = sorted(decoder & set(self.model._no_split_modules))
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.should_save)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
-        try:
-            return super().train(resume_from_checkpoint, **kwargs)
-        finally:
-            self._save_on_sigterm.restore()
-
-    def _save_checkpoint(self, model, trial):
-        # What a run leaves behind is opened again after saving; for every checkpoint that would cost too much.
-        unwrapped = self._unwrapped_model
-        unwrapped.verify_saves = False
-        try:
-            super()._save_checkpoint(model, trial)
-        except Exception as error:
-            name = f"checkpoint-{self.state.global_step}"
-            if self.args.should_save:
-                discard(Path(self.args.output_dir, name))
-            raise RuntimeError(
-                f"{name} could not be saved ({error}) and is removed; earlier checkpoints in {self.args.output_dir} "
-                "are whole. Is the disk full?"
-            ) from error
-        finally:
-            unwrapped.verify_saves = True
-
-    @property
-    def _unwrapped_model(self) -> UniGDForConditionalGeneration:
-        """The model itself, without adapter or wrappers."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if isinstance(model, PeftModel) else model
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # every process comes here, and one writes
-            return
-        # Pickled arguments, which nobody reads again: with this machine's paths, they would be pushed.
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if isinstance(self.model, PeftModel):
-            save_adapter_companions(self.model, output_dir or self.args.output_dir)
-
-    # Saving gives a backbone's tensors their native names, which only `from_pretrained` translates back: Trainer reads
-    # the file itself, finds no such names in the model, and leaves the weights as they are without a word.
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._loads_whole_models:
-            self._load_whole_model(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        if self._loads_whole_models:
-            self._load_whole_model(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    @property
-    def _loads_whole_models(self) -> bool:
-        return not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _load_whole_model(self, folder) -> None:
-        saved = type(self.model).from_pretrained(folder, dtype=self.model.vlm.dtype)
-        self.model.load_state_dict(saved.state_dict())
-
-    def create_model_card(self, model_name=None, tags=None, **kwargs):
-        """Writes `README.md`, of what the run knows, and the losses as a picture. `kwargs` are those of
-        [`~hf_unigd.hub.make_run_card`]."""
-        if self.is_world_process_zero():
-            card = make_run_card(self, **kwargs)
-            card.data["tags"] += [tags] if isinstance(tags, str) else tags or []
-            card.save(Path(self.args.output_dir, "README.md"))
-
-    def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
-    ):
-        """As [`~transformers.Trainer.push_to_hub`], but with [`~hf_unigd.hub.pushing.push_checkpoint`]: logs and what
-        else the run left in the folder stay behind. `kwargs` are those of [`create_model_card`]."""
-        token = token or self.args.hub_token
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        push = partial(
-            push_checkpoint,
-            self.args.output_dir,
-            self.hub_model_id,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            token=token,
-            commit_message=commit_message,
-        )
-        return push() if blocking else HfApi().run_as_future(push)
 
     def _check_batches(self) -> None:
         """Refuses, before training, batches that cannot train."""

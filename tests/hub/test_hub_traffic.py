@@ -8,6 +8,7 @@ import pytest
 import torch
 from hub.hub_client import TOKENS, run_client
 from hub.hub_server import running_hub
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
@@ -124,12 +125,15 @@ def test_one_commit_holds_all_that_users_need_and_nothing_of_the_run(hub, checkp
     commits = hub.repositories["ada/model"].refs["main"]
     assert len(commits[0][1]) == 1  # .gitattributes, when it was created
     files = set(commits[1][1])
-    assert files - {".gitattributes"} == {
+    assert files - {".gitattributes", "README.md"} == {
         path.name
         for path in checkpoint.iterdir()
         if path.is_file() and path.name not in ("training_args.bin", "trainer_state.json")
     }
     assert {"model.safetensors", "probe.safetensors", "modules.json", "chat_template.jinja"} <= files
+    card = ModelCard(commits[1][1]["README.md"].decode())  # made, as the folder has none
+    assert card.data.library_name == "transformers"
+    assert 'from_pretrained("ada/model"' in card.text and "mlp, 8 wide" in card.text
     # `push_to_hub` of a model writes the same files.
     assert set(commits[2][1]) - {"README.md"} == files - {"README.md"}
     assert hub.repositories["ada/secret"].private and not hub.repositories["ada/model"].private
@@ -223,7 +227,7 @@ def test_what_should_be_private_is_not_pushed_where_all_can_read_it(hub, other_k
 
 
 def test_an_adapter_on_a_folder_of_this_machine_is_not_pushed(hub, checkpoint, other_kinds):
-    for part in ("adapter_config.json", str(checkpoint), "Push that one first", "hf-unigd merge"):
+    for part in ("adapter_config.json", str(checkpoint), "Push that model first", "hf-unigd merge"):
         assert part in other_kinds["local_base"]
     assert "ada/local" not in hub.repositories
 
