@@ -69,6 +69,8 @@ class CheckpointingTrainer(Trainer):
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def _save(self, output_dir=None, state_dict=None):
+        if output_dir in (None, self.args.output_dir):
+            self._finish_current_push()  # of what is about to be overwritten
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every process comes here, and one writes
             return
@@ -120,7 +122,6 @@ class CheckpointingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        self._finish_current_push()
         push = partial(
             self._push_output,
             commit_message,
