@@ -2,9 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -414,39 +411,6 @@ def test_the_collator_keeps_duplicates_apart_by_content():
     images, captions = batch["anchor_keys"].tolist(), batch["positive_keys"].tolist()
     assert images[0] == images[2] and len(set(images)) == 3
     assert captions[1] == captions[3] and len(set(captions)) == 3
-
-
-def test_two_processes_take_the_same_step_as_one(tmp_path):
-    """Global negatives, tokens counted over both: the logged losses are those of one process with all rows."""
-    tiny = make_vlm()
-    tiny.model.save_pretrained(tmp_path / "vlm")
-    tiny.processor.save_pretrained(tmp_path / "vlm")
-    captions = ["A cat." + " on the grass" * (place % 5) for place in range(32)]
-    make_rows(32, long_caption=captions).save_to_disk(str(tmp_path / "rows"))
-    logs = []
-    for processes, more in ((1, {}), (2, {}), (2, {"use_peft": "true", "output_dir": tmp_path / "adapter"})):
-        output = tmp_path / f"out{processes}"
-        arguments = {
-            "model_name_or_path": tmp_path / "vlm",
-            "dataset_name": tmp_path / "rows",
-            "output_dir": output,
-            "per_device_train_batch_size": 8 // processes,
-            "max_steps": 3,
-            "logging_steps": 1,
-            "learning_rate": 0.01,
-            "use_cpu": True,
-            "ddp_backend": "gloo",
-            "report_to": "none",
-            **more,
-        }
-        flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        subprocess.run([*launcher, "-m", "hf_unigd", "train", *flags], check=True, capture_output=True)
-        state = json.loads((Path(arguments["output_dir"]) / "checkpoint-3" / "trainer_state.json").read_text())
-        logs.append([entry for entry in state["log_history"] if "contrastive_loss" in entry])
-    assert (tmp_path / "adapter" / "checkpoint-3" / "probe.safetensors").is_file()
-    for name in ("loss", "contrastive_loss", "causal_lm_loss", "grad_norm", "negative_similarity"):
-        assert [entry[name] for entry in logs[1]] == pytest.approx([entry[name] for entry in logs[0]], rel=1e-3), name
 
 
 def test_mixed_precision_ends_with_the_step(tmp_path):
