@@ -199,6 +199,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         self.embedding_head = UniGDHead(config)
         self.processor: UniGDProcessor | None = None
         self.verify_saves = True
+        self.add_model_tags(["hf-unigd", "embeddings", "retrieval", "sentence-transformers"])
         self.post_init()
         # CLIP names its text side's too, and FSDP refuses to shard by a class that is not there.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}

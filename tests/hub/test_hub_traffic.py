@@ -143,7 +143,9 @@ def test_one_commit_holds_all_that_users_need_and_nothing_of_the_run(hub, checkp
 def test_saving_with_a_push_takes_all_that_a_push_does(hub, pushed):
     assert hub.repositories["ada/hidden"].private
     assert len(hub.files("ada/hidden")) == 1  # as it was created
-    assert "model.safetensors.index.json" in hub.files("ada/hidden", "refs/pr/1")
+    files = hub.files("ada/hidden", "refs/pr/1")
+    assert "model.safetensors.index.json" in files
+    assert "sentence-transformers" in ModelCard(files["README.md"].decode()).data.tags
 
 
 def test_no_token_and_no_path_of_the_pusher_is_in_what_is_pushed_or_printed(hub, pushed):
