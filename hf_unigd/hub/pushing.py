@@ -20,6 +20,9 @@ TRAINING_STATE = (
     "training_args.bin",
     "trainer_state.json",
     "global_step*/**",
+    "latest",
+    "zero_to_*.py",
+    "pytorch_model_fsdp*",
     "runs/**",
     "wandb/**",
     "events.out.tfevents*",
@@ -73,6 +76,12 @@ def push_checkpoint(
             f"{folder} has no processor, without which nobody can use the checkpoint. Save it there too: "
             f"`processor.save_pretrained({str(folder)!r})`."
         )
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    if (folder / "adapter_config.json").is_file() and any((folder / name).is_file() for name in whole):
+        raise ValueError(
+            f"{folder} holds a whole model and an adapter, of which one is left from before. Remove it, or save to "
+            "another folder."
+        )
     adapter_file, base = folder / "adapter_config.json", None
     if adapter_file.is_file():
         base = json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -83,11 +92,8 @@ def push_checkpoint(
     try:
         if not create_pr:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(
-                f"{repo_id} exists already and is public, so nothing was uploaded. Make it private first (its "
-                "settings on the Hub), or take another name."
-            )
+        if private:
+            check_is_private(api, repo_id)
         if not create_pr and revision not in (None, "main"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
@@ -119,6 +125,18 @@ def pushed_files(folder: str | Path) -> set[str]:
     return set(filter_repo_objects(files, ignore_patterns=[*TRAINING_STATE, *DEFAULT_IGNORE_PATTERNS]))
 
 
+def check_is_private(api: HfApi, repo_id: str) -> None:
+    """
+    Raises:
+        ValueError: all can read the repository.
+    """
+    if not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} exists already and is public, so nothing was uploaded. Make it private first (its settings on "
+            "the Hub), or take another name."
+        )
+
+
 def check_base_is_on_hub(base: str | None) -> None:
     """
     Raises:
@@ -133,12 +151,14 @@ def check_base_is_on_hub(base: str | None) -> None:
 
 
 def _make_card(folder: Path, repo_id: str, base: str | None) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    head = {"head": f"{settings['head_type']}, {settings['embedding_dim']} wide"} if settings else {}
     card = make_model_card(
         repo_id=repo_id,
         title=repo_id.rpartition("/")[2],
         summary=f"an adapter on {base}." if base else "a whole model.",
-        training={"head": f"{config['head_type']}, {config['embedding_dim']} wide", "how": "not recorded"},
+        training={**head, "how": "not recorded"},
         limits="Nobody has described them. The card was made of the checkpoint's files, which came without one.",
         methods=(),
         base_model=base,

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
@@ -57,6 +58,9 @@ def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
         "auto_mapping": {"parent_library": "transformers", "base_model_class": "AutoModelForImageTextToText"},
     }
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = folder / REPOCARD_NAME
+    if card.is_file() and "[More Information Needed]" in card.read_text(encoding="utf-8"):
+        card.unlink()  # PEFT's, without a word of this adapter
     base = model.get_base_model()
     custom_object_save(base, folder, config=base.config)
     base.config.save_pretrained(folder)

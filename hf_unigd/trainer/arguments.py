@@ -157,8 +157,8 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     def __post_init__(self):
         # transformers takes the precision of `accelerate launch`, but compares these flags with DeepSpeed's.
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
-        self.bf16 |= precision == "bf16"
-        self.fp16 |= precision == "fp16"
+        if precision in ("bf16", "fp16") and not (self.bf16 or self.fp16):
+            setattr(self, precision, True)
         super().__post_init__()
         weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
         listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())

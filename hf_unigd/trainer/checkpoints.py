@@ -1,12 +1,15 @@
 """Checkpoints of a training run: written whole, read back exactly, and pushed."""
 
 import logging
+import os
 import shutil
+import tempfile
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, run_as_future, upload_folder
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from transformers import Trainer
@@ -14,7 +17,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from ..hub.pushing import check_base_is_on_hub, push_checkpoint, pushed_files
+from ..hub.cards import CURVES_NAME
+from ..hub.pushing import check_base_is_on_hub, check_is_private, push_checkpoint, pushed_files
 from ..hub.runs import make_run_card
 from ..modeling import UniGDForConditionalGeneration
 from .adapters import save_adapter_companions
@@ -30,8 +34,6 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         self.push_in_progress: PushInProgress | None = None
         super().__init__(*args, **kwargs)
-        if self.args.push_to_hub and isinstance(self.model, PeftModel):
-            check_base_is_on_hub(self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
         self._save_on_sigterm = SaveOnSigterm(self.accelerator)
         self.add_callback(self._save_on_sigterm)
 
@@ -44,6 +46,7 @@ class CheckpointingTrainer(Trainer):
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._save_on_sigterm.restore()
+            self._finish_current_push()  # which Python does not let finish once the process ends
 
     def _save_checkpoint(self, model, trial):
         # What a run leaves behind is opened again after saving; for every checkpoint that would cost too much.
@@ -69,7 +72,7 @@ class CheckpointingTrainer(Trainer):
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def _save(self, output_dir=None, state_dict=None):
-        if output_dir in (None, self.args.output_dir):
+        if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
             self._finish_current_push()  # of what is about to be overwritten
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every process comes here, and one writes
@@ -109,30 +112,46 @@ class CheckpointingTrainer(Trainer):
             card.data["tags"] += [tags] if isinstance(tags, str) else tags or []
             card.save(Path(self.args.output_dir, REPOCARD_NAME))
 
+    def init_hf_repo(self, token=None, private=None):
+        """As [`~transformers.Trainer.init_hf_repo`], which comes before training.
+
+        Raises:
+            ValueError: the repository should be private and is there already, public; or the model is an adapter on
+                one that is not on the Hub.
+        """
+        if isinstance(self.model, PeftModel):
+            check_base_is_on_hub(self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
+        super().init_hf_repo(token, private)
+        if self.is_world_process_zero() and (self.args.hub_private_repo if private is None else private):
+            check_is_private(HfApi(token=token or self.args.hub_token), self.hub_model_id)
+
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
         """As [`~transformers.Trainer.push_to_hub`], but with [`~hf_unigd.hub.pushing.push_checkpoint`]: logs and what
         else the run left in the folder stay behind. `kwargs` are those of [`create_model_card`]."""
-        token = token or self.args.hub_token
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        self._finish_current_push()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        push = partial(
-            self._push_output,
-            commit_message,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            token=token,
-        )
-        return push() if blocking else HfApi().run_as_future(push)
+        given = {"token": token, "revision": revision, "private": private}
+        job = self._push(self.args.output_dir, commit_message, given)
+        self.push_in_progress = PushInProgress([job])
+        return job.result() if blocking else job
 
-    def _push_output(self, commit_message, **kwargs):
-        return push_checkpoint(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **kwargs)
+    def _push(self, folder: str, commit_message: str, given: dict[str, Any]) -> Future:
+        """Pushes a folder in the background; what was not `given` is the arguments'."""
+        where = {
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "private": self.args.hub_private_repo,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        return run_as_future(push_checkpoint, folder, self.hub_model_id, commit_message=commit_message, **where)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Pushes, in the background, what a user of this checkpoint needs; Trainer pushes files that load nowhere, its
@@ -144,30 +163,53 @@ class CheckpointingTrainer(Trainer):
         elif self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        api = HfApi()  # whose jobs run one after the other
-        where = {"revision": self.args.hub_revision, "token": self.args.hub_token}
+        # The checkpoint may make way for a newer one before its upload is done.
+        staged = tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix="_push")
+        try:
+            jobs = self._push_staged(Path(checkpoint_folder), Path(staged.name))
+        except Exception as error:  # the checkpoint is whole all the same
+            logger.warning("checkpoint-%s is saved, but could not be pushed: %s", self.state.global_step, error)
+            staged.cleanup()
+            return
+        jobs[-1].add_done_callback(lambda _: staged.cleanup())
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _push_staged(self, checkpoint: Path, staged: Path) -> list[Future]:
         message = f"Training in progress, step {self.state.global_step}"
-        # Copied, as the checkpoint may make way for a newer one before its upload is done.
-        for name in pushed_files(checkpoint_folder) - {REPOCARD_NAME}:
-            shutil.copy(Path(checkpoint_folder, name), Path(self.args.output_dir, name))
+        model, state = staged / "model", staged / "state"
+        _link(checkpoint, model, pushed_files(checkpoint) - {REPOCARD_NAME})
         self.create_model_card()
-        jobs = [api.run_as_future(self._push_output, message, **where)]
+        _link(Path(self.args.output_dir), model, {REPOCARD_NAME, CURVES_NAME})
+        jobs = [self._push(str(model), message, {})]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            _link(checkpoint, state, {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*")})
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            upload = api.upload_folder(
+            upload = partial(
+                upload_folder,
                 repo_id=self.hub_model_id,
-                folder_path=checkpoint_folder,
-                path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
+                folder_path=state,
+                path_in_repo="last-checkpoint" if is_last else checkpoint.name,
                 commit_message=f"{message}, to resume from",
-                run_as_future=True,
-                **where,
+                revision=self.args.hub_revision,
+                token=self.args.hub_token,
             )
-            jobs.append(upload)
+            jobs.append(run_as_future(upload))  # after the first: the client does one at a time
         for job in jobs:
             job.add_done_callback(_warn_if_failed)
-        self.push_in_progress = PushInProgress(jobs)
+        return jobs
+
+
+def _link(folder: Path, target: Path, names: set[str]) -> None:
+    """Puts those files of a folder that are there into another, without copying them where the disk can."""
+    for name in sorted(names):
+        if (folder / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / name, target / name)
+            except OSError:
+                shutil.copy(folder / name, target / name)
 
 
 def _warn_if_failed(job: Future) -> None:
     if error := job.exception():
-        logger.warning("A push during training failed; training goes on, and pushes again. %s", error)
+        logger.warning("A push during training failed; training goes on. %s", error)

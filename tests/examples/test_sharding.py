@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_unigd.hub import load_checkpoint
+from hf_unigd.hub.pushing import pushed_files
 from tiny_models import make_image
 
 
@@ -135,6 +136,7 @@ def test_its_checkpoints_are_ddps_and_load(kind, sharded, ddp):
     assert names - expected_names == OWN_FILES[sharded.name]
     assert "probe.safetensors" in expected_names
     assert expected_names - names <= {"optimizer.pt", "probe.safetensors"}
+    assert pushed_files(checkpoint) <= pushed_files(expected)
     for path in expected.iterdir():
         if path.name in names and path.suffix in (".json", ".py", ".jinja", ".md") and path.stem != "trainer_state":
             assert (checkpoint / path.name).read_bytes() == path.read_bytes(), path.name

@@ -20,14 +20,17 @@ rows = Dataset.from_dict({
     "long_caption": [f"A cat on the grass, seen {place} times." for place in range(8)],
 })
 
-def train(name, model, processor, peft_config=None, **kwargs):
-    args = UniGDTrainingArguments(
+def train(name, model, processor, peft_config=None, waits=True, prepare=None, **kwargs):
+    settings = dict(
         output_dir=name, hub_model_id=f"ada/{name}", push_to_hub=True, max_steps=3, save_steps=1, logging_steps=1,
-        save_total_limit=1, per_device_train_batch_size=4, learning_rate=3e-3, report_to=[], use_cpu=True, **kwargs,
+        save_total_limit=1, per_device_train_batch_size=4, learning_rate=3e-3, report_to=[], use_cpu=True,
     )
+    args = UniGDTrainingArguments(**{**settings, **kwargs})
     logs = Path(name, "runs", "here")
     logs.mkdir(parents=True)
     (logs / "events.out.tfevents.1").write_text(str(logs.resolve()))
+    for left_from_before in ("model-00001-of-00002.safetensors", "probe.safetensors", "adapter_model.safetensors"):
+        Path(name, left_from_before).write_bytes(b"another model")
     trainer = UniGDTrainer(model, args, rows, None, processor, peft_config=peft_config)
     on_save = trainer._push_from_checkpoint
     def push_and_embed(folder):
@@ -38,7 +41,10 @@ def train(name, model, processor, peft_config=None, **kwargs):
             model.eval()
             answers.setdefault(name, {})[pushed] = model.embed(**processor.process_sequences(["a red cat"])).tolist()
             model.train()
-    trainer._push_from_checkpoint = push_and_embed
+    if waits:
+        trainer._push_from_checkpoint = push_and_embed
+    if prepare is not None:
+        prepare(trainer)
     trainer.train()
 
 torch.manual_seed(0)
@@ -48,10 +54,24 @@ train("whole", UniGDForConditionalGeneration.from_vlm(tiny.model, head_type="mlp
 
 model = UniGDForConditionalGeneration.from_pretrained("ada/whole")
 train("adapter", model, processor, LoraConfig(r=4, task_type="CAUSAL_LM"), hub_strategy="checkpoint")
-answers["silent"] = outcome(lambda: train(
-    "silent", UniGDForConditionalGeneration.from_pretrained("ada/whole"), processor, hub_strategy="end"
+def fresh():
+    return UniGDForConditionalGeneration.from_pretrained("ada/whole")
+answers["silent"] = outcome(lambda: train("silent", fresh(), processor, hub_strategy="end"))
+answers["unwatched"] = outcome(lambda: train(
+    "unwatched", fresh(), processor, waits=False, hub_always_push=True, hub_strategy="all_checkpoints"
 ))
-local = UniGDForConditionalGeneration.from_pretrained("whole")
+
+def fail(*args):
+    raise OSError("No space left on device")
+def without_space(trainer):
+    trainer._push_staged = fail
+answers["full"] = outcome(lambda: train("full", fresh(), processor, waits=False, prepare=without_space))
+answers["full_checkpoint"] = Path("full", "checkpoint-3", "trainer_state.json").is_file()
+answers["left"] = [path.name for folder in Path().iterdir() if folder.is_dir() for path in folder.glob("_push*")]
+
+private = {"hub_model_id": "ada/whole", "hub_private_repo": True}
+answers["public"] = outcome(lambda: train("public", fresh(), processor, **private))
+local = UniGDForConditionalGeneration.from_pretrained("whole/checkpoint-3")
 answers["local"] = outcome(lambda: train("local", local, processor, LoraConfig(r=4, task_type="CAUSAL_LM")))
 """
 
@@ -96,7 +116,9 @@ def test_nothing_of_the_run_is_pushed_with_it(hub, answers):
             served = {file for file in files if not file.startswith("last-checkpoint/")}
             assert not any(file.startswith(("runs/", "checkpoint-")) for file in served), commit
             assert not served & {"training_args.bin", "optimizer.pt", "trainer_state.json"}, commit
-            assert {"README.md", "modeling_unigd.py", "probe.safetensors"} <= served, commit
+            assert {"README.md", "curves.png", "modeling_unigd.py", "probe.safetensors"} <= served, commit
+            weights = {file for file in served if "model" in file and file.endswith(".safetensors")}
+            assert weights == {"model.safetensors" if name == "whole" else "adapter_model.safetensors"}, commit
     assert 'from_pretrained("ada/adapter"' in hub.files("ada/adapter")["README.md"].decode()
 
 
@@ -107,5 +129,21 @@ def test_a_strategy_that_resumes_pushes_the_state_too(hub, answers):
     assert answers["silent"] == "None" and list(hub.files("ada/silent")) == [".gitattributes"]
 
 
-def test_an_adapter_that_nobody_could_load_is_refused_before_training(answers):
+def test_a_run_ends_when_its_pushes_have(hub, answers):
+    assert answers["unwatched"] == "None"
+    files = hub.files("ada/unwatched")
+    assert {"model.safetensors", *(f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3))} <= set(files)
+    assert answers["left"] == []
+
+
+def test_a_push_that_fails_costs_no_checkpoint(answers):
+    assert answers["full"] == "None" and answers["full_checkpoint"]
+
+
+def test_what_should_be_private_is_refused_before_training(hub, answers):
+    assert "ada/whole exists already and is public" in answers["public"]
+
+
+def test_an_adapter_that_nobody_could_load_is_refused_before_training(hub, answers):
     assert "is not on the Hub, so nobody could load it" in answers["local"]
+    assert "ada/local" not in hub.repositories

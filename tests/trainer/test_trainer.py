@@ -401,6 +401,13 @@ def test_bad_arguments(tmp_path):
         )
 
 
+def test_the_launchers_precision_is_taken_where_no_flag_says_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make_args(tmp_path).bf16 and make_args(tmp_path, bf16=None).bf16
+    args = make_args(tmp_path, fp16=True)
+    assert args.fp16 and not args.bf16
+
+
 def test_the_collator_keeps_duplicates_apart_by_content():
     tiny = make_vlm()
     parser = RowParser(lambda text: len(text.split()))
