@@ -9,6 +9,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -17,6 +18,7 @@ from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatu
 from ..data.lengths import sequence_length
 from ..evaluation import retrieval_metrics
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..modeling.modeling_unigd import UniGDHead
 from .adapters import add_adapter
 from .arguments import UniGDTrainingArguments
 from .batches import count_targets, idle_batch, idle_chunk, join_batches
@@ -166,6 +168,16 @@ class UniGDTrainer(CheckpointingTrainer):
 
     def _prepare_fsdp(self) -> None:
         plugin = self.accelerator.state.fsdp_plugin
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "`fsdp_cpu_ram_efficient_loading: true` shards a frozen vision tower, which has to stay whole on each "
+                "process. Set it to false, as in examples/accelerate/fsdp2.yaml."
+            )
+        for module in list(self.model.modules()):
+            if isinstance(
+                module, UniGDHead
+            ):  # a unit of its own, in float32; the temperature is read after it has run
+                fully_shard(module, reshard_after_forward=False)
         if plugin.mixed_precision_policy is not None:
             # accelerate rounds what the model returns and adds gradients up in bfloat16, which DDP does not.
             plugin.mixed_precision_policy = replace(

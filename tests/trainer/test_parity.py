@@ -1,9 +1,12 @@
 """A part of `make parity`: the same gradient however the objective is run."""
 
+from functools import partial
 from pathlib import Path
 
+import parity
 import pytest
-from parity import RECIPES, cases, check, is_good, run_group
+from accelerate.state import AcceleratorState
+from parity import RECIPES, Case, ParityTrainer, cases, check, is_good, make_args, make_model, run_group
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -26,3 +29,16 @@ def test_many_processes_agree_with_rows_run_one_by_one(world_size):
 def test_the_documented_table_is_of_these_cases():
     lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|") and "e-" in line]
     assert {line.split(" | ")[0][2:] for line in lines} == {case.name for case in cases()}
+
+
+def test_what_fsdp_would_shard_wrongly_is_refused(tmp_path, monkeypatch):
+    plugin = partial(parity.FullyShardedDataParallelPlugin, cpu_ram_efficient_loading=True)
+    monkeypatch.setattr(parity, "FullyShardedDataParallelPlugin", plugin)
+    case = Case("vladva", fsdp=True)
+    model, processor, _ = make_model("full", dropout=False)
+    AcceleratorState._reset_state()
+    try:
+        with pytest.raises(ValueError, match="Set it to false"):
+            ParityTrainer(case, model, make_args(case, str(tmp_path)), processor)
+    finally:
+        AcceleratorState._reset_state()
