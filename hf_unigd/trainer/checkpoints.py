@@ -113,7 +113,7 @@ class CheckpointingTrainer(Trainer):
             card.save(Path(self.args.output_dir, REPOCARD_NAME))
 
     def init_hf_repo(self, token=None, private=None):
-        """As [`~transformers.Trainer.init_hf_repo`], which comes before training.
+        """Makes the repository, before training.
 
         Raises:
             ValueError: the repository should be private and is there already, public; or the model is an adapter on
@@ -121,9 +121,14 @@ class CheckpointingTrainer(Trainer):
         """
         if isinstance(self.model, PeftModel):
             check_base_is_on_hub(self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
-        super().init_hf_repo(token, private)
-        if self.is_world_process_zero() and (self.args.hub_private_repo if private is None else private):
-            check_is_private(HfApi(token=token or self.args.hub_token), self.hub_model_id)
+        if not self.is_world_process_zero():
+            return
+        api = HfApi(token=token or self.args.hub_token)
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if private:
+            check_is_private(api, self.hub_model_id)
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
