@@ -35,8 +35,10 @@ RECIPE ?= vladva
 quickstart: install  ## Train a small LLaVA, print retrieval before and after, write runs/ (RECIPE=sugar: the other paper's)
 	OMP_WAIT_POLICY=passive $(BIN)/hf-unigd quickstart --recipe $(RECIPE)
 
-test: install-dev  ## Run every test (offline)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# A file's tests stay together, as they share what they have trained; one thread each, as the processes share the cores.
+test: install-dev  ## Run every test (offline), a file on each core
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+		$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 parity: install-dev  ## One objective, however it is run: every case, and docs/parity.md
 	PYTHONPATH=tests $(BIN)/python tests/trainer/parity.py

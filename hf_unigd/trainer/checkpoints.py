@@ -182,12 +182,16 @@ class CheckpointingTrainer(Trainer):
     def _push_staged(self, checkpoint: Path, staged: Path) -> list[Future]:
         message = f"Training in progress, step {self.state.global_step}"
         model, state = staged / "model", staged / "state"
-        _link(checkpoint, model, pushed_files(checkpoint) - {REPOCARD_NAME})
+        for name in pushed_files(checkpoint) - {REPOCARD_NAME}:
+            (model / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(checkpoint / name, model / name)
         self.create_model_card()
-        _link(Path(self.args.output_dir), model, {REPOCARD_NAME, CURVES_NAME})
+        for name in (REPOCARD_NAME, CURVES_NAME):
+            if (written := Path(self.args.output_dir, name)).is_file():
+                shutil.copy(written, model)
         jobs = [self._push(str(model), message, {})]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            _link(checkpoint, state, {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*")})
+            shutil.copytree(checkpoint, state, copy_function=_link)
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             upload = partial(
                 upload_folder,
@@ -204,15 +208,12 @@ class CheckpointingTrainer(Trainer):
         return jobs
 
 
-def _link(folder: Path, target: Path, names: set[str]) -> None:
-    """Puts those files of a folder that are there into another, without copying them where the disk can."""
-    for name in sorted(names):
-        if (folder / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(folder / name, target / name)
-            except OSError:
-                shutil.copy(folder / name, target / name)
+def _link(file, target) -> None:
+    """Copies a file that nobody writes to any more, by a link where the disk can."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copy(file, target)
 
 
 def _warn_if_failed(job: Future) -> None:

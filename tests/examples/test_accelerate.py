@@ -61,7 +61,7 @@ def workers(launcher):
 
 def test_ddp_starts_and_on_sigterm_saves_and_ends(folder, tmp_path):
     output = tmp_path / "out"
-    launcher, log = launch(folder, output, "ddp.yaml", "--num_processes", "2")
+    launcher, log = launch(folder, output, "ddp.yaml", "--num_processes", "2", "--main_process_port", "0")
     try:
         wait_for(lambda: (output / "checkpoint-2" / "trainer_state.json").exists(), 120, [log])
         assert len(workers(launcher)) == 2
