@@ -173,11 +173,9 @@ class UniGDTrainer(CheckpointingTrainer):
                 "`fsdp_cpu_ram_efficient_loading: true` shards a frozen vision tower, which has to stay whole on each "
                 "process. Set it to false, as in examples/accelerate/fsdp2.yaml."
             )
-        for module in list(self.model.modules()):
-            if isinstance(
-                module, UniGDHead
-            ):  # a unit of its own, in float32; the temperature is read after it has run
-                fully_shard(module, reshard_after_forward=False)
+        # By itself, and so in float32; whole until the backward pass, as the temperature is read after it has run.
+        for head in [module for module in self.model.modules() if isinstance(module, UniGDHead)]:
+            fully_shard(head, reshard_after_forward=False)
         if plugin.mixed_precision_policy is not None:
             # accelerate rounds what the model returns and adds gradients up in bfloat16, which DDP does not.
             plugin.mixed_precision_policy = replace(
