@@ -45,7 +45,10 @@ def train(name, model, processor, peft_config=None, waits=True, prepare=None, **
         trainer._push_from_checkpoint = push_and_embed
     if prepare is not None:
         prepare(trainer)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        answers.setdefault("done", {})[name] = trainer.push_in_progress is None or trainer.push_in_progress.is_done()
 
 torch.manual_seed(0)
 tiny = make_vlm()
@@ -68,6 +71,22 @@ def without_space(trainer):
 answers["full"] = outcome(lambda: train("full", fresh(), processor, waits=False, prepare=without_space))
 answers["full_checkpoint"] = Path("full", "checkpoint-3", "trainer_state.json").is_file()
 answers["left"] = [path.name for folder in Path().iterdir() if folder.is_dir() for path in folder.glob("_push*")]
+
+from hf_unigd.trainer import checkpoints
+from transformers import TrainerCallback
+import time
+push = checkpoints.push_checkpoint
+def push_slowly(*args, **kwargs):
+    time.sleep(2)
+    return push(*args, **kwargs)
+class Stop(TrainerCallback):  # as SaveOnSigterm does
+    def on_save(self, *args, **kwargs):
+        sys.exit(143)
+checkpoints.push_checkpoint = push_slowly
+answers["stopped"] = outcome(lambda: train(
+    "stopped", fresh(), processor, waits=False, prepare=lambda trainer: trainer.add_callback(Stop())
+))
+checkpoints.push_checkpoint = push
 
 private = {"hub_model_id": "ada/whole", "hub_private_repo": True}
 answers["public"] = outcome(lambda: train("public", fresh(), processor, **private))
@@ -134,6 +153,11 @@ def test_a_run_ends_when_its_pushes_have(hub, answers):
     files = hub.files("ada/unwatched")
     assert {"model.safetensors", *(f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3))} <= set(files)
     assert answers["left"] == []
+
+
+def test_a_run_that_is_stopped_waits_for_its_push(hub, answers):
+    assert answers["stopped"] == "SystemExit: 143" and answers["done"]["stopped"]
+    assert "model.safetensors" in hub.files("ada/stopped")
 
 
 def test_a_push_that_fails_costs_no_checkpoint(answers):
