@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     else:
         teachers = Teachers(teacher_args, accelerator())
         x, y = teachers(a.slices), teachers(b.slices)
-        settings["spaces"] = teachers.spaces(args.triple_kernel)
+        settings["modality_columns"] = teachers.modality_columns(args.triple_kernel)
         settings["x_modalities"] = torch.tensor([one.modality for one in a.slices])
         settings["y_modalities"] = torch.tensor([one.modality for one in b.slices])
         seen = "as the teachers see them"

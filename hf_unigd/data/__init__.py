@@ -4,7 +4,8 @@ from .dataset import ExampleDataset, IterableExampleDataset, make_examples
 from .example import Example, RowError
 from .icons import load_icons
 from .rows import RowParser
-from .slice_features import SliceFeatures, write_slice_features
+from .slice_feature_writer import write_slice_features
+from .slice_features import SliceFeatures
 from .slices import SentenceSplitter
 from .sources import load_rows
 from .stories import load_stories

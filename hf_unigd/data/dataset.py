@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -11,10 +10,7 @@ from tqdm.auto import tqdm
 
 from .example import Example, RowError
 from .rows import RowParser, check_columns
-
-
-if TYPE_CHECKING:
-    from .slice_features import SliceFeatures
+from .slice_features import SliceFeatures
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +34,7 @@ class ExampleDataset(torch.utils.data.Dataset):
         parser: RowParser,
         indices: Sequence[int] | None = None,
         skip_bad_rows: bool = False,
-        slice_features: "SliceFeatures | None" = None,
+        slice_features: SliceFeatures | None = None,
         lengths: Sequence[int] | None = None,
     ):
         self.rows = rows
@@ -140,7 +136,7 @@ def make_examples(
     parser: RowParser,
     skip_bad_rows: bool = False,
     check_rows: bool = True,
-    slice_features: "SliceFeatures | None" = None,
+    slice_features: SliceFeatures | None = None,
     length_of: Callable[[Example], int] | None = None,
 ) -> ExampleDataset | IterableExampleDataset:
     """Wraps rows, and reads each one once beforehand where they can be read twice.

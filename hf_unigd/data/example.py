@@ -2,15 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 
 
-if TYPE_CHECKING:
-    from .slices import Slice
-
+IMAGE, TEXT = 0, 1
 
 # Chat messages as `UniGDProcessor.process_sequences` takes them: images are `{"type": "image", "image": PIL image}`.
 Messages = list[dict[str, Any]]
@@ -26,6 +24,24 @@ class RowError(ValueError):
 
     def __reduce__(self):  # worker processes pickle exceptions by their `args`
         return type(self), (self.row, self.reason)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One image or sentence of a sequence."""
+
+    content: Image.Image | str
+
+    @property
+    def modality(self) -> int:
+        """`IMAGE` (0) or `TEXT` (1), as the alignment kernel's `modalities`."""
+        return TEXT if isinstance(self.content, str) else IMAGE
+
+    @property
+    def key(self) -> int:
+        """A 63-bit hash of the sentence or the pixels: equal for equal content."""
+        name = "text" if self.modality == TEXT else "image"
+        return content_key([{"content": [{"type": name, name: self.content}]}])
 
 
 @dataclass
@@ -50,7 +66,7 @@ class Example:
     negatives: list[Messages] = field(default_factory=list)
     target: str | None = None
     prompted: bool = True
-    slices: "list[Slice]" = field(default_factory=list)
+    slices: list[Slice] = field(default_factory=list)
     slice_features: torch.Tensor | None = None
     epoch: int = 0
 

@@ -4,12 +4,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import sentencex
-from PIL import Image
 
-from .example import Messages, content_key
-
-
-IMAGE, TEXT = 0, 1
+from .example import Messages, Slice
 
 
 @dataclass(frozen=True)
@@ -34,24 +30,6 @@ class SentenceSplitter:
         """The sentences of `text`, without the white space around them."""
         ends = self(text)
         return [text[start:end].strip() for start, end in zip([0, *ends], ends, strict=False)]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One image or sentence of a sequence."""
-
-    content: Image.Image | str
-
-    @property
-    def modality(self) -> int:
-        """`IMAGE` (0) or `TEXT` (1), as the alignment kernel's `modalities`."""
-        return TEXT if isinstance(self.content, str) else IMAGE
-
-    @property
-    def key(self) -> int:
-        """A 63-bit hash of the sentence or the pixels: equal for equal content."""
-        name = "text" if self.modality == TEXT else "image"
-        return content_key([{"content": [{"type": name, name: self.content}]}])
 
 
 def slices_of(messages: Messages, target: str | None, splitter: SentenceSplitter) -> list[Slice]:

@@ -7,11 +7,8 @@ import torch
 from PIL import Image
 
 from .encoders import Encoder, encoder_commit
-from .slices import IMAGE, TEXT, SentenceSplitter, Slice
-
-
-# The columns in which slices of two modalities are compared, as `hf_unigd.kernels` takes them.
-Spaces = dict[tuple[int, int], tuple[int, int]]
+from .example import IMAGE, TEXT, Slice
+from .slices import SentenceSplitter
 
 
 @dataclass
@@ -87,8 +84,8 @@ class Teachers:
         if self.cross(images).shape[1] != self.cross_width:
             raise ValueError(f"`cross_teacher` {args.cross_teacher} embeds images and texts in different spaces.")
 
-    def spaces(self, triple_kernel: bool = True) -> Spaces:
-        return slice_spaces(self.own_width, self.cross_width, triple_kernel)
+    def modality_columns(self, triple_kernel: bool = True) -> dict[tuple[int, int], tuple[int, int]]:
+        return slice_columns(self.own_width, self.cross_width, triple_kernel)
 
     @property
     def truncated(self) -> int:
@@ -112,7 +109,9 @@ class Teachers:
         return features[torch.tensor([places[key] for key in keys], device=features.device)]
 
 
-def slice_spaces(own_width: int, cross_width: int, triple_kernel: bool = True) -> Spaces:
+def slice_columns(
+    own_width: int, cross_width: int, triple_kernel: bool = True
+) -> dict[tuple[int, int], tuple[int, int]]:
     """In which columns slices are compared: the Triple Kernel's, or the cross-modal ones always ("w/o TK")."""
     cross = (own_width, own_width + cross_width)
     own = (0, own_width) if triple_kernel else cross

@@ -6,8 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data import Example, RowError, SentenceSplitter
-from ..data.teachers import Spaces
-from ..kernels import alignment_kernel, alignment_posterior
+from ..kernels import ModalityColumns, alignment_kernel, alignment_posterior
 from ..modeling import SequenceError, UniGDProcessor
 
 
@@ -16,7 +15,7 @@ def align_slices(
     y: torch.Tensor,
     x_modalities: torch.Tensor | None = None,
     y_modalities: torch.Tensor | None = None,
-    spaces: Spaces | None = None,
+    modality_columns: ModalityColumns | None = None,
     bandwidth: float = 1.0,
     normalization: str = "content",
 ) -> tuple[torch.Tensor, float]:
@@ -27,9 +26,9 @@ def align_slices(
         x, y (`torch.FloatTensor` of shape `(n, width)` and `(m, width)`): Unit vectors of slices, or what
             [`~hf_unigd.data.Teachers`] see of them.
         x_modalities, y_modalities (`torch.LongTensor` of shape `(n,)` and `(m,)`, *optional*): 0 for an image, 1 for
-            a text; with `spaces`.
-        spaces: Columns in which slices of two modalities are compared, as [`~hf_unigd.data.Teachers.spaces`] gives
-            them; all of them by default.
+            a text; with `modality_columns`.
+        modality_columns: Columns in which slices of two modalities are compared, as
+            [`~hf_unigd.data.Teachers.modality_columns`] gives them; all of them by default.
         bandwidth: `δ`; the kernel's bandwidth is `δ · sqrt((n + m) / 2)`.
         normalization: `"cosine"`, or `"content"`, which also takes out what the two lengths alone explain.
 
@@ -47,7 +46,7 @@ def align_slices(
         "y_offsets": torch.tensor([0, len(y)]),
         "x_modalities": x_modalities,
         "y_modalities": y_modalities,
-        "spaces": spaces,
+        "modality_columns": modality_columns,
         "bandwidth": bandwidth,
         "per_pair_bandwidth": True,
     }

@@ -55,7 +55,7 @@ def _align(problem: Problem, grad: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         None if y is None else y.modalities,
         None if problem.pairs is None else problem.pairs.contiguous(),
         grad,
-        [value for space in problem.spaces for value in space],
+        [value for space in problem.modality_columns for value in space],
         problem.scale,
         problem.per_pair_bandwidth,
         problem.local == "gaussian",

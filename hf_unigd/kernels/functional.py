@@ -16,7 +16,7 @@ from .problem import LOCAL_KERNELS
 
 
 NORMALIZATIONS = ("none", "cosine", "length", "content")
-Spaces = Mapping[tuple[int, int], tuple[int, int]]
+ModalityColumns = Mapping[tuple[int, int], tuple[int, int]]
 
 
 class _Inputs:
@@ -31,7 +31,7 @@ class _Inputs:
         x_lengths: Tensor | None,
         y_lengths: Tensor | None,
         pairs: Tensor | None,
-        spaces: Spaces | None,
+        modality_columns: ModalityColumns | None,
         x_modalities: Tensor | None,
         y_modalities: Tensor | None,
     ) -> None:
@@ -44,7 +44,7 @@ class _Inputs:
         validation.index_pairs(pairs)
         self.pairs = pairs
         self.x_modalities, self.y_modalities = x_modalities, y_modalities
-        self.spaces = validation.flat_spaces(spaces, x, x_modalities, y, y_modalities)
+        self.modality_columns = validation.flat_modality_columns(modality_columns, x, x_modalities, y, y_modalities)
 
     @property
     def x_lengths(self) -> Tensor:
@@ -67,7 +67,7 @@ class _Inputs:
         if not isinstance(value, str):
             return validation.positive(value, "bandwidth", self.x.device)
         validation.choice(value, "bandwidth", ("median",))
-        return ops.median_bandwidth(self.x.detach(), self.x_extents, self.x_modalities, self.spaces)
+        return ops.median_bandwidth(self.x.detach(), self.x_extents, self.x_modalities, self.modality_columns)
 
     def log_kernel(self, *settings: Any) -> Tensor:
         return ops.alignment(
@@ -110,7 +110,7 @@ def alignment_kernel(
     normalize: str = "cosine",
     local: str = "gaussian",
     per_pair_bandwidth: bool = False,
-    spaces: Spaces | None = None,
+    modality_columns: ModalityColumns | None = None,
     x_modalities: Tensor | None = None,
     y_modalities: Tensor | None = None,
     backend: str = "auto",
@@ -138,11 +138,12 @@ def alignment_kernel(
             kappa = k, whose log K is -softDTW / gamma with gamma = 2 sigma^2.
         per_pair_bandwidth: Multiply sigma by sqrt((n + m) / 2) of each pair's lengths (Sugar, section 3.2, where
             `bandwidth` is called delta).
-        spaces: The Triple Kernel (Sugar, section 3.3, equation 4) in general form: for each pair of modalities the
-            columns `(start, stop)` in which two such slices are compared. Sugar's, with modality 0 for images and 1
-            for text, features [DINOv2 or BGE | CLIP] of 768 each:
+        modality_columns: The Triple Kernel (Sugar, section 3.3, equation 4) in general form: for each pair of
+            modalities the columns `(start, stop)` in which two such slices are compared. Sugar's, with
+            modality 0 for images and 1 for text, features [DINOv2 or BGE | CLIP] of 768 each:
             `{(0, 0): (0, 768), (1, 1): (0, 768), (0, 1): (768, 1536)}`. Both orders of a pair are meant.
-        x_modalities, y_modalities: `(total_slices,)` or `(n, L)` int, the modality of each slice; with `spaces`.
+        x_modalities, y_modalities: `(total_slices,)` or `(n, L)` int, the modality of each slice; with
+            `modality_columns`.
         backend: `"auto"`, `"reference"`, `"eager"`, `"compiled"` (C++ on the CPU, built at first use) or `"triton"`.
 
     Returns:
@@ -156,17 +157,19 @@ def alignment_kernel(
           alone explain over 99 per cent of L~ at the textbook bandwidth. For contrastive logits.
 
         exp of `"none"` and `"cosine"` is positive definite for `local="gaussian"`, one space and one bandwidth for
-        all pairs; not promised for several spaces (the Triple Kernel), `"plain_gaussian"`, a bandwidth per pair,
-        `"length"` or `"content"`. log K itself is never promised to be, nor conditionally.
+        all pairs; not promised for several modality columns (the Triple Kernel), `"plain_gaussian"`, a bandwidth per
+        pair, `"length"` or `"content"`. log K itself is never promised to be, nor conditionally.
 
     Raises:
         ValueError: Naming the argument, what was given and what is needed.
     """
-    inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, spaces, x_modalities, y_modalities)
+    inputs = _Inputs(
+        x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, modality_columns, x_modalities, y_modalities
+    )
     validation.choice(normalize, "normalize", NORMALIZATIONS)
     validation.choice(local, "local", LOCAL_KERNELS)
     validation.choice(backend, "backend", ("auto", *ops.BACKENDS))
-    settings = (inputs.bandwidth(bandwidth), inputs.spaces, local, per_pair_bandwidth, backend)
+    settings = (inputs.bandwidth(bandwidth), inputs.modality_columns, local, per_pair_bandwidth, backend)
     log_k = inputs.log_kernel(*settings)
     if normalize == "none":
         return log_k
@@ -212,7 +215,7 @@ def soft_dtw(
     inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, None, None, None)
     validation.choice(backend, "backend", ("auto", *ops.BACKENDS))
     scale = validation.positive(gamma, "gamma", x.device)
-    settings = ((scale / 2).sqrt(), inputs.spaces, "plain_gaussian", False, backend)
+    settings = ((scale / 2).sqrt(), inputs.modality_columns, "plain_gaussian", False, backend)
     log_k = inputs.log_kernel(*settings)
     if divergence:
         log_k = inputs.without_selves(log_k, *settings)
@@ -232,7 +235,7 @@ def alignment_posterior(
     y_lengths: Tensor | None = None,
     local: str = "gaussian",
     per_pair_bandwidth: bool = False,
-    spaces: Spaces | None = None,
+    modality_columns: ModalityColumns | None = None,
     x_modalities: Tensor | None = None,
     y_modalities: Tensor | None = None,
     backend: str = "auto",
@@ -253,7 +256,9 @@ def alignment_posterior(
     """
     if pairs is None:
         pairs = torch.tensor([[0, 1 if y is None else 0]])
-    inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, spaces, x_modalities, y_modalities)
+    inputs = _Inputs(
+        x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, modality_columns, x_modalities, y_modalities
+    )
     validation.choice(local, "local", LOCAL_KERNELS)
     validation.choice(backend, "backend", ("auto", *ops.BACKENDS))
     problem, _ = ops.make_problem(
@@ -265,7 +270,7 @@ def alignment_posterior(
         y_modalities,
         pairs,
         inputs.bandwidth(bandwidth),
-        inputs.spaces,
+        inputs.modality_columns,
         local,
         per_pair_bandwidth,
     )
@@ -285,7 +290,7 @@ def mean_slice_similarity(
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
     pairs: Tensor | None = None,
-    spaces: Spaces | None = None,
+    modality_columns: ModalityColumns | None = None,
     x_modalities: Tensor | None = None,
     y_modalities: Tensor | None = None,
 ) -> Tensor:
@@ -298,10 +303,14 @@ def mean_slice_similarity(
     Returns:
         `(n, m)`, or `(p,)` with `pairs`, in [-1, 1]: float64 for float64 features, else float32.
     """
-    inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, spaces, x_modalities, y_modalities)
+    inputs = _Inputs(
+        x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, modality_columns, x_modalities, y_modalities
+    )
     sides = (x, inputs.x_extents, x_modalities, y, inputs.y_extents, y_modalities)
-    x_lengths = ops.check_inputs(*(None if side is None else side.detach() for side in sides), pairs, inputs.spaces)
-    flat = inputs.spaces or [0, 0, 0, x.shape[-1]]
+    x_lengths = ops.check_inputs(
+        *(None if side is None else side.detach() for side in sides), pairs, inputs.modality_columns
+    )
+    flat = inputs.modality_columns or [0, 0, 0, x.shape[-1]]
     result: Tensor | None = None
     with torch.autocast(x.device.type, enabled=False):
         for a, b, start, stop in (flat[i : i + 4] for i in range(0, len(flat), 4)):

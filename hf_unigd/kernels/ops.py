@@ -47,7 +47,7 @@ def make_problem(
     y_modalities: Tensor | None,
     pairs: Tensor | None,
     bandwidth: Tensor,
-    spaces: list[int],
+    modality_columns: list[int],
     local: str,
     per_pair_bandwidth: bool,
 ) -> tuple[Problem, int]:
@@ -55,13 +55,13 @@ def make_problem(
     sigma = bandwidth.item()
     if not 0 < sigma < torch.inf:
         raise ValueError(f"`bandwidth` must be positive and finite, but is {sigma}.")
-    parts, largest = _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, spaces)
+    parts, largest = _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, modality_columns)
     # A shift would take 16-bit features off their grid, on which their products are exact.
     k = packing.condition(parts, largest, center=x.dtype in (torch.float64, torch.float32))
     if pairs is not None:
         pairs = pairs.detach().cpu().to(torch.int64)
         pairs = torch.stack([parts[0].rank[pairs[:, 0]], parts[-1].rank[pairs[:, 1]]], 1)
-    columns = [cast(Space, tuple(spaces[i : i + 4])) for i in range(0, len(spaces), 4)]
+    columns = [cast(Space, tuple(modality_columns[i : i + 4])) for i in range(0, len(modality_columns), 4)]
     problem = Problem(
         x=parts[0],
         y=parts[1] if y is not None else None,
@@ -69,13 +69,15 @@ def make_problem(
         bandwidth=sigma * 2.0**k,
         per_pair_bandwidth=per_pair_bandwidth,
         local=local,
-        spaces=tuple(columns) or ((0, 0, 0, x.shape[-1]),),
+        modality_columns=tuple(columns) or ((0, 0, 0, x.shape[-1]),),
         bfloat16=x.dtype == torch.bfloat16,
     )
     return problem, k
 
 
-def _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, spaces) -> tuple[list, float]:
+def _checked_parts(
+    x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, modality_columns
+) -> tuple[list, float]:
     """The packed sequences of x and, where it is given, of y, and the largest |feature|. Checks every value."""
     parts = [packing.pack(x, x_extents, x_modalities, "x")]
     largest = packing.magnitude(parts[0], "x")
@@ -84,7 +86,7 @@ def _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs
         parts.append(packing.pack(y, y_extents, y_modalities, "y"))
         largest = max(largest, packing.magnitude(parts[1], "y"))
     if parts[0].modalities is not None:
-        packing.check_spaces(parts, spaces)
+        packing.check_modality_columns(parts, modality_columns)
     if pairs is not None:
         indices = pairs.detach().cpu()
         limits = torch.tensor([len(parts[0]), len(parts[-1])])
@@ -115,19 +117,29 @@ def alignment(
     y_modalities: Tensor | None,
     pairs: Tensor | None,
     bandwidth: Tensor,
-    spaces: list[int],
+    modality_columns: list[int],
     local: str,
     per_pair_bandwidth: bool,
     backend: str,
 ) -> Tensor:
     """log K of all pairs, `(n, m)`, or of the given pairs, `(p,)`.
 
-    `x_extents` are offsets for packed `(total, d)` features, lengths for padded `(n, L, d)` ones; `spaces` is flat:
-    (modality of x, modality of y, first column, last column + 1) each.
+    `x_extents` are offsets for packed `(total, d)` features, lengths for padded `(n, L, d)` ones; `modality_columns`
+    is flat: (modality of x, modality of y, first column, last column + 1) each.
     """
     with torch.autocast(x.device.type, enabled=False):
         problem, _ = make_problem(
-            x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, spaces, local, per_pair_bandwidth
+            x,
+            x_extents,
+            x_modalities,
+            y,
+            y_extents,
+            y_modalities,
+            pairs,
+            bandwidth,
+            modality_columns,
+            local,
+            per_pair_bandwidth,
         )
         result = _backend(backend, x.device).forward(problem)
         return _reorder(result.to(x.device, COMPUTE_DTYPE[x.dtype]), problem, to_caller=True)
@@ -154,7 +166,7 @@ def alignment_backward(
     y_modalities: Tensor | None,
     pairs: Tensor | None,
     bandwidth: Tensor,
-    spaces: list[int],
+    modality_columns: list[int],
     local: str,
     per_pair_bandwidth: bool,
     backend: str,
@@ -162,7 +174,17 @@ def alignment_backward(
     """The gradients to x, to y (empty where y is None) and to the bandwidth."""
     with torch.autocast(x.device.type, enabled=False):
         problem, k = make_problem(
-            x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, bandwidth, spaces, local, per_pair_bandwidth
+            x,
+            x_extents,
+            x_modalities,
+            y,
+            y_extents,
+            y_modalities,
+            pairs,
+            bandwidth,
+            modality_columns,
+            local,
+            per_pair_bandwidth,
         )
         grad = _reorder(grad.to(COMPUTE_DTYPE[x.dtype]), problem, to_caller=False).contiguous()
         dx, dy, d_bandwidth = _backend(backend, x.device).backward(problem, grad)
@@ -211,10 +233,10 @@ def check_inputs(
     y_extents: Tensor | None,
     y_modalities: Tensor | None,
     pairs: Tensor | None,
-    spaces: list[int],
+    modality_columns: list[int],
 ) -> Tensor:
     """Refuses what `alignment` refuses. Returns the `(n,)` int64 lengths of x, so that no compiler leaves it out."""
-    _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, spaces)
+    _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, modality_columns)
     return packing.locate(x, x_extents, "x")[1].to(x.device, copy=True)
 
 
@@ -246,12 +268,12 @@ def _(x_lengths, y_lengths):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::median_bandwidth", mutates_args=())
-def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, spaces: list[int]) -> Tensor:
+def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, modality_columns: list[int]) -> Tensor:
     """median |x_i - x_j| sqrt(median length) over at most 1,000 evenly spaced valid slices: a float64 scalar."""
     sequences = packing.pack(x, x_extents, x_modalities, "x")
     packing.magnitude(sequences, "x")
     if sequences.modalities is not None:
-        packing.check_spaces([sequences], spaces)
+        packing.check_modality_columns([sequences], modality_columns)
     total = len(sequences.slices)
     sample = torch.linspace(0, total - 1, min(total, 1000), dtype=torch.float64).long()
     # In the caller's order, so that the result does not depend on how ties in length were broken.
@@ -262,7 +284,7 @@ def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, 
     else:
         modalities = sequences.modalities[sample].to(x.device)
         distances = slices.new_zeros(len(slices), len(slices))
-        for a, b, start, stop in (spaces[i : i + 4] for i in range(0, len(spaces), 4)):
+        for a, b, start, stop in (modality_columns[i : i + 4] for i in range(0, len(modality_columns), 4)):
             part = slices[:, start:stop]
             meet = (modalities[:, None] == a) & (modalities == b)
             distances = torch.where(meet, torch.cdist(part, part), distances)
@@ -275,5 +297,5 @@ def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, 
 
 
 @median_bandwidth.register_fake
-def _(x, x_extents, x_modalities, spaces):
+def _(x, x_extents, x_modalities, modality_columns):
     return x.new_empty((), dtype=torch.float64)

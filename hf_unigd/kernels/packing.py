@@ -97,9 +97,9 @@ def condition(parts: list[Sequences], largest: float, center: bool) -> int:
     return k
 
 
-def check_spaces(parts: list[Sequences], spaces: list[int]) -> None:
+def check_modality_columns(parts: list[Sequences], modality_columns: list[int]) -> None:
     """Every pair of modalities that meets must have a space."""
-    known = {(spaces[k], spaces[k + 1]) for k in range(0, len(spaces), 4)}
+    known = {(modality_columns[k], modality_columns[k + 1]) for k in range(0, len(modality_columns), 4)}
     present = [
         torch.unique(part.modalities).tolist() if part.modalities is not None else [] for part in (parts[0], parts[-1])
     ]
@@ -107,7 +107,7 @@ def check_spaces(parts: list[Sequences], spaces: list[int]) -> None:
         for b in present[1]:
             if (a, b) not in known:
                 raise ValueError(
-                    f"`spaces` has no columns for the modality pair ({a}, {b}), which occurs in the input; "
+                    f"`modality_columns` has no columns for the modality pair ({a}, {b}), which occurs in the input; "
                     f"it has {sorted(known)}. Add `({a}, {b}): (start, stop)`."
                 )
 

@@ -64,7 +64,7 @@ class Problem:
     bandwidth: float
     per_pair_bandwidth: bool
     local: str
-    spaces: tuple[Space, ...]
+    modality_columns: tuple[Space, ...]
     bfloat16: bool = False
 
     @property
@@ -78,7 +78,7 @@ class Problem:
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """The distinct column ranges, in a fixed order."""
-        return sorted({(start, stop) for _, _, start, stop in self.spaces})
+        return sorted({(start, stop) for _, _, start, stop in self.modality_columns})
 
     def comparisons(self, p: Tensor | None, q: Tensor | None) -> Iterator[tuple[int, int, Tensor | None]]:
         """Column ranges with a mask of the cells compared in them (None: all), from the modalities of both sides,
@@ -88,7 +88,7 @@ class Problem:
             return
         for start, stop in self.ranges:
             mask = torch.zeros((), dtype=torch.bool, device=p.device)
-            for s, t, *columns in self.spaces:
+            for s, t, *columns in self.modality_columns:
                 if columns == [start, stop]:
                     mask = mask | ((p == s) & (q == t))
             yield start, stop, mask

@@ -41,7 +41,7 @@ def _columns(problem: Problem, i: int, j: int) -> Tensor:
     x, y = problem.x, problem.other
     n, m = int(x.lengths[i]), int(y.lengths[j])
     result = torch.zeros(n, m, x.slices.shape[1], dtype=torch.bool)
-    for s, t, start, stop in problem.spaces:
+    for s, t, start, stop in problem.modality_columns:
         if x.modalities is None or y.modalities is None:
             meet = torch.ones(n, m, dtype=torch.bool)
         else:

@@ -96,8 +96,8 @@ def choice(value: object, name: str, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
 
 
-def flat_spaces(
-    spaces: Mapping[tuple[int, int], tuple[int, int]] | None,
+def flat_modality_columns(
+    modality_columns: Mapping[tuple[int, int], tuple[int, int]] | None,
     x: Tensor,
     x_modalities: Tensor | None,
     y: Tensor | None,
@@ -105,13 +105,15 @@ def flat_spaces(
 ) -> list[int]:
     """The modality table as the operator takes it, both orders of every pair written out."""
     sides = [("x", x, x_modalities)] if y is None else [("x", x, x_modalities), ("y", y, y_modalities)]
-    if spaces is None:
+    if modality_columns is None:
         for name, _, modalities in sides:
             if modalities is not None:
-                raise ValueError(f"`{name}_modalities` was given without `spaces`, which says how modalities compare.")
+                raise ValueError(
+                    f"`{name}_modalities` was given without `modality_columns`, which says how modalities compare."
+                )
         return []
-    if not spaces:
-        raise ValueError("`spaces` must name at least one modality pair, but is empty.")
+    if not modality_columns:
+        raise ValueError("`modality_columns` must name at least one modality pair, but is empty.")
     for name, side, modalities in sides:
         wanted = tuple(side.shape[:-1])
         if (
@@ -124,13 +126,15 @@ def flat_spaces(
                 f"`{name}_modalities` must be an integer tensor of shape {wanted}, one id a slice, but is {given}."
             )
     table: dict[tuple[int, int], tuple[int, int]] = {}
-    for (a, b), (start, stop) in spaces.items():
+    for (a, b), (start, stop) in modality_columns.items():
         if not 0 <= start < stop <= x.shape[-1] or not (0 <= a < 32 and 0 <= b < 32):
             raise ValueError(
-                f"`spaces` must map modality ids between 0 and 31 to columns (start, stop) within the {x.shape[-1]} "
-                f"features, but maps {(a, b)} to {(start, stop)}."
+                f"`modality_columns` must map modality ids between 0 and 31 to columns (start, stop) within "
+                f"the {x.shape[-1]} features, but maps {(a, b)} to {(start, stop)}."
             )
         if table.setdefault((b, a), (start, stop)) != (start, stop):
-            raise ValueError(f"`spaces` must be symmetric, but maps {(a, b)} and {(b, a)} to different columns.")
+            raise ValueError(
+                f"`modality_columns` must be symmetric, but maps {(a, b)} and {(b, a)} to different columns."
+            )
         table[a, b] = (start, stop)
     return [value for pair, columns in sorted(table.items()) for value in (*pair, *columns)]

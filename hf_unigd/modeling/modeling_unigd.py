@@ -49,7 +49,7 @@ class UniGDModelOutput(ModelOutput):
     r"""
     embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`):
         L2-normalised float32 embeddings, one a span, in the order of `spans` (one a row where `spans` was not given).
-    logit_scale (`torch.FloatTensor` of shape `()`):
+    inverse_temperature (`torch.FloatTensor` of shape `()`):
         Inverse temperature by which similarities are multiplied in the contrastive loss.
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         Output of the decoder's last layer after its final norm.
@@ -58,7 +58,7 @@ class UniGDModelOutput(ModelOutput):
     """
 
     embeddings: torch.Tensor | None = None
-    logit_scale: torch.Tensor | None = None
+    inverse_temperature: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -73,7 +73,7 @@ class UniGDCausalLMOutput(ModelOutput):
         Next-token scores; `None` where they were skipped (see `skip_logits`).
     embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`, *optional*):
         As in [`UniGDModelOutput`]; `None` while decoding from a cache without `spans`.
-    logit_scale (`torch.FloatTensor` of shape `()`):
+    inverse_temperature (`torch.FloatTensor` of shape `()`):
         Inverse temperature of the contrastive loss.
     past_key_values, hidden_states, attentions:
         As the backbone returns them, when asked for.
@@ -82,7 +82,7 @@ class UniGDCausalLMOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
-    logit_scale: torch.Tensor | None = None
+    inverse_temperature: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
@@ -553,7 +553,7 @@ class UniGDModel(UniGDPreTrainedModel):
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         return UniGDModelOutput(
             embeddings=self._pool(outputs.last_hidden_state, attention_mask, spans),
-            logit_scale=self.embedding_head.inverse_temperature,
+            inverse_temperature=self.embedding_head.inverse_temperature,
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -631,7 +631,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             embeddings=embeddings,
-            logit_scale=self.embedding_head.inverse_temperature,
+            inverse_temperature=self.embedding_head.inverse_temperature,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -651,7 +651,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         return UniGDCausalLMOutput(
             loss=torch.stack(losses).sum(),
             embeddings=torch.cat(embeddings),
-            logit_scale=self.embedding_head.inverse_temperature,
+            inverse_temperature=self.embedding_head.inverse_temperature,
         )
 
     def generate(self, inputs=None, generation_config=None, **kwargs):

@@ -80,8 +80,8 @@ def probe_differences(model, probe: dict[str, torch.Tensor]) -> dict[str, float]
     """By output, the largest distance, relative to its length, between a saved row and what `model` makes of the same
     inputs."""
     outputs = _outputs(model, probe)
-    if "logit_scale" not in probe:  # an older probe
-        del outputs["logit_scale"]
+    if "inverse_temperature" not in probe:  # an older probe
+        del outputs["inverse_temperature"]
     differences = {}
     for name, now in outputs.items():
         saved = probe[name]
@@ -144,7 +144,7 @@ def _outputs(model, tensors) -> dict[str, torch.Tensor]:
                 "embeddings": model._pool(hidden_states, mask, spans),
                 "logits": model.get_output_embeddings()(at_last),
                 # As it multiplies: never zero, so that a distance relative to it can be told.
-                "logit_scale": model.embedding_head.inverse_temperature.reshape(1, 1),
+                "inverse_temperature": model.embedding_head.inverse_temperature.reshape(1, 1),
             }
         return {name: value.float().cpu() for name, value in outputs.items()}
     finally:

@@ -19,10 +19,10 @@ from transformers.utils import PushInProgress
 
 from ..hub.cards import CURVES_NAME
 from ..hub.pushing import check_base_is_on_hub, check_is_private, push_checkpoint, pushed_files
-from ..hub.runs import make_run_card
 from ..modeling import UniGDForConditionalGeneration
 from .adapters import save_adapter_companions
 from .interruption import SaveOnSigterm, discard, last_whole_checkpoint
+from .run_card import make_run_card
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class CheckpointingTrainer(Trainer):
 
     def create_model_card(self, model_name=None, tags=None, **kwargs):
         """Writes `README.md`, of what the run knows, and the losses as a picture. `kwargs` are those of
-        [`~hf_unigd.hub.make_run_card`]."""
+        [`~hf_unigd.trainer.run_card.make_run_card`]."""
         if self.is_world_process_zero():
             card = make_run_card(self, **kwargs)
             card.data["tags"] += [tags] if isinstance(tags, str) else tags or []

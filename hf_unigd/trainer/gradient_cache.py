@@ -45,26 +45,28 @@ class EmbeddedChunks:
 
     Attributes:
         embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`): Of all chunks; a leaf.
-        logit_scale (`torch.FloatTensor` of shape `()`): Inverse temperature; a leaf.
+        inverse_temperature (`torch.FloatTensor` of shape `()`): Inverse temperature; a leaf.
         counts: Spans of each chunk.
         states: Where the random numbers stood before each chunk.
     """
 
     embeddings: torch.Tensor
-    logit_scale: torch.Tensor
+    inverse_temperature: torch.Tensor
     counts: list[int]
     states: list[RandomState]
 
     def differentiate(self, loss: torch.Tensor) -> None:
         """The second step: keeps the gradients of `loss`."""
-        gradient, self.logit_scale_gradient = torch.autograd.grad(loss, (self.embeddings, self.logit_scale))
+        gradient, self.inverse_temperature_gradient = torch.autograd.grad(
+            loss, (self.embeddings, self.inverse_temperature)
+        )
         self.gradients = gradient.split(self.counts)
 
     def surrogate(self, place: int, outputs: Any) -> torch.Tensor:
         """A scalar whose gradient through the `outputs` of a chunk is that of the loss."""
         loss = (outputs.embeddings * self.gradients[place]).sum()
         if place == len(self.counts) - 1:  # the temperature is the same in every chunk
-            loss = loss + outputs.logit_scale * self.logit_scale_gradient
+            loss = loss + outputs.inverse_temperature * self.inverse_temperature_gradient
         return loss
 
 
@@ -75,7 +77,7 @@ def embed_chunks(
     The first pass.
 
     Args:
-        forward: Runs the model on a chunk; returns `embeddings` and `logit_scale`.
+        forward: Runs the model on a chunk; returns `embeddings` and `inverse_temperature`.
         chunks: Model inputs, with `spans` and `labels`.
         device: Whose random numbers the model draws.
     """
@@ -86,7 +88,7 @@ def embed_chunks(
             outputs.append(forward({**chunk, "labels": torch.full_like(chunk["labels"], -100)}))
     return EmbeddedChunks(
         torch.cat([output.embeddings for output in outputs]).detach().requires_grad_(),
-        outputs[0].logit_scale.detach().requires_grad_(),
+        outputs[0].inverse_temperature.detach().requires_grad_(),
         [len(output.embeddings) for output in outputs],
         states,
     )

@@ -34,7 +34,7 @@ class PrefixSampler:
             slice_spans (`torch.LongTensor` of shape `(num_slices, 3)`): Spans of all of them.
 
         Returns:
-            The spans to embed, and the inputs of [`StructureLoss`] but for embeddings and spaces; instead of
+            The spans to embed, and the inputs of [`StructureLoss`] but for embeddings and modality columns; instead of
             `features` there are the `slices` themselves where the teachers have not seen them yet.
         """
         slices = [part for example in examples for part in example.slices]

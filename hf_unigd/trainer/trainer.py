@@ -105,10 +105,10 @@ class UniGDTrainer(CheckpointingTrainer):
             splitter = args.splitter
             if args.slice_features:
                 slice_features = SliceFeatures.load(args.slice_features, args)
-                self._spaces = slice_features.spaces(args.triple_kernel)
+                self._modality_columns = slice_features.modality_columns(args.triple_kernel)
             else:
                 self.teachers = Teachers(args, args.device)
-                self._spaces = self.teachers.spaces(args.triple_kernel)
+                self._modality_columns = self.teachers.modality_columns(args.triple_kernel)
 
         def examples_of(rows, parser=parser, slice_features=None, length_of=None):
             if isinstance(rows, dict):
@@ -272,21 +272,21 @@ class UniGDTrainer(CheckpointingTrainer):
         def forward(model, chunks):
             return model(batches=chunks, num_items_in_batch=num_items_in_batch)
 
-        def batch_loss(embeddings, logit_scale):
-            parts, metrics = self.batch_losses(embeddings, logit_scale, inputs)
+        def batch_loss(embeddings, inverse_temperature):
+            parts, metrics = self.batch_losses(embeddings, inverse_temperature, inputs)
             # DDP waits for a gradient of all that its outputs depend on: every output takes part, if with weight 0.
-            loss = embeddings.sum() * 0.0 + logit_scale * 0.0
+            loss = embeddings.sum() * 0.0 + inverse_temperature * 0.0
             return loss + sum(scales.get(name, 0.0) * part for name, part in parts.items()), parts, metrics
 
         if not self._uses_gradient_cache:
             outputs = forward(model, chunks)
-            loss, parts, metrics = batch_loss(outputs.embeddings, outputs.logit_scale)
+            loss, parts, metrics = batch_loss(outputs.embeddings, outputs.inverse_temperature)
             loss = loss + scales.get("causal_lm", 0.0) * outputs.loss
             causal_lm = outputs.loss.detach()
         else:
             # All chunks but the last bypass DDP, so that gradients are exchanged once.
             embedded = embed_chunks(lambda chunk: forward(inner, [chunk]), chunks, self.args.device)
-            batch_part, parts, metrics = batch_loss(embedded.embeddings, embedded.logit_scale)
+            batch_part, parts, metrics = batch_loss(embedded.embeddings, embedded.inverse_temperature)
             embedded.differentiate(batch_part)
             causal_lm = torch.zeros((), device=self.args.device)
             for place, chunk in enumerate(chunks):
@@ -334,7 +334,7 @@ class UniGDTrainer(CheckpointingTrainer):
         return self._vision_features
 
     def batch_losses(
-        self, embeddings: torch.Tensor, logit_scale: torch.Tensor, batch: dict
+        self, embeddings: torch.Tensor, inverse_temperature: torch.Tensor, batch: dict
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """
         The losses that compare embeddings with each other. They see the whole batch at once, however many forward
@@ -342,7 +342,7 @@ class UniGDTrainer(CheckpointingTrainer):
 
         Args:
             embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`): Of all chunks, in their order.
-            logit_scale (`torch.FloatTensor` of shape `()`): Inverse temperature.
+            inverse_temperature (`torch.FloatTensor` of shape `()`): Inverse temperature.
             batch (`dict`): As [`UniGDDataCollator`] makes it.
 
         Returns:
@@ -356,16 +356,18 @@ class UniGDTrainer(CheckpointingTrainer):
                 "positive_keys": batch["positive_keys"],
                 "negative_keys": batch["negative_keys"],
             }
-            contrastive = self.contrastive_loss(at["anchors"], at["positives"], logit_scale, at["negatives"], **keys)
+            contrastive = self.contrastive_loss(
+                at["anchors"], at["positives"], inverse_temperature, at["negatives"], **keys
+            )
             parts["contrastive"] = contrastive.pop("loss")
-            metrics = {**contrastive, "temperature": 1 / logit_scale}
+            metrics = {**contrastive, "temperature": 1 / inverse_temperature}
         if self.args.alignment_weight:
             structure = dict(batch["structure"])
             if self.teachers is not None:
                 before = self.teachers.truncated
                 structure["features"] = self.teachers(structure.pop("slices"))
                 metrics["truncated_texts"] = embeddings.new_tensor(self.teachers.truncated - before)
-            alignment = self.structure_loss(at["slices"], **structure, spaces=self._spaces)
+            alignment = self.structure_loss(at["slices"], **structure, modality_columns=self._modality_columns)
             parts["alignment"] = alignment.pop("loss")
             metrics |= alignment
         return parts, metrics

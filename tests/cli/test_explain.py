@@ -63,7 +63,7 @@ def test_the_teachers_similarity_is_the_target_of_training(folder, teacher_args,
         starts=torch.tensor([0, 4]),
         lengths=torch.tensor([4, 3]),
         sample_keys=torch.tensor([0, 1]),
-        spaces=teachers.spaces(),
+        modality_columns=teachers.modality_columns(),
     )
     assert printed_similarity(capsys) == pytest.approx(outputs["alignment_target"].item(), abs=1e-3)
 

@@ -19,10 +19,9 @@ from transformers import (
 )
 
 from hf_unigd.data import ExampleDataset, RowError, RowParser, SentenceSplitter, Teachers, write_slice_features
-from hf_unigd.data import slice_features as module
 from hf_unigd.data.encoders import Encoder
+from hf_unigd.data.example import IMAGE, TEXT, Slice
 from hf_unigd.data.slice_features import SliceFeatures
-from hf_unigd.data.slices import IMAGE, TEXT, Slice
 from tiny_models import make_image, make_tokenizer
 
 
@@ -123,15 +122,13 @@ def test_an_interrupted_run_goes_on_without_encoding_anything_twice(teacher_args
         calls.append(len(slices))
         return encode(self, slices)
 
-    monkeypatch.setattr(module.Teachers, "__call__", interrupted)
+    monkeypatch.setattr(Teachers, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_slice_features(make_examples(), teacher_args, tmp_path / "part", rows_per_part=3)
     with pytest.raises(ValueError, match="6 of 10 rows; run `hf-unigd embed-slices` again"):
         SliceFeatures.load(tmp_path / "part", teacher_args)
     counted = []
-    monkeypatch.setattr(
-        module.Teachers, "__call__", lambda self, slices: counted.append(len(slices)) or encode(self, slices)
-    )
+    monkeypatch.setattr(Teachers, "__call__", lambda self, slices: counted.append(len(slices)) or encode(self, slices))
     resumed = write_slice_features(make_examples(), teacher_args, tmp_path / "part", rows_per_part=3)
     assert sum(calls) + sum(counted) == len(whole.features)
     assert resumed.features["key"][:].tolist() == whole.features["key"][:].tolist()

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_unigd import UniGDProcessor
-from hf_unigd.data.slices import IMAGE, TEXT, SentenceSplitter, slices_of
+from hf_unigd.data.example import IMAGE, TEXT
+from hf_unigd.data.slices import SentenceSplitter, slices_of
 from tiny_models import make_image, make_vlm
 
 

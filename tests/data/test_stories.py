@@ -3,7 +3,7 @@
 import pytest
 
 from hf_unigd.data import RowParser, SentenceSplitter, load_rows, load_stories
-from hf_unigd.data.slices import IMAGE, TEXT
+from hf_unigd.data.example import IMAGE, TEXT
 from hf_unigd.data.stories import cast_of_icons
 
 

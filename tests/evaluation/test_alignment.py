@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from hf_unigd import UniGDProcessor
 from hf_unigd.data import Example, SentenceSplitter
-from hf_unigd.data.slices import IMAGE, TEXT, slices_of
-from hf_unigd.data.teachers import slice_spaces
+from hf_unigd.data.example import IMAGE, TEXT
+from hf_unigd.data.slices import slices_of
+from hf_unigd.data.teachers import slice_columns
 from hf_unigd.evaluation.alignment import align_slices, embed_slices
 from hf_unigd.evaluation.pictures import draw_alignment
 from tiny_models import make_image
@@ -75,7 +76,7 @@ def brute_force(x, y, bandwidth):
 def test_posterior_and_similarity_equal_path_enumeration(normalization, n, m, seed, bandwidth):
     x, y = make_slices(n, seed), make_slices(m, seed + 100)
     posterior, similarity = align_slices(
-        x[0], y[0], x[1], y[1], slice_spaces(OWN, CROSS), bandwidth=bandwidth, normalization=normalization
+        x[0], y[0], x[1], y[1], slice_columns(OWN, CROSS), bandwidth=bandwidth, normalization=normalization
     )
     expected, kernel, paths = brute_force(x, y, bandwidth)
     torch.testing.assert_close(posterior, expected, atol=1e-9, rtol=1e-9)
@@ -91,7 +92,7 @@ def test_the_similarity_is_limited_to_one():
     own, cross = torch.eye(OWN), torch.eye(CROSS)[:1].expand(2, CROSS)
     images, texts = torch.cat([own[:2], cross], 1), torch.cat([own[2:3].expand(2, OWN), cross], 1)
     modalities = torch.tensor([IMAGE, IMAGE]), torch.tensor([TEXT, TEXT])
-    _, similarity = align_slices(images, texts, *modalities, slice_spaces(OWN, CROSS))
+    _, similarity = align_slices(images, texts, *modalities, slice_columns(OWN, CROSS))
     assert similarity == 1.0
 
 

@@ -182,7 +182,7 @@ def change_logit_scale(folder):
         (add_tensor, None, "unexpected, and not loaded: left_over"),
         (change_weight, "does not compute what it did", "logits off by"),
         (change_vision_weight, "does not compute what it did", "logits off by"),
-        (change_logit_scale, "does not compute what it did", "logit_scale off by 0.65"),
+        (change_logit_scale, "does not compute what it did", "inverse_temperature off by 0.65"),
         (write_nan, "does not compute what it did", "not finite"),
     ],
 )

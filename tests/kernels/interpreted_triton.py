@@ -42,7 +42,7 @@ def test_blocks_and_modalities(monkeypatch):
     x, offsets = packed([3, 4, 1, 2] * 10, 6)
     options = {
         "bandwidth": 2.0,
-        "spaces": {(0, 0): (0, 2), (1, 1): (2, 4), (0, 1): (4, 6)},
+        "modality_columns": {(0, 0): (0, 2), (1, 1): (2, 4), (0, 1): (4, 6)},
         "x_modalities": torch.arange(len(x)) % 2,
     }
     actual = values_and_gradients(x, offsets, backend="triton", **options)

@@ -20,12 +20,18 @@ def inputs(sizes, seed, dtype=torch.float64):
     return x, offsets, torch.randint(2, (len(x),), generator=torch.Generator().manual_seed(seed + 50))
 
 
-@pytest.mark.parametrize("spaces", [SUGAR, APART])
+@pytest.mark.parametrize("modality_columns", [SUGAR, APART])
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
-def test_the_pair_of_modalities_chooses_the_space(backend, spaces):
+def test_the_pair_of_modalities_chooses_the_space(backend, modality_columns):
     x, offsets, modalities = inputs([3, 6, 1], 0)
     log_k = alignment_kernel(
-        x, offsets, bandwidth=2.0, normalize="none", spaces=spaces, x_modalities=modalities, backend=backend
+        x,
+        offsets,
+        bandwidth=2.0,
+        normalize="none",
+        modality_columns=modality_columns,
+        x_modalities=modalities,
+        backend=backend,
     )
     parts, ids = sequences(x, offsets), sequences(modalities, offsets)
     for i in range(3):
@@ -33,7 +39,7 @@ def test_the_pair_of_modalities_chooses_the_space(backend, spaces):
             matrix = torch.empty(len(parts[i]), len(parts[j]), dtype=torch.float64)
             for r, p in enumerate(ids[i].tolist()):
                 for c, q in enumerate(ids[j].tolist()):
-                    start, stop = spaces[min(p, q), max(p, q)]
+                    start, stop = modality_columns[min(p, q), max(p, q)]
                     matrix[r, c] = log_kappa(parts[i][r : r + 1, start:stop], parts[j][c : c + 1, start:stop], 2.0)
             assert abs(log_k[i, j] - log_alpha(matrix)[-1, -1]) < 1e-12
 
@@ -47,7 +53,7 @@ def test_values_and_gradients(backend, dtype, paired):
     pairs = torch.stack([torch.arange(18), torch.arange(18).flip(0)], 1) if paired else None
     options = {
         "bandwidth": 1.5,
-        "spaces": SUGAR,
+        "modality_columns": SUGAR,
         "x_modalities": x_modalities,
         "y_modalities": y_modalities,
         "pairs": pairs,
@@ -72,8 +78,8 @@ def test_values_and_gradients(backend, dtype, paired):
 
 def test_a_pair_of_modalities_without_a_space():
     x, offsets, modalities = inputs([3, 6], 0)
-    options = {"bandwidth": 1.0, "spaces": {(0, 0): (0, 5), (1, 1): (0, 5)}}
-    with pytest.raises(ValueError, match=r"`spaces` has no columns for the modality pair \(0, 1\)"):
+    options = {"bandwidth": 1.0, "modality_columns": {(0, 0): (0, 5), (1, 1): (0, 5)}}
+    with pytest.raises(ValueError, match=r"`modality_columns` has no columns for the modality pair \(0, 1\)"):
         alignment_kernel(x, offsets, x_modalities=modalities, **options)
     alignment_kernel(x, offsets, x_modalities=torch.zeros_like(modalities), **options)
 
@@ -82,7 +88,7 @@ def test_mean_slice_similarity():
     x, offsets, modalities = inputs([3, 6, 1], 0)
     parts, ids = sequences(x, offsets), sequences(modalities, offsets)
     plain = mean_slice_similarity(x, offsets)
-    triple = mean_slice_similarity(x, offsets, spaces=SUGAR, x_modalities=modalities)
+    triple = mean_slice_similarity(x, offsets, modality_columns=SUGAR, x_modalities=modalities)
     for i in range(3):
         for j in range(3):
             assert plain[i, j] == pytest.approx((F.normalize(parts[i]) @ F.normalize(parts[j]).T).mean().item())
@@ -119,7 +125,7 @@ def test_triple_kernel_is_not_promised_positive_definite():
         torch.cat([images, caption]),
         offsets_of([1, 1, 1]),
         bandwidth=0.5,
-        spaces={(0, 0): (0, 2), (1, 1): (0, 2), (0, 1): (2, 4)},
+        modality_columns={(0, 0): (0, 2), (1, 1): (0, 2), (0, 1): (2, 4)},
         x_modalities=torch.tensor([0, 0, 1]),
     )
     assert smallest_eigenvalue(log_k) == pytest.approx(-0.41, abs=0.01)

@@ -182,12 +182,21 @@ IDS = torch.zeros(5, dtype=torch.long)
         ({"local": "laplace"}, r"`local` must be one of"),
         ({"backend": "cuda"}, r"`backend` must be one of"),
         ({"backend": "triton"}, r"`backend=\"triton\"` needs the `triton` package and a CUDA input"),
-        ({"spaces": SPACES}, r"`x_modalities` must be an integer tensor of shape \(5,\), one id a slice, but is None"),
-        ({"x_modalities": IDS}, r"`x_modalities` was given without `spaces`"),
-        ({"spaces": {}, "x_modalities": IDS}, r"`spaces` must name at least one"),
-        ({"spaces": {(0, 0): (0, 5)}, "x_modalities": IDS}, r"`spaces` must map.*\(0, 0\) to \(0, 5\)"),
-        ({"spaces": {(0, 1): (0, 2), (1, 0): (2, 4)}, "x_modalities": IDS}, r"`spaces` must be symmetric"),
-        ({"spaces": SPACES, "x_modalities": IDS + 1}, r"no columns for the modality pair \(1, 1\)"),
+        (
+            {"modality_columns": SPACES},
+            r"`x_modalities` must be an integer tensor of shape \(5,\), one id a slice, but is None",
+        ),
+        ({"x_modalities": IDS}, r"`x_modalities` was given without `modality_columns`"),
+        ({"modality_columns": {}, "x_modalities": IDS}, r"`modality_columns` must name at least one"),
+        (
+            {"modality_columns": {(0, 0): (0, 5)}, "x_modalities": IDS},
+            r"`modality_columns` must map.*\(0, 0\) to \(0, 5\)",
+        ),
+        (
+            {"modality_columns": {(0, 1): (0, 2), (1, 0): (2, 4)}, "x_modalities": IDS},
+            r"`modality_columns` must be symmetric",
+        ),
+        ({"modality_columns": SPACES, "x_modalities": IDS + 1}, r"no columns for the modality pair \(1, 1\)"),
     ],
 )
 def test_bad_input_is_refused_by_name(arguments, message):
@@ -205,8 +214,8 @@ def test_the_other_functions_refuse_too():
     with pytest.raises(ValueError, match="`x_offsets` must"):
         mean_slice_similarity(X, offsets_of([2, 2]))
     with pytest.raises(ValueError, match=r"no columns for the modality pair \(0, 1\)"):
-        spaces = {(0, 0): (0, 4), (1, 1): (0, 4)}
-        mean_slice_similarity(X, OFFSETS, spaces=spaces, x_modalities=torch.arange(5) % 2)
+        modality_columns = {(0, 0): (0, 4), (1, 1): (0, 4)}
+        mean_slice_similarity(X, OFFSETS, modality_columns=modality_columns, x_modalities=torch.arange(5) % 2)
     with pytest.raises(ValueError, match="`pairs` must index"):
         mean_slice_similarity(X, OFFSETS, pairs=torch.tensor([[-1, 0]]))
     with pytest.raises(ValueError, match="`x` must be finite"):
@@ -218,10 +227,10 @@ def test_the_other_functions_refuse_too():
 def test_every_pair_of_modalities_may_have_a_space_of_its_own():
     ids = torch.arange(4)
     pairs = [(a, b) for a in range(4) for b in range(a, 4)]
-    spaces = {pair: (2 * k, 2 * k + 2) for k, pair in enumerate(pairs)}
-    spaces |= {(b, a): columns for (a, b), columns in spaces.items()}
+    modality_columns = {pair: (2 * k, 2 * k + 2) for k, pair in enumerate(pairs)}
+    modality_columns |= {(b, a): columns for (a, b), columns in modality_columns.items()}
     x, offsets = packed([4, 4, 4], 20)
-    options = {"bandwidth": 2.0, "spaces": spaces, "x_modalities": ids.repeat(3)}
+    options = {"bandwidth": 2.0, "modality_columns": modality_columns, "x_modalities": ids.repeat(3)}
     expected = alignment_kernel(x, offsets, backend="reference", **options)
     for backend in FAST_BACKENDS:
         assert_close(alignment_kernel(x, offsets, backend=backend, **options), expected, 1e-12)

@@ -132,7 +132,7 @@ def test_a_head_that_was_cast_is_computed_in_float32(head_type):
     expected = torch.nn.functional.normalize(copy.deepcopy(model.embedding_head.projection).double()(pooled), dim=-1)
     torch.testing.assert_close(outputs.embeddings.double(), expected, atol=1e-6, rtol=0)
     expected = model.embedding_head.logit_scale.double().exp().squeeze()
-    torch.testing.assert_close(outputs.logit_scale.double(), expected, atol=0, rtol=1e-6)
+    torch.testing.assert_close(outputs.inverse_temperature.double(), expected, atol=0, rtol=1e-6)
 
 
 def test_the_head_is_float32_under_autocast(llava):

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 import hf_unigd.trainer.trainer as trainer_module
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowParser, SentenceSplitter
-from hf_unigd.data.teachers import slice_spaces
+from hf_unigd.data.teachers import slice_columns
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.prefixes import PrefixSampler
 from tiny_models import make_image, make_vlm
@@ -128,8 +128,8 @@ class FixedTeachers:
     def __init__(self, args, device="cpu"):
         pass
 
-    def spaces(self, triple_kernel=True):
-        return slice_spaces(6, 5, triple_kernel)
+    def modality_columns(self, triple_kernel=True):
+        return slice_columns(6, 5, triple_kernel)
 
     def __call__(self, slices):
         vectors = []

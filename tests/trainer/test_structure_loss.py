@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_unigd.data.teachers import slice_spaces
+from hf_unigd.data.teachers import slice_columns
 from hf_unigd.trainer.losses import StructureLoss
 
 
@@ -113,33 +113,33 @@ def test_it_equals_the_equations_with_gradients(batch, setting):
     expected = Reference(**setting).loss(embeddings, prefixes, samples)
     (gradient,) = torch.autograd.grad(expected, embeddings)
     setting = {"normalization": "cosine", **setting}
-    spaces = slice_spaces(OWN, CROSS, setting.pop("triple", True))
+    modality_columns = slice_columns(OWN, CROSS, setting.pop("triple", True))
     setting["bandwidth"] = setting.pop("delta", 1.0)
-    loss = StructureLoss(**setting)(embeddings, **inputs, spaces=spaces)["loss"]
+    loss = StructureLoss(**setting)(embeddings, **inputs, modality_columns=modality_columns)["loss"]
     assert torch.allclose(loss, expected, rtol=1e-10)
     assert torch.allclose(torch.autograd.grad(loss, embeddings)[0], gradient, rtol=1e-9)
     single = StructureLoss(**setting)(
-        embeddings.float(), **{**inputs, "features": inputs["features"].float()}, spaces=spaces
+        embeddings.float(), **{**inputs, "features": inputs["features"].float()}, modality_columns=modality_columns
     )
     assert abs(single["loss"].item() - expected.item()) < 1e-5
 
 
 def test_every_switch_of_table_4b_changes_what_it_names_and_nothing_else(batch):
     _, inputs, prefixes, _ = batch
-    spaces, cross_only = slice_spaces(OWN, CROSS), slice_spaces(OWN, CROSS, triple_kernel=False)
+    modality_columns, cross_only = slice_columns(OWN, CROSS), slice_columns(OWN, CROSS, triple_kernel=False)
     kwargs = {key: inputs[key] for key in ("features", "modalities", "lengths")}
     packed = torch.cat([torch.arange(s, s + n) for s, n in zip(inputs["starts"], inputs["lengths"], strict=True)])
     kwargs["features"], kwargs["modalities"] = inputs["features"][packed], inputs["modalities"][packed]
 
-    def target(loss, spaces):
-        return loss._target(spaces=spaces, **kwargs)
+    def target(loss, modality_columns):
+        return loss._target(modality_columns=modality_columns, **kwargs)
 
-    base = target(StructureLoss(normalization="cosine"), spaces)
+    base = target(StructureLoss(normalization="cosine"), modality_columns)
     one = torch.tensor([len(prefix) == 1 for prefix in prefixes])
     one_slice_pairs = one[:, None] & one[None, :]
     same_modality = torch.tensor([[x[0][0] == y[0][0] for y in prefixes] for x in prefixes])
 
-    without_kernel = target(StructureLoss(target="mean_slice"), spaces)
+    without_kernel = target(StructureLoss(target="mean_slice"), modality_columns)
     assert torch.allclose(without_kernel[one_slice_pairs], base[one_slice_pairs])
     assert not torch.isclose(without_kernel, base)[~one_slice_pairs].any()
 
@@ -150,7 +150,7 @@ def test_every_switch_of_table_4b_changes_what_it_names_and_nothing_else(batch):
     others = ~unlike & ~torch.eye(len(prefixes), dtype=torch.bool)
     assert not torch.isclose(without_triple, base)[others].any()
 
-    by_kernel = target(StructureLoss(normalization="cosine", one_slice="kernel"), spaces)
+    by_kernel = target(StructureLoss(normalization="cosine", one_slice="kernel"), modality_columns)
     assert torch.equal(by_kernel[~one_slice_pairs], base[~one_slice_pairs])
     assert not torch.isclose(by_kernel, base)[one_slice_pairs & ~torch.eye(len(prefixes), dtype=torch.bool)].any()
 
@@ -158,7 +158,9 @@ def test_every_switch_of_table_4b_changes_what_it_names_and_nothing_else(batch):
 def test_no_gradient_reaches_the_teachers(batch):
     embeddings, inputs, _, _ = batch
     features = inputs["features"].requires_grad_()
-    loss = StructureLoss()(embeddings, **{**inputs, "features": features}, spaces=slice_spaces(OWN, CROSS))["loss"]
+    loss = StructureLoss()(embeddings, **{**inputs, "features": features}, modality_columns=slice_columns(OWN, CROSS))[
+        "loss"
+    ]
     assert torch.autograd.grad(loss, features, allow_unused=True) == (None,)
 
 
@@ -169,7 +171,7 @@ def test_the_differentiable_form_aligns_the_models_own_slices(batch, normalizati
     vectors = torch.randn(8, 6, dtype=torch.double).requires_grad_()
     unit = F.normalize(vectors, dim=1)
     loss = StructureLoss(similarity="kernel", normalization=normalization)
-    result = loss(unit, **inputs, spaces=slice_spaces(OWN, CROSS))["loss"]
+    result = loss(unit, **inputs, modality_columns=slice_columns(OWN, CROSS))["loss"]
 
     student = Reference(normalization=normalization)
     student.parts = lambda a, b: (1, 1)
@@ -196,14 +198,14 @@ def test_the_differentiable_form_aligns_the_models_own_slices(batch, normalizati
     assert result.item() == pytest.approx(total / len(own), rel=1e-9)
 
     def value(vectors):
-        return loss(F.normalize(vectors, dim=1), **inputs, spaces=slice_spaces(OWN, CROSS))["loss"]
+        return loss(F.normalize(vectors, dim=1), **inputs, modality_columns=slice_columns(OWN, CROSS))["loss"]
 
     assert torch.autograd.gradcheck(value, vectors)
 
 
 def test_its_metrics_leave_pairs_of_one_sample_out(batch):
     embeddings, inputs, _, samples = batch
-    metrics = StructureLoss()(embeddings, **inputs, spaces=slice_spaces(OWN, CROSS))
+    metrics = StructureLoss()(embeddings, **inputs, modality_columns=slice_columns(OWN, CROSS))
     others = torch.tensor(samples)[:, None] != torch.tensor(samples)[None, :]
     similarity = (embeddings @ embeddings.T).detach()[others]
     assert metrics["alignment_similarity"].item() == pytest.approx(similarity.mean().item())
@@ -215,7 +217,7 @@ def test_a_batch_without_positions_has_a_loss_of_zero():
     empty = torch.zeros(0, dtype=torch.long)
     embeddings = torch.zeros(0, 7, requires_grad=True)
     loss = StructureLoss()(
-        embeddings, torch.zeros(0, OWN + CROSS), empty, empty, empty, empty, slice_spaces(OWN, CROSS)
+        embeddings, torch.zeros(0, OWN + CROSS), empty, empty, empty, empty, slice_columns(OWN, CROSS)
     )["loss"]
     assert loss.item() == 0
     loss.backward()

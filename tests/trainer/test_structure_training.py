@@ -7,7 +7,7 @@ from tiny_teachers import save_teachers
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter, Teachers, write_slice_features
-from hf_unigd.data.teachers import slice_spaces
+from hf_unigd.data.teachers import slice_columns
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.losses import StructureLoss
 from hf_unigd.trainer.prefixes import PrefixSampler
@@ -97,7 +97,7 @@ def test_sugar_is_the_weighted_sum_of_structure_and_next_token(teacher_args, tmp
         place - place % 7,
         place % 7 + 1,
         place // 7,
-        slice_spaces(teachers.own_width, teachers.cross_width),
+        slice_columns(teachers.own_width, teachers.cross_width),
     )["loss"]
     torch.testing.assert_close(loss, 0.5 * structure + 2.0 * backbone.loss, rtol=1e-5, atol=1e-5)
 

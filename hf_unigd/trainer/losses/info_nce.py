@@ -38,7 +38,7 @@ class InfoNCELoss(nn.Module):
         self,
         queries: torch.Tensor,
         positives: torch.Tensor,
-        logit_scale: torch.Tensor,
+        inverse_temperature: torch.Tensor,
         negatives: torch.Tensor | None = None,
         query_keys: torch.Tensor | None = None,
         positive_keys: torch.Tensor | None = None,
@@ -48,7 +48,7 @@ class InfoNCELoss(nn.Module):
         Args:
             queries (`torch.FloatTensor` of shape `(n, d)`): Unit vectors.
             positives (`torch.FloatTensor` of shape `(n, d)`): Unit vectors; row `k` matches query `k`.
-            logit_scale (`torch.FloatTensor` of shape `()`): Inverse temperature `s`.
+            inverse_temperature (`torch.FloatTensor` of shape `()`): Inverse temperature `s`.
             negatives (`torch.FloatTensor` of shape `(m, d)`, *optional*): Hard negatives of any of the queries.
             query_keys, positive_keys, negative_keys (`torch.LongTensor`, *optional*): Content keys of the rows.
 
@@ -65,7 +65,7 @@ class InfoNCELoss(nn.Module):
 
         count, candidates = len(queries), torch.cat([positives, negatives])
         if count == 0:
-            zero = logit_scale * 0.0
+            zero = inverse_temperature * 0.0
             return dict.fromkeys(("loss", "positive_similarity", "negative_similarity", "masked_fraction"), zero)
         if len(candidates) == 1:
             logger.warning_once(
@@ -74,7 +74,7 @@ class InfoNCELoss(nn.Module):
             )
         masked = self._masked_pairs(count, candidates, *keys)
         dims = self.matryoshka_dims or [queries.shape[1]]
-        losses = [self._loss(queries, candidates, logit_scale, masked, dim) for dim in dims]
+        losses = [self._loss(queries, candidates, inverse_temperature, masked, dim) for dim in dims]
 
         with torch.no_grad():
             similarity = queries @ candidates.T
@@ -88,10 +88,10 @@ class InfoNCELoss(nn.Module):
         return {"loss": torch.stack(losses).mean(), **return_metrics}
 
     @staticmethod
-    def _loss(queries, candidates, logit_scale, masked, dim):
+    def _loss(queries, candidates, inverse_temperature, masked, dim):
         if dim < queries.shape[1]:
             queries, candidates = F.normalize(queries[:, :dim], dim=-1), F.normalize(candidates[:, :dim], dim=-1)
-        logits = (logit_scale * queries @ candidates.T).masked_fill(masked, -torch.inf)
+        logits = (inverse_temperature * queries @ candidates.T).masked_fill(masked, -torch.inf)
         labels = torch.arange(len(queries), device=queries.device)
         backward_logits = logits[:, : len(queries)].T
         return F.cross_entropy(logits, labels) + F.cross_entropy(backward_logits, labels)

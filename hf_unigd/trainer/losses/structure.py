@@ -1,15 +1,10 @@
 """Similarities of hidden states regressed onto an alignment kernel between their inputs (Sugar)."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
-from ...kernels import alignment_kernel, mean_slice_similarity
+from ...kernels import ModalityColumns, alignment_kernel, mean_slice_similarity
 from .gather import gather_rows
-
-
-Spaces = Mapping[tuple[int, int], tuple[int, int]]
 
 
 class StructureLoss(nn.Module):
@@ -77,7 +72,7 @@ class StructureLoss(nn.Module):
         starts: torch.Tensor,
         lengths: torch.Tensor,
         sample_keys: torch.Tensor,
-        spaces: Spaces,
+        modality_columns: ModalityColumns,
     ) -> dict[str, torch.Tensor]:
         r"""
         Args:
@@ -89,7 +84,7 @@ class StructureLoss(nn.Module):
             starts, lengths (`torch.LongTensor` of shape `(n,)`): The prefix of position `i` is
                 `features[starts[i] : starts[i] + lengths[i]]`.
             sample_keys (`torch.LongTensor` of shape `(n,)`): Equal for positions of one sample.
-            spaces: Columns of `features` in which slices of two modalities are compared, as in
+            modality_columns: Columns of `features` in which slices of two modalities are compared, as in
                 [`~hf_unigd.kernels.alignment_kernel`].
 
         Returns:
@@ -106,7 +101,7 @@ class StructureLoss(nn.Module):
             return dict.fromkeys(("loss", "alignment_target", "alignment_similarity", "alignment_correlation"), zero)
         same_sample = sample_keys[:, None] == sample_keys[None, :]
         with torch.no_grad():
-            target = self._target(features, modalities, lengths, spaces)
+            target = self._target(features, modalities, lengths, modality_columns)
             target = target.masked_fill(same_sample, 1.0).to(embeddings.dtype)
         if self.similarity == "cosine":
             embeddings = gather_rows(embeddings)
@@ -117,11 +112,13 @@ class StructureLoss(nn.Module):
         loss = (similarity - target).square().sum() / len(lengths)
         return {"loss": loss, **self._metrics(similarity.detach(), target, ~same_sample)}
 
-    def _target(self, features, modalities, lengths, spaces) -> torch.Tensor:
-        packed = {"x_offsets": _offsets(lengths), "x_modalities": modalities, "spaces": spaces}
+    def _target(self, features, modalities, lengths, modality_columns) -> torch.Tensor:
+        packed = {"x_offsets": _offsets(lengths), "x_modalities": modalities, "modality_columns": modality_columns}
         if self.target == "mean_slice":
             return mean_slice_similarity(features, **packed)
-        target = self._kernel(features, lengths, x_modalities=modalities, spaces=spaces).clamp(max=1.0)
+        target = self._kernel(features, lengths, x_modalities=modalities, modality_columns=modality_columns).clamp(
+            max=1.0
+        )
         if self.one_slice == "kernel" or not (single := lengths == 1).any():
             return target
         last = lengths.cumsum(0)[single] - 1
@@ -130,7 +127,7 @@ class StructureLoss(nn.Module):
             x_lengths=None,
             x_offsets=torch.arange(len(last) + 1, device=last.device),
             x_modalities=modalities[last],
-            spaces=spaces,
+            modality_columns=modality_columns,
         )
         return target.masked_scatter(single[:, None] & single[None, :], cosines)
 

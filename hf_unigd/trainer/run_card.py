@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import Trainer
 
-from .cards import CURVES_NAME, RETRIEVAL_NAME, is_hub_id, make_model_card
+from ..hub.cards import CURVES_NAME, RETRIEVAL_NAME, is_hub_id, make_model_card
 
 
 # Arguments that name places, accounts or ways of logging: they say nothing of the weights, and may be private.

@@ -1,0 +1,112 @@
+"""Running the teachers over a dataset once, and keeping what they see in the format that [`SliceFeatures`] reads."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, List, Value
+from tqdm.auto import tqdm
+
+from .dataset import ExampleDataset
+from .example import Slice
+from .slice_features import DESCRIPTION, SliceFeatures, read_description, read_parts, refuse_other_teachers
+from .teachers import TeacherArguments, Teachers
+
+
+logger = logging.getLogger(__name__)
+
+
+def write_slice_features(
+    examples: ExampleDataset,
+    args: TeacherArguments,
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    rows_per_part: int = 1000,
+    overwrite: bool = False,
+) -> SliceFeatures:
+    """
+    Runs the teachers once over a dataset; each distinct image and sentence is encoded once. A run that was interrupted
+    goes on with the first part that is missing.
+
+    Args:
+        examples: The rows, parsed with a splitter, so that each example has its slices. Where it skips bad rows, they
+            have no features.
+        args: The teachers.
+        folder: Where to write.
+        device: Where the teachers run.
+        batch_size: Images or sentences a forward pass.
+        rows_per_part: Rows that an interruption can cost.
+        overwrite: Throw away what the folder has, instead of going on with it.
+
+    Raises:
+        ValueError: the folder has features of other teachers, or of another number of rows.
+        RowError: a row is bad and `examples` does not skip bad rows.
+    """
+    folder = Path(folder)
+    if overwrite and read_description(folder) is not None:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = args.fingerprint()
+    description = read_description(folder)
+    teachers = Teachers(args, device)
+    if description is None:
+        widths = {"own_width": teachers.own_width, "cross_width": teachers.cross_width}
+        description = {**fingerprint, **widths, "num_rows": len(examples)}
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    refuse_other_teachers(folder, description, fingerprint)
+    if description["num_rows"] != len(examples):
+        raise ValueError(
+            f"{folder} has features of a dataset of {description['num_rows']} rows, this one has {len(examples)}. "
+            "Choose another `--output`, or `--overwrite` it."
+        )
+    parts = read_parts(folder)
+    done = sum(len(rows) for rows, _ in parts)
+    places: dict[int, int] = {}
+    for _, features in parts:
+        for key in features["key"]:
+            places[key] = len(places)
+    if done:
+        logger.warning("Going on at row %d of %d.", done, len(examples))
+
+    part = len(parts)
+    with tqdm(total=len(examples), initial=done, desc="Embedding slices", unit="row") as progress:
+        for start in range(done, len(examples), rows_per_part):
+            rows: list[list[int]] = []
+            keys: list[int] = []
+            vectors: list[torch.Tensor] = []
+            waiting: list[Slice] = []  # decoded pictures among them: no more than a batch
+            for place in range(start, min(start + rows_per_part, len(examples))):
+                example = examples[place]
+                rows.append([])
+                for one in [] if example is None else example.slices:
+                    if (key := one.key) not in places:
+                        places[key] = len(places)
+                        keys.append(key)
+                        waiting.append(one)
+                    rows[-1].append(places[key])
+                    if len(waiting) == batch_size:
+                        vectors.append(teachers(waiting).cpu().half())
+                        waiting.clear()
+                progress.update()
+            if waiting:
+                vectors.append(teachers(waiting).cpu().half())
+            width = teachers.own_width + teachers.cross_width
+            _write_part(folder / f"part-{part:05d}", rows, keys, torch.cat([torch.zeros(0, width).half(), *vectors]))
+            part += 1
+    if teachers.truncated:
+        logger.warning("%d texts were longer than an encoder takes, and cut as it does.", teachers.truncated)
+    return SliceFeatures.load(folder, args)
+
+
+def _write_part(folder: Path, rows: list[list[int]], keys: list[int], vectors: torch.Tensor) -> None:
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    Dataset.from_dict({"slices": rows}, Features({"slices": List(Value("int64"))})).save_to_disk(unfinished / "rows")
+    Dataset.from_dict(
+        {"key": keys, "features": vectors.numpy()},
+        Features({"key": Value("int64"), "features": List(Value("float16"), length=vectors.shape[1])}),
+    ).save_to_disk(unfinished / "features")
+    unfinished.rename(folder)
