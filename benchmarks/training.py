@@ -105,9 +105,9 @@ def make_trainer(batch_size: int, long_captions: bool = True, **kwargs) -> tuple
         **kwargs,
     )
     model = UniGDForConditionalGeneration.from_vlm(make_vlm(processor))
-    trainer = UniGDTrainer(model, args, rows(batch_size, long_captions), None, processor)
+    trainer = UniGDTrainer(model, args, train_dataset=rows(batch_size, long_captions), processing_class=processor)
     trainer.create_optimizer()
-    batch = trainer.train_collator([trainer.train_dataset[place] for place in range(batch_size)])
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(batch_size)])
     model.train()
     return trainer, batch
 
@@ -158,7 +158,7 @@ def cached() -> dict:
             32, False, causal_lm_weight=0.0, gradient_cache_chunk_size=8, freeze_vision_tower=frozen
         )
         whole, _ = make_trainer(32, False, causal_lm_weight=0.0)
-        collated = whole.train_collator([whole.train_dataset[place] for place in range(32)])
+        collated = whole.data_collator([whole.train_dataset[place] for place in range(32)])
         with tempfile.TemporaryDirectory() as folder:
             processor = make_processor()
             make_vlm(processor).save_pretrained(folder)

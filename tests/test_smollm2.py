@@ -97,7 +97,7 @@ def test_lora_and_soft_prompts_train_and_the_base_still_speaks(smollm2, tmp_path
         disable_tqdm=True,
     )
     peft_config = LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM")
-    trainer = UniGDTrainer(model, args, rows, None, processor, peft_config=peft_config)
+    trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert any("trainable_tokens" in name for name in trained) and any("lora_A" in name for name in trained)
     trainer.train()

@@ -1,7 +1,8 @@
 """Datasets of examples, and the check of every row before training time is spent."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -14,6 +15,10 @@ from .slice_features import SliceFeatures
 
 
 logger = logging.getLogger(__name__)
+
+
+# What can be indexed and measured, besides streams: a dataset of `datasets` or torch, or a list of rows.
+Rows: TypeAlias = Dataset | IterableDataset | torch.utils.data.Dataset | Sequence[Mapping[str, Any]]
 
 
 class ExampleDataset(torch.utils.data.Dataset):
@@ -30,7 +35,7 @@ class ExampleDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        rows: Dataset,
+        rows: Any,
         parser: RowParser,
         indices: Sequence[int] | None = None,
         skip_bad_rows: bool = False,
@@ -132,7 +137,7 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
 
 
 def make_examples(
-    rows: Dataset | IterableDataset,
+    rows: Rows | ExampleDataset | IterableExampleDataset,
     parser: RowParser,
     skip_bad_rows: bool = False,
     check_rows: bool = True,
@@ -142,7 +147,8 @@ def make_examples(
     """Wraps rows, and reads each one once beforehand where they can be read twice.
 
     Args:
-        rows: A map-style or streaming dataset of any accepted format.
+        rows: A `datasets` dataset, map-style or streaming, a list of rows, or a torch dataset that returns rows,
+            of any accepted format. Examples are returned as they are.
         parser: Turns rows into examples.
         skip_bad_rows: Leave bad rows out, counted in the log, instead of stopping.
         check_rows: Parse every row of a map-style dataset now. A streaming one is checked as it comes.
@@ -150,11 +156,20 @@ def make_examples(
         length_of: Measures examples while rows are checked, for batches of similar lengths.
 
     Raises:
-        ValueError: the columns make no accepted format, no row is left, slice features come with a stream, or lengths
-            are wanted of rows that are not checked.
+        TypeError: `rows` is none of these.
+        ValueError: the columns make no accepted format, no row is left, slice features or lengths are wanted of a
+            stream, or lengths are wanted of rows that are not checked.
         RowError: a row is bad and `skip_bad_rows` is off.
     """
+    if isinstance(rows, (ExampleDataset, IterableExampleDataset)):
+        return rows
+    if isinstance(rows, dict):
+        raise TypeError(f"Rows come in the splits {sorted(rows)}: pass one of them, for example dataset['train'].")
     if isinstance(rows, IterableDataset):
+        if length_of is not None:
+            raise ValueError(
+                "`train_sampling_strategy='group_by_length'` sorts rows, which a stream does not allow. Leave it out."
+            )
         if rows.column_names is not None:
             check_columns(rows.column_names)
         if slice_features is not None:
@@ -163,9 +178,20 @@ def make_examples(
                 "out (the teachers then run in training), or load the rows without streaming."
             )
         return IterableExampleDataset(rows, parser, skip_bad_rows)
-    if len(rows) == 0:
+    is_indexable = isinstance(rows, (Dataset, torch.utils.data.Dataset, Sequence)) and not isinstance(
+        rows, (str, torch.utils.data.IterableDataset)
+    )
+    if not is_indexable:
+        raise TypeError(
+            "Rows must be a `datasets` dataset, a list of dicts or a map-style torch dataset, got "
+            f"{type(rows).__name__}. `hf_unigd.data.load_rows` loads them by name, and "
+            "`datasets.IterableDataset.from_generator` makes a stream."
+        )
+    count = len(rows)  # type: ignore[arg-type]
+    if count == 0:
         raise ValueError("The dataset has no rows.")
-    if rows.format["type"] != "custom":  # a transform may make other columns than are stored
+    # A transform may make other columns than are stored.
+    if isinstance(rows, Dataset) and rows.format["type"] != "custom":
         check_columns(rows.column_names)
     examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows, slice_features=slice_features)
     if not check_rows:
@@ -176,7 +202,7 @@ def make_examples(
             )
         return examples
     good, lengths = [], []
-    for index in tqdm(range(len(rows)), desc="Checking rows", unit="row"):
+    for index in tqdm(range(count), desc="Checking rows", unit="row"):
         try:
             example = examples.parse(index)
             good.append(index)
@@ -185,8 +211,8 @@ def make_examples(
             if not skip_bad_rows:
                 raise
             logger.warning("Skipped: %s", error)
-    if len(good) < len(rows):
-        logger.warning("Skipped %d of %d rows.", len(rows) - len(good), len(rows))
+    if len(good) < count:
+        logger.warning("Skipped %d of %d rows.", count - len(good), count)
     if not good:
-        raise ValueError(f"None of the {len(rows)} rows can be used.")
+        raise ValueError(f"None of the {count} rows can be used.")
     return ExampleDataset(rows, parser, good, slice_features=slice_features, lengths=lengths)

@@ -62,6 +62,8 @@ class RowParser:
         Raises:
             RowError: the row has no usable columns, or one of them is empty, corrupt, too long or inconsistent.
         """
+        if not isinstance(row, Mapping):
+            raise RowError(index, f"is a {type(row).__name__}, and a row is a dict of its columns.")
         example = self._parse(row, index)
         if self.splitter is not None:
             try:

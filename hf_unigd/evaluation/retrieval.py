@@ -1,5 +1,6 @@
 """Retrieval between two sets of embeddings, both ways."""
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,56 @@ def rank_candidates(queries: torch.Tensor, candidates: torch.Tensor, k: int, chu
     return torch.cat([(chunk @ candidates.T).topk(k).indices for chunk in queries.split(chunk_size)])
 
 
+@dataclass
+class Ranking:
+    """
+    One direction of retrieval between two sets, over the distinct items of both. Items are named by the first row that
+    they occur in.
+
+    Attributes:
+        queries (`torch.LongTensor` of shape `(num_queries,)`): Row of each distinct query.
+        candidates (`torch.LongTensor` of shape `(num_queries, k)`): Rows of the most similar distinct candidates, best
+            first.
+        relevant (`list[list[int]]`): Rows of the distinct candidates that match each query.
+    """
+
+    queries: torch.Tensor
+    candidates: torch.Tensor
+    relevant: list[list[int]]
+
+    def recall(self, ks: tuple[int, ...]) -> dict[str, float]:
+        """`recall_at_k` for each of `ks`: the share of queries with a match among their first k candidates."""
+        return recall_metric().compute(predictions=self.candidates.tolist(), references=self.relevant, ks=ks)
+
+
+def rank_both_ways(
+    anchors: torch.Tensor, positives: torch.Tensor, anchor_keys: torch.Tensor, positive_keys: torch.Tensor, k: int
+) -> dict[str, Ranking]:
+    """
+    Ranks the positives of each anchor, and the anchors of each positive.
+
+    Args:
+        anchors, positives, anchor_keys, positive_keys: As in [`retrieval_metrics`].
+        k: Number of candidates to keep per query.
+
+    Returns:
+        `dict[str, Ranking]` with the keys `anchor_to_positive` and `positive_to_anchor`.
+    """
+    sides = [_first_rows(anchor_keys), _first_rows(positive_keys)]
+    rankings = {}
+    for name, queries, candidates, (query_of, candidate_of) in (
+        ("anchor_to_positive", anchors, positives, sides),
+        ("positive_to_anchor", positives, anchors, sides[::-1]),
+    ):
+        query_rows, candidate_rows = query_of.unique(), candidate_of.unique()
+        relevant: dict[int, set[int]] = {row: set() for row in query_rows.tolist()}
+        for query, candidate in zip(query_of.tolist(), candidate_of.tolist(), strict=True):
+            relevant[query].add(candidate)
+        places = rank_candidates(queries[query_rows], candidates[candidate_rows], k)
+        rankings[name] = Ranking(query_rows, candidate_rows[places], [sorted(rows) for rows in relevant.values()])
+    return rankings
+
+
 def retrieval_metrics(
     anchors: torch.Tensor,
     positives: torch.Tensor,
@@ -42,21 +93,14 @@ def retrieval_metrics(
     Returns:
         `anchor_to_positive_recall_at_1`, ..., `positive_to_anchor_recall_at_1`, ...
     """
-    anchors, anchor_ids = _distinct(anchors, anchor_keys)
-    positives, positive_ids = _distinct(positives, positive_keys)
-    pairs = list(zip(anchor_ids.tolist(), positive_ids.tolist(), strict=True))
-    metrics: dict[str, float] = {}
-    for name, queries, candidates, matches in (
-        ("anchor_to_positive", anchors, positives, pairs),
-        ("positive_to_anchor", positives, anchors, [(positive, anchor) for anchor, positive in pairs]),
-    ):
-        relevant: list[list[int]] = [[] for _ in range(len(queries))]
-        for query, candidate in matches:
-            relevant[query].append(candidate)
-        ranking = rank_candidates(queries, candidates, max(ks)).tolist()
-        recalls = recall_metric().compute(predictions=ranking, references=relevant, ks=ks)
-        metrics |= {f"{name}_{recall}": value for recall, value in recalls.items()}
-    return metrics
+    return recalls(rank_both_ways(anchors, positives, anchor_keys, positive_keys, max(ks)), ks)
+
+
+def recalls(rankings: dict[str, Ranking], ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Recall at each k of the rankings of [`rank_both_ways`], named as in [`retrieval_metrics`]."""
+    return {
+        f"{name}_{recall}": value for name, ranking in rankings.items() for recall, value in ranking.recall(ks).items()
+    }
 
 
 @cache
@@ -64,9 +108,9 @@ def recall_metric():
     return evaluate.load(METRIC_SCRIPT)
 
 
-def _distinct(embeddings, keys):
-    """The first row of each key, and for every row the place of its key's first row."""
+def _first_rows(keys: torch.Tensor) -> torch.Tensor:
+    """For every row, the first row that has its key."""
     _, ids = torch.unique(keys, return_inverse=True)
     first = torch.full((int(ids.max()) + 1,), len(ids), dtype=torch.long)
     first.scatter_reduce_(0, ids, torch.arange(len(ids)), "amin")
-    return embeddings[first], ids
+    return first[ids]

@@ -589,6 +589,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         batches: list[dict] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_smoothing: float = 0.0,
         **kwargs,
     ) -> UniGDCausalLMOutput:
         r"""
@@ -604,17 +605,19 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
                 forward a step.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): The loss is the sum over labelled positions
                 divided by this; by their number where it is not given.
+            label_smoothing (`float`, *optional*, defaults to 0.0): Share of each target's probability that the loss
+                spreads over the whole vocabulary.
             kwargs: Every other input goes to the backbone as it is; `image_features` may stand for the images.
         """
         if batches is not None:
-            return self._forward_all(batches, num_items_in_batch)
+            return self._forward_all(batches, num_items_in_batch, label_smoothing)
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         hidden_states = outputs.last_hidden_state
         lm_head = self.get_output_embeddings()
 
         loss = None
         if labels is not None:
-            loss = next_token_loss(hidden_states, labels, lm_head, num_items_in_batch)
+            loss = next_token_loss(hidden_states, labels, lm_head, num_items_in_batch, label_smoothing)
         if skip_logits is None:
             skip_logits = self.training and labels is not None
         logits = None
@@ -637,7 +640,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _forward_all(self, batches, num_items_in_batch) -> UniGDCausalLMOutput:
+    def _forward_all(self, batches, num_items_in_batch, label_smoothing) -> UniGDCausalLMOutput:
         if num_items_in_batch is None:
             num_items_in_batch = max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
         losses, embeddings = [], []
@@ -646,7 +649,8 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "spans")}
             hidden_states = self._decode(use_cache=False, **inputs).last_hidden_state
             lm_head = self.get_output_embeddings()
-            losses.append(next_token_loss(hidden_states, batch["labels"], lm_head, num_items_in_batch))
+            loss = next_token_loss(hidden_states, batch["labels"], lm_head, num_items_in_batch, label_smoothing)
+            losses.append(loss)
             embeddings.append(self._pool(hidden_states, batch.get("attention_mask"), batch.get("spans")))
         return UniGDCausalLMOutput(
             loss=torch.stack(losses).sum(),
@@ -660,7 +664,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
 
 
-def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> torch.Tensor:
+def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None, label_smoothing=0.0) -> torch.Tensor:
     """Cross-entropy of the labelled tokens, each predicted from the position before it (VladVA, section 3.2).
 
     Logits of a large vocabulary never stand in memory whole: beyond `MAX_LOGITS` they are computed in slices, and
@@ -673,6 +677,7 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
             positions alone.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the sum; the number of labelled tokens of
             the whole accumulated global batch in training. Defaults to the number here.
+        label_smoothing (`float`, *optional*, defaults to 0.0): As in `torch.nn.functional.cross_entropy`.
 
     Returns:
         `torch.FloatTensor` of shape `()`: 0 where nothing is labelled.
@@ -682,17 +687,21 @@ def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> 
     hidden_states, targets = hidden_states[:, :-1][labelled], targets[labelled]
     rows = max(1, MAX_LOGITS // len(lm_head.weight))
     if len(targets) <= rows:
-        total = _summed_cross_entropy(hidden_states, targets, lm_head)
+        total = _summed_cross_entropy(hidden_states, targets, lm_head, label_smoothing)
     else:
         slices = zip(hidden_states.split(rows), targets.split(rows), strict=True)
         total = torch.stack(
-            [checkpoint(_summed_cross_entropy, *part, lm_head, use_reentrant=False) for part in slices]
+            [
+                checkpoint(_summed_cross_entropy, *part, lm_head, label_smoothing, use_reentrant=False)
+                for part in slices
+            ]
         ).sum()
     return total / (labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _summed_cross_entropy(hidden_states, targets, lm_head):
-    return F.cross_entropy(_at_least_float32(lm_head(hidden_states)), targets, reduction="sum")
+def _summed_cross_entropy(hidden_states, targets, lm_head, label_smoothing):
+    logits = _at_least_float32(lm_head(hidden_states))
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 @contextmanager

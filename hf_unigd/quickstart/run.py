@@ -101,7 +101,7 @@ def run(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         logging_steps=25,
         report_to=[],
     )
-    trainer = UniGDTrainer(model, training_args, train, test, processor)
+    trainer = UniGDTrainer(model, training_args, train_dataset=train, eval_dataset=test, processing_class=processor)
     before = measure(trainer)
     trainer.train()
     after = measure(trainer)

@@ -39,7 +39,7 @@ def train(model, processor, name, peft_config=None):
         output_dir=name, hub_model_id=f"ada/{name}", max_steps=2, per_device_train_batch_size=4, learning_rate=3e-3,
         logging_steps=1, report_to=[], use_cpu=True,
     )
-    trainer = UniGDTrainer(model, args, rows, None, processor, peft_config=peft_config)
+    trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     trainer.train()
     model.eval()
     with torch.no_grad():

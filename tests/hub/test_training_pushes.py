@@ -31,7 +31,7 @@ def train(name, model, processor, peft_config=None, waits=True, prepare=None, **
     (logs / "events.out.tfevents.1").write_text(str(logs.resolve()))
     for left_from_before in ("model-00001-of-00002.safetensors", "probe.safetensors", "adapter_model.safetensors"):
         Path(name, left_from_before).write_bytes(b"another model")
-    trainer = UniGDTrainer(model, args, rows, None, processor, peft_config=peft_config)
+    trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     on_save = trainer._push_from_checkpoint
     def push_and_embed(folder):
         on_save(folder)

@@ -209,7 +209,7 @@ class ParityTrainer(UniGDTrainer):
         parse = make_parser(self.processing_class, self.args)
         layout = LAYOUTS[self.case.layout][self.args.process_index]
         examples = [[parse(rows()[row], row) for row in step] for step in layout]
-        return DataLoader(examples, batch_size=None, collate_fn=self.train_collator)
+        return DataLoader(examples, batch_size=None, collate_fn=self.data_collator)
 
     @property
     def _uses_gradient_cache(self):

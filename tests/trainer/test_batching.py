@@ -153,7 +153,7 @@ def test_batches_by_length_spare_padding_for_pictures_of_unequal_sizes(tmp_path)
     assert padding(trainer)[0] == order != padding(trainer, epoch=1)[0]
     settings = {"family": "qwen2_vl", "gradient_cache_chunk_size": 4, "per_device_train_batch_size": 16}
     chunks = make_trainer(tmp_path, rows, **settings)
-    batch = chunks.train_collator([chunks.train_dataset[place] for place in range(16)])
+    batch = chunks.data_collator([chunks.train_dataset[place] for place in range(16)])
     masks = [chunk["attention_mask"] for chunk in batch["chunks"][:4]]
     widths = [mask.shape[1] for mask in masks]
     assert widths == sorted(widths, reverse=True) and widths[0] > 1.5 * widths[-1]

@@ -29,7 +29,7 @@ def step_peak(folder, batch_size, chunk_size):
     rows = make_rows(batch_size, image=[make_image(place % 50) for place in range(batch_size)], long_caption=captions)
     settings = {"gradient_cache_chunk_size": chunk_size, "per_device_train_batch_size": batch_size}
     trainer = make_trainer(folder, rows, check_rows=False, gradient_accumulation_steps=1, **settings)
-    batch = trainer.train_collator([trainer.train_dataset[place] for place in range(batch_size)])
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(batch_size)])
     trainer.create_optimizer()
     model = trainer.model
 
@@ -52,7 +52,7 @@ def test_bfloat16_autocast_gives_the_gradients_of_the_plain_step_and_ends_with_i
     for chunk_size in (None, 4):
         AcceleratorState._reset_state()  # which would keep the precision of the first trainer of all
         trainer = make_trainer(tmp_path, max_steps=1, bf16=True, gradient_cache_chunk_size=chunk_size)
-        batch = trainer.train_collator([trainer.train_dataset[place] for place in range(4)])
+        batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
         model = trainer.accelerator.prepare_model(trainer.model)
         trainer.training_step(model, batch, torch.tensor(60))
         assert trainer.accelerator.mixed_precision == "bf16"

@@ -35,7 +35,9 @@ def teacher_args(tmp_path_factory):
     return save_teachers(tmp_path_factory.mktemp("teachers"))
 
 
-def make_trainer(folder, teacher_args, rows=None, position="last_slice", head_type="mlp", **kwargs):
+def make_trainer(
+    folder, teacher_args, rows=None, position="last_slice", head_type="mlp", trainer_kwargs=None, **kwargs
+):
     tiny = make_vlm("llava")
     torch.manual_seed(0)
     model = UniGDForConditionalGeneration.from_vlm(
@@ -60,7 +62,13 @@ def make_trainer(folder, teacher_args, rows=None, position="last_slice", head_ty
         }
     )
     processor = UniGDProcessor(tiny.processor, embedding_position=position)
-    return UniGDTrainer(model, args, make_stories() if rows is None else rows, None, processor)
+    return UniGDTrainer(
+        model,
+        args,
+        train_dataset=make_stories() if rows is None else rows,
+        processing_class=processor,
+        **(trainer_kwargs or {}),
+    )
 
 
 def loss_of(trainer, batch):
@@ -109,7 +117,7 @@ def test_written_features_train_as_those_computed_in_training(teacher_args, tmp_
     losses = []
     for kwargs in ({}, {"slice_features": str(tmp_path / "features")}):
         trainer = make_trainer(tmp_path / "run", teacher_args, rows, **kwargs)
-        assert (trainer.teachers is None) == bool(kwargs)
+        assert ("teachers" not in vars(trainer)) == bool(kwargs)  # they are loaded only where they are needed
         batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
         losses.append(loss_of(trainer, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -46,13 +46,30 @@ def make_args(folder, **kwargs):
     return UniGDTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
 
 
-def make_trainer(folder, rows=None, family="llava", peft_config=None, soft_prompts=False, eval_rows=None, **kwargs):
+def make_trainer(
+    folder,
+    rows=None,
+    family="llava",
+    peft_config=None,
+    soft_prompts=False,
+    eval_rows=None,
+    trainer_kwargs=None,
+    **kwargs,
+):
     tiny = make_vlm(family)
     model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
     if soft_prompts:
         model.add_soft_prompts(**processor.add_soft_prompts())
     rows = make_rows() if rows is None else rows
-    return UniGDTrainer(model, make_args(folder, **kwargs), rows, eval_rows, processor, peft_config=peft_config)
+    return UniGDTrainer(
+        model,
+        make_args(folder, **kwargs),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        peft_config=peft_config,
+        **(trainer_kwargs or {}),
+    )
 
 
 LORA = LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM")
@@ -123,7 +140,7 @@ def test_four_accumulation_steps_normalise_by_the_tokens_of_all(tmp_path):
 def test_training_learns_the_captions_and_the_pairs(tmp_path, family, adapter):
     rows = make_rows(8)
     trainer = make_trainer(
-        tmp_path, rows, family, LORA if adapter else None, adapter, rows, max_steps=60, per_device_train_batch_size=8
+        tmp_path, rows, family, LORA if adapter else None, adapter, rows, max_steps=90, per_device_train_batch_size=8
     )
     before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
     assert after["eval_perplexity"] < before["eval_perplexity"] * (0.9 if adapter else 0.25)  # a random LM is frozen
@@ -221,7 +238,7 @@ def test_an_adapter_loads_on_its_base_to_the_same_vectors(tmp_path, family):
     processor = UniGDProcessor.from_vlm_pretrained(tmp_path / "base")
     model.add_soft_prompts(**processor.add_soft_prompts())
     args = make_args(tmp_path / "adapter", max_steps=3)
-    trainer = UniGDTrainer(model, args, make_rows(), None, processor, peft_config=LORA)
+    trainer = UniGDTrainer(model, args, train_dataset=make_rows(), processing_class=processor, peft_config=LORA)
     trainer.train()
     trainer.save_model()
     assert isinstance(trainer.model, PeftModel)
@@ -397,7 +414,7 @@ def test_bad_arguments(tmp_path):
     tiny = make_vlm()
     with pytest.raises(ValueError, match="UniGDProcessor, got LlavaProcessor"):
         UniGDTrainer(
-            UniGDForConditionalGeneration.from_vlm(tiny.model), make_args(tmp_path), None, None, tiny.processor
+            UniGDForConditionalGeneration.from_vlm(tiny.model), make_args(tmp_path), processing_class=tiny.processor
         )
 
 
