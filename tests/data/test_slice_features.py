@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_teachers import save_teachers
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
@@ -23,6 +22,7 @@ from hf_unigd.data.encoders import Encoder
 from hf_unigd.data.example import IMAGE, TEXT, Slice
 from hf_unigd.data.slice_features import SliceFeatures
 from tiny_models import make_image, make_tokenizer
+from tiny_teachers import save_teachers
 
 
 @pytest.fixture(scope="module")

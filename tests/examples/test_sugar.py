@@ -9,11 +9,11 @@ import pytest
 import yaml
 from datasets import Dataset, load_from_disk
 from safetensors import safe_open
-from tiny_teachers import save_teachers
 
 from hf_unigd.cli.main import main
 from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter
 from tiny_models import make_image, make_vlm
+from tiny_teachers import save_teachers
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "sugar"

@@ -10,9 +10,9 @@ from peft import AutoPeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from adapters import SEQUENCES, answers, make_adapter
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel
 from hf_unigd.hub import load_checkpoint
+from tiny_adapters import SEQUENCES, answers, make_adapter
 
 
 # What strangers run: transformers, PEFT and sentence-transformers, but no hf_unigd.

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import make_adapter
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.cli.main import main
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.hub.doctor import SENTENCE_MODULE
 from hf_unigd.modeling.probe_unigd import PROBE_NAME
+from tiny_adapters import make_adapter
 from tiny_models import make_vlm
 
 

@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from hub.hub_client import TOKENS, run_client
-from hub.hub_server import running_hub
-from hub.mteb_tasks import CATEGORIES, relevant_documents
 
 from hf_unigd.evaluation import rank_candidates
 from hf_unigd.evaluation.retrieval import recall_metric
+from loopback_hub import TOKENS, run_client, running_hub
+from mteb_tasks import CATEGORIES, relevant_documents
 from tiny_models import make_image
 
 
@@ -21,7 +20,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.cli.main import main
-from hub.mteb_tasks import IMAGES, CAPTIONS
+from mteb_tasks import IMAGES, CAPTIONS
 from tiny_models import make_image, make_vlm
 
 def mteb_items(kinds):
@@ -155,7 +154,7 @@ answers["adapter"] = {
 
 MTEB = """
 import mteb
-from hub.mteb_tasks import CATEGORIES, OTHER_TASKS, retrieval
+from mteb_tasks import CATEGORIES, OTHER_TASKS, retrieval
 from mteb.models import SentenceTransformerEncoderWrapper
 # What `mteb.get_model` does, which insists on torchvision for pictures.
 model = SentenceTransformerEncoderWrapper("ada/whole", trust_remote_code=True)

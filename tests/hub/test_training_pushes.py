@@ -1,8 +1,8 @@
 """A run that pushes while it trains: each commit is a whole checkpoint, and nothing but that."""
 
 import pytest
-from hub.hub_client import TOKENS, run_client
-from hub.hub_server import running_hub
+
+from loopback_hub import TOKENS, run_client, running_hub
 
 
 TRAIN = """

@@ -6,9 +6,9 @@ is imported, for the interpreter or not.
 
 import pytest
 import torch
-from kernel_cases import assert_close, packed, values_and_gradients
 
 from hf_unigd.kernels import triton_backend
+from kernel_cases import assert_close, packed, values_and_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

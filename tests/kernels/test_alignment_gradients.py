@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, packed, values_and_gradients
 
 from hf_unigd.kernels import alignment_kernel, alignment_posterior, compiled, mean_slice_similarity, ops, soft_dtw
 from hf_unigd.kernels.reference import expected_alignment, log_alpha
+from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, packed, values_and_gradients
 
 
 @pytest.mark.parametrize(

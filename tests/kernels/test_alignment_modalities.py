@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, offsets_of, packed, sequences, values_and_gradients
 
 from hf_unigd.kernels import alignment_kernel, alignment_posterior, mean_slice_similarity
 from hf_unigd.kernels.reference import log_alpha
+from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, offsets_of, packed, sequences, values_and_gradients
 
 
 # [DINOv2 or BGE | CLIP], modality 0 images and 1 texts.

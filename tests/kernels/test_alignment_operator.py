@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_cases import FAST_BACKENDS, assert_close, offsets_of, packed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_unigd.kernels import alignment_kernel, alignment_posterior, mean_slice_similarity, ops, soft_dtw
+from kernel_cases import FAST_BACKENDS, assert_close, offsets_of, packed
 
 
 @pytest.mark.parametrize("paired", [False, True])

@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hf_unigd.kernels import alignment_kernel, compiled, ops, soft_dtw
 from kernel_cases import (
     FAST_BACKENDS,
     assert_close,
@@ -15,8 +17,6 @@ from kernel_cases import (
     sequences,
     values_and_gradients,
 )
-
-from hf_unigd.kernels import alignment_kernel, compiled, ops, soft_dtw
 
 
 BACKENDS = ["reference", *FAST_BACKENDS]

@@ -20,7 +20,6 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
-from test_structure_loss import Reference
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -33,6 +32,7 @@ from hf_unigd.data.teachers import slice_columns
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.prefixes import PrefixSampler
 from tiny_models import make_image, make_vlm
+from trainer_cases import Reference
 
 
 TOLERANCE = 1e-6

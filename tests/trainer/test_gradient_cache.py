@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_trainer import make_rows, make_trainer
 from torch.profiler import ProfilerActivity, profile
 
 from hf_unigd.modeling.modeling_unigd import next_token_loss
 from tiny_models import make_image
+from trainer_cases import make_rows, make_trainer
 
 
 def peak_of_allocations(function, folder):

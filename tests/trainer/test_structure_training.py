@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny_teachers import save_teachers
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter, Teachers, write_slice_features
@@ -12,6 +11,7 @@ from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.losses import StructureLoss
 from hf_unigd.trainer.prefixes import PrefixSampler
 from tiny_models import make_image, make_vlm
+from tiny_teachers import save_teachers
 
 
 def make_stories(count=12):
