@@ -195,7 +195,7 @@ class ParityTrainer(UniGDTrainer):
     def __init__(self, case: Case, model, args, processor, **kwargs):
         self.case = case
         self.ignores_cache = False
-        super().__init__(model, args, None, None, processor, **kwargs)
+        super().__init__(model, args, processing_class=processor, **kwargs)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()

@@ -5,71 +5,15 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowError, RowParser
 from hf_unigd.hub import load_checkpoint
-from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer
 from tiny_models import make_image, make_vlm
-
-
-COLOURS = ("red", "green", "blue", "yellow")
-
-
-def make_rows(n=16, **columns):
-    return Dataset.from_dict(
-        {
-            "image": [make_image(place) for place in range(n)],
-            "short_caption": [f"a {COLOURS[place % 4]} cat {place}" for place in range(n)],
-            "long_caption": [f"A {COLOURS[place % 4]} cat on the grass, seen {place} times." for place in range(n)],
-            **columns,
-        }
-    )
-
-
-def make_args(folder, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "loss_gradient_norm_steps": 0,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
-    return UniGDTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
-
-
-def make_trainer(
-    folder,
-    rows=None,
-    family="llava",
-    peft_config=None,
-    soft_prompts=False,
-    eval_rows=None,
-    trainer_kwargs=None,
-    **kwargs,
-):
-    tiny = make_vlm(family)
-    model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
-    if soft_prompts:
-        model.add_soft_prompts(**processor.add_soft_prompts())
-    rows = make_rows() if rows is None else rows
-    return UniGDTrainer(
-        model,
-        make_args(folder, **kwargs),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=processor,
-        peft_config=peft_config,
-        **(trainer_kwargs or {}),
-    )
+from trainer_cases import make_args, make_rows, make_trainer
 
 
 LORA = LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM")

@@ -39,13 +39,30 @@ def make_args(folder, **kwargs):
     return UniGDTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
 
 
-def make_trainer(folder, rows=None, family="llava", peft_config=None, soft_prompts=False, eval_rows=None, **kwargs):
+def make_trainer(
+    folder,
+    rows=None,
+    family="llava",
+    peft_config=None,
+    soft_prompts=False,
+    eval_rows=None,
+    trainer_kwargs=None,
+    **kwargs,
+):
     tiny = make_vlm(family)
     model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
     if soft_prompts:
         model.add_soft_prompts(**processor.add_soft_prompts())
     rows = make_rows() if rows is None else rows
-    return UniGDTrainer(model, make_args(folder, **kwargs), rows, eval_rows, processor, peft_config=peft_config)
+    return UniGDTrainer(
+        model,
+        make_args(folder, **kwargs),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        peft_config=peft_config,
+        **(trainer_kwargs or {}),
+    )
 
 
 def stream(rows=24, shards=4):
