@@ -1,4 +1,4 @@
-"""Retrieval metrics. Generation is measured by the perplexity that the trainer reports."""
+"""Retrieval metrics, figures of retrieval and of alignment. The trainer itself reports perplexity for generation."""
 
 from .retrieval import METRIC_SCRIPT, rank_candidates, retrieval_metrics
 
