@@ -123,7 +123,7 @@ class Encoder:
 def encoder_commit(name: str) -> str:
     """Identifies the version of an encoder: the commit of a Hub id, or a digest of the files of a local folder.
 
-    The string is empty if the commit of a Hub id cannot be found out.
+    The string is empty if the commit of a Hub id cannot be determined.
     """
     if not Path(name).is_dir():
         return commit_of(name, {}) or ""

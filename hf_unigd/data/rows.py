@@ -27,7 +27,7 @@ def check_columns(columns: list[str], requires_match: bool = True) -> None:
 
     Args:
         columns: Column names of the dataset.
-        requires_match: Whether rows need a match, a caption or an answer; if not, `anchor` or `image` alone will do.
+        requires_match: Whether rows need a match, a caption or an answer; if not, `anchor` or `image` alone is enough.
 
     Raises:
         ValueError: the columns fit no accepted format. The message names them.
@@ -178,7 +178,7 @@ class RowParser:
     def _messages(self, messages, images, name) -> Messages:
         """Returns the messages with their image placeholders replaced by `images`, in order."""
         if not messages:
-            raise ValueError(f"has empty `{name}`")
+            raise ValueError(f"has an empty `{name}`")
         turns = []
         for turn in messages:
             content = turn.get("content")

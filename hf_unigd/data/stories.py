@@ -14,7 +14,7 @@ import random
 
 from datasets import Dataset
 
-from .icons import COLOURS, draw_icon, icon_glyphs
+from .icons import COLOURS, draw_icon, icon_glyphs, short_caption
 
 
 SCENES = 5
@@ -30,7 +30,7 @@ def load_stories(split: str = "train", count: int = 4000, cast: int = 200, size:
     sequence that serves as a query or as a candidate of the task.
 
     Args:
-        split: `"train"` or `"test"`. Both tell different stories about the same icons.
+        split: `"train"` or `"test"`. The splits tell different stories about the same icons.
         count: Number of stories, two per pair.
         cast: Number of icons that stories are told about. Those with the shortest names are taken.
         size: Side of the images, in pixels.
@@ -63,12 +63,12 @@ def cast_of_icons(count: int) -> list[str]:
 
 
 def describe(icon: str, colour: str) -> str:
-    return f"It shows the {colour} {_words(icon)}."
+    return f"It shows the {colour} {short_caption(icon)}."
 
 
 def captions_of(icon: str, colour: str) -> list[str]:
     """Returns the sentences that may precede an image of `icon` in `colour`."""
-    name = _words(icon)
+    name = short_caption(icon)
     turns = [f"The {place} turns {colour}." for place in ("first", "second")]
     return [
         f"Here comes the {colour} {name}.",
@@ -91,8 +91,8 @@ def _tell_pair(draw: random.Random, names: list[str]) -> list[dict]:
     return [
         {
             "captions": [
-                f"Here comes the {colours[0]} {_words(icons[0])}.",
-                f"The {colours[1]} {_words(icons[1])} joins it.",
+                f"Here comes the {colours[0]} {short_caption(icons[0])}.",
+                f"The {colours[1]} {short_caption(icons[1])} joins it.",
                 f"The {places[0]} turns {colours[2]}.",
                 f"The {places[1]} turns {colours[3]}.",
                 f"At last the {places[2]} turns {colours[4]}.",
@@ -103,10 +103,6 @@ def _tell_pair(draw: random.Random, names: list[str]) -> list[dict]:
         }
         for icons, places in stories
     ]
-
-
-def _words(icon: str) -> str:
-    return icon.replace("_", " ")
 
 
 def _render(rows: dict[str, list]) -> dict[str, list]:

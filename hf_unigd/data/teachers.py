@@ -21,7 +21,7 @@ class TeacherArguments:
             Encoder that compares images with images: a Hub id or folder of any `AutoModel` or sentence-transformers
             model.
         text_teacher (`str`, *optional*, defaults to `"BAAI/bge-base-en-v1.5"`):
-            Encoder that compares sentences with sentences, likewise.
+            Encoder that compares sentences with sentences: a model of the same kinds.
         cross_teacher (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Encoder that compares images with sentences: a model with an image encoder and a text encoder.
         teacher_pooling (`str`, *optional*, defaults to `"cls"`):

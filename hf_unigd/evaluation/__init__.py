@@ -1,4 +1,4 @@
-"""Retrieval metrics, figures of retrieval and of alignment. The trainer itself reports perplexity for generation."""
+"""Retrieval metrics, and figures of retrieval and alignment. The trainer reports the perplexity of generation."""
 
 from .retrieval import METRIC_SCRIPT, rank_candidates, retrieval_metrics
 

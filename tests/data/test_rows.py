@@ -132,7 +132,7 @@ def test_images_in_every_form(tmp_path):
         ({"image": 3.5, "caption": "a cat"}, "an image of type float"),
         ({"anchor": "", "positive": "a"}, "an empty `anchor`"),
         ({"anchor": [], "positive": "a"}, "an empty `anchor`"),
-        ({"messages": []}, "empty `messages`"),
+        ({"messages": []}, "an empty `messages`"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "nothing to learn"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "without a user's turn"),
         (
@@ -243,8 +243,9 @@ def test_content_keys_differ_where_content_differs():
             [{"type": "text", "text": "a"}],
             [{"type": "text", "text": "b"}],
             [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            [{"type": "text", "text": "ab"}],
             [{"type": "image", "image": Image.new("RGB", (2, 3))}],
             [{"type": "image", "image": Image.new("RGB", (3, 2))}],
         )
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
