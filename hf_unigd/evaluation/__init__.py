@@ -1,4 +1,4 @@
-"""Retrieval metrics. Generation is measured by the perplexity that the trainer reports."""
+"""Retrieval metrics, and figures of retrieval and alignment. The trainer reports the perplexity of generation."""
 
 from .retrieval import METRIC_SCRIPT, Ranking, rank_both_ways, rank_candidates, recalls, retrieval_metrics
 

@@ -1,4 +1,4 @@
-"""Retrieval between two sets of embeddings, both ways."""
+"""Retrieval metrics between two sets of embeddings, in both directions."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,13 +12,16 @@ METRIC_SCRIPT = str(Path(__file__).parent / "metrics" / "retrieval_recall.py")
 
 
 def rank_candidates(queries: torch.Tensor, candidates: torch.Tensor, k: int, chunk_size: int = 4096) -> torch.Tensor:
-    """Indices `(n, min(k, m))` of the most similar candidates of each query, best first.
+    """Finds the most similar candidates of each query.
 
     Args:
         queries (`torch.FloatTensor` of shape `(n, d)`): Unit vectors.
         candidates (`torch.FloatTensor` of shape `(m, d)`): Unit vectors.
-        k: How many to keep.
-        chunk_size: Queries compared at a time, which bounds memory.
+        k: Number of candidates to keep per query.
+        chunk_size: Number of queries that are compared at a time. It bounds the memory.
+
+    Returns:
+        `torch.LongTensor` of shape `(n, min(k, m))`: indices of the candidates, best first.
     """
     k = min(k, len(candidates))
     return torch.cat([(chunk @ candidates.T).topk(k).indices for chunk in queries.split(chunk_size)])
@@ -82,16 +85,19 @@ def retrieval_metrics(
     ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[str, float]:
     """
-    Recall at each k from anchors to positives and back, over distinct anchors and positives.
+    Computes the recall at each k from anchors to positives and from positives to anchors.
+
+    Each distinct anchor and each distinct positive counts once, as a query and as a candidate.
 
     Args:
         anchors, positives (`torch.FloatTensor` of shape `(n, d)`): Unit vectors; row `i` matches row `i`.
         anchor_keys, positive_keys (`torch.LongTensor` of shape `(n,)`): Rows with equal keys are one item: an image
-            with five captions is one candidate, and any of the five counts (MTEB's `cv_recall_at_k`).
-        ks: Cut-offs.
+            with five captions is one candidate, and any of the five captions counts as relevant (MTEB's
+            `cv_recall_at_k`).
+        ks: The values of k.
 
     Returns:
-        `anchor_to_positive_recall_at_1`, ..., `positive_to_anchor_recall_at_1`, ...
+        Recalls between 0 and 1 by name: `anchor_to_positive_recall_at_1`, ..., `positive_to_anchor_recall_at_1`, ...
     """
     return recalls(rank_both_ways(anchors, positives, anchor_keys, positive_keys, max(ks)), ks)
 
@@ -104,12 +110,13 @@ def recalls(rankings: dict[str, Ranking], ks: tuple[int, ...] = (1, 5, 10)) -> d
 
 
 @cache
-def recall_metric():
+def recall_metric() -> evaluate.Metric:
+    """Returns the metric of `METRIC_SCRIPT`, which is loaded once."""
     return evaluate.load(METRIC_SCRIPT)
 
 
 def _first_rows(keys: torch.Tensor) -> torch.Tensor:
-    """For every row, the first row that has its key."""
+    """Returns, for every row, the index of the first row with the same key."""
     _, ids = torch.unique(keys, return_inverse=True)
     first = torch.full((int(ids.max()) + 1,), len(ids), dtype=torch.long)
     first.scatter_reduce_(0, ids, torch.arange(len(ids)), "amin")

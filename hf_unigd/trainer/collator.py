@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..data import Example, RowError
-from ..data.example import content_key
+from ..data.example import content_key, iter_images
 from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..modeling import SequenceError, UniGDProcessor
@@ -137,9 +137,7 @@ class UniGDDataCollator:
             if "labels" not in inputs or not self.causal_lm:
                 inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
             if self.with_image_keys and "pixel_values" in inputs:
-                turns = [turn for place in part for turn in sequences[place]]
-                images = [piece["image"] for turn in turns for piece in turn["content"] if piece["type"] == "image"]
-                inputs["image_keys"] = [image_key(image) for image in images]
+                inputs["image_keys"] = [image_key(image) for place in part for image in iter_images(sequences[place])]
             chunks.append(dict(inputs))
         none = torch.empty(0, 5, dtype=torch.long)
         spans, slice_spans = [torch.cat([none, *table]) for table in tables.values()]
