@@ -126,7 +126,7 @@ def test_rows_become_the_slices_of_their_kind(folder, monkeypatch):
 
 def test_other_columns_are_refused():
     script = runpy.run_path(str(EXAMPLES / "train_sugar.py"))
-    with pytest.raises(ValueError, match=r"\['picture', 'text'\] are neither MMC4's"):
+    with pytest.raises(ValueError, match=r"\['picture', 'text'\] are not those of MMC4"):
         script["sugar_rows"](Dataset.from_dict({"picture": ["a.png"], "text": ["a"]}))
 
 

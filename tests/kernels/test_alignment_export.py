@@ -1,4 +1,4 @@
-"""The folder as a repository of Hugging Face's `kernels` library."""
+"""The export of the folder as a repository for Hugging Face's `kernels` library."""
 
 import json
 import re

@@ -167,5 +167,5 @@ def test_a_batch_without_positions_has_a_loss_of_zero():
 
 @pytest.mark.parametrize("name", ["target", "normalization", "one_slice", "similarity"])
 def test_an_unknown_choice_is_refused(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of '.*', '.*', but is 'other'"):
         StructureLoss(**{name: "other"})

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ...kernels import ModalityColumns, alignment_kernel, mean_slice_similarity
+from ...kernels import ModalityColumns, alignment_kernel, mean_slice_similarity, validation
 from .gather import gather_rows
 
 
@@ -51,14 +51,10 @@ class StructureLoss(nn.Module):
         similarity: str = "cosine",
     ):
         super().__init__()
-        for name, value, choices in (
-            ("target", target, ("kernel", "mean_slice")),
-            ("normalization", normalization, ("cosine", "content")),
-            ("one_slice", one_slice, ("cosine", "kernel")),
-            ("similarity", similarity, ("cosine", "kernel")),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        validation.choice(target, "target", ("kernel", "mean_slice"))
+        validation.choice(normalization, "normalization", ("cosine", "content"))
+        validation.choice(one_slice, "one_slice", ("cosine", "kernel"))
+        validation.choice(similarity, "similarity", ("cosine", "kernel"))
         self.target = target
         self.normalization = normalization
         self.bandwidth = bandwidth
