@@ -195,7 +195,7 @@ def test_temperature_is_clamped(llava):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"head_type": "deep"}, "head_type"),
+        ({"head_type": "deep"}, "`head_type` must be one of 'none', 'linear', 'mlp', got 'deep'"),
         ({"embedding_dim": 7}, "needs a head"),
         ({"head_type": "linear", "embedding_dim": 0}, "positive integer"),
         ({"head_type": "linear", "head_hidden_dim": 4}, "head_hidden_dim"),

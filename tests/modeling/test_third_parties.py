@@ -3,9 +3,12 @@
 import copy
 import inspect
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import AutoModelForMultimodalLM, BatchFeature, Trainer, Traini
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_unigd
+import tiny_models
 from hf_unigd import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowError
 from hf_unigd.modeling import SequenceError
@@ -195,13 +199,18 @@ if __name__ == "__main__":
 
 def test_a_bad_text_stops_a_parallel_map(tmp_path):
     (tmp_path / "run.py").write_text(MAP)
-    paths = [path for path in sys.path if path.endswith("tests")] + [str(next(iter(hf_unigd.__path__))) + "/.."]
-    result = subprocess.run(
+    paths = [str(Path(file).parent) for file in (tiny_models.__file__, Path(hf_unigd.__file__).parent)]
+    run = subprocess.Popen(
         [sys.executable, "run.py"],
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
         env={"PATH": "", "PYTHONPATH": ":".join(paths), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        timeout=240,  # it would wait for ever
+        start_new_session=True,
     )
-    assert "SequenceError Sequence 0 holds an empty text." in result.stdout, result.stderr
+    try:
+        output, _ = run.communicate(timeout=240)
+    except subprocess.TimeoutExpired:  # an error that cannot be unpickled leaves `map` waiting, and so its workers
+        os.killpg(run.pid, signal.SIGKILL)
+        raise
+    assert "SequenceError Sequence 0 holds an empty text." in output
