@@ -80,7 +80,7 @@ def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProce
 
 def embedding_template(processor: UniGDProcessor) -> str:
     """The chat template that renders a sequence with its embedding prompt, as [`UniGDProcessor.process_sequences`]."""
-    placeholder = processor._image_placeholder
+    placeholder = processor.image_placeholder
     prompts = {
         modality: "".join(processor.soft_prompts[modality]) if processor.soft_prompts else prompt
         for modality, prompt in processor.prompts.items()

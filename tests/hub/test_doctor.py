@@ -265,5 +265,5 @@ def test_what_is_no_checkpoint_of_ours_is_said(tmp_path):
 
 def test_a_newer_format_is_refused(checkpoint):
     change_json(checkpoint, "config.json", lambda config: config.update(checkpoint_format=99))
-    with pytest.raises(ValueError, match="format 99, and this code knows formats up to 1"):
+    with pytest.raises(ValueError, match="format 99, but this version of hf-unigd reads formats up to 1"):
         UniGDModel.from_pretrained(checkpoint)

@@ -89,15 +89,22 @@ def speak(model, processor):
 STRANGER = 'sys.modules["hf_unigd"] = None\nimport torch\ntorch.set_grad_enabled(False)\n' + INPUTS
 
 TRANSFORMERS = """
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
+)
 for name in ("whole", "adapter"):
     processor = AutoProcessor.from_pretrained(f"ada/{name}", trust_remote_code=True)
     batch = processor.process_sequences(sequences, padding_side="left")
     embedder = AutoModel.from_pretrained(f"ada/{name}", trust_remote_code=True)
-    speaker = AutoModelForImageTextToText.from_pretrained(f"ada/{name}", trust_remote_code=True)
+    speaker, multimodal = [
+        auto_class.from_pretrained(f"ada/{name}", trust_remote_code=True)
+        for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    ]
+    pipe = pipeline("feature-extraction", model=f"ada/{name}", trust_remote_code=True, device="cpu")
+    embeddings = [model.embed(**batch).tolist() for model in (embedder, speaker)]
     answers[name] = {
-        "embeddings": [embedder.embed(**batch).tolist(), speaker.embed(**batch).tolist()],
-        "spoken": [speak(speaker, processor)],
+        "embeddings": [*embeddings, [embedding for [embedding] in pipe(sequences, batch_size=2)]],
+        "spoken": [speak(model, processor) for model in (speaker, multimodal)],
     }
 sharded = AutoModel.from_pretrained("ada/sharded", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("ada/sharded", trust_remote_code=True)
@@ -216,7 +223,7 @@ def test_a_consumer_without_our_code_embeds_and_speaks_the_same(way, consumer):
             compared += 1
         for spoken in answers[name].get("spoken", []):
             assert spoken == expected[name]["spoken"], name
-    assert compared == {"transformers": 5, "sentence-transformers": 4, "PEFT": 2, "plain LLaVA": 1}[consumer]
+    assert compared == {"transformers": 7, "sentence-transformers": 4, "PEFT": 2, "plain LLaVA": 1}[consumer]
     for name, answer in answers.items():
         if "similarity" in answer:
             vectors = torch.tensor(expected[name]["embeddings"])

@@ -68,15 +68,15 @@ def test_bfloat16_autocast_gives_the_gradients_of_the_plain_step_and_ends_with_i
 
 def test_logits_of_a_large_vocabulary_never_stand_in_memory_whole(monkeypatch):
     hidden = torch.randn(3, 12, 8, dtype=torch.double, requires_grad=True)
-    labels = torch.randint(0, 50, (3, 12))
-    labels[:, :4] = -100
+    targets = torch.randint(0, 50, (3, 12))
+    targets[:, :4] = -100
     head = torch.nn.Linear(8, 50).double()
-    expected = next_token_loss(hidden, labels, head)
+    expected = next_token_loss(hidden, targets, head)
     expected_gradients = torch.autograd.grad(expected, [hidden, head.weight])
     sizes = []
     head.register_forward_hook(lambda _module, _args, output: sizes.append(output.numel()))
     monkeypatch.setattr("hf_unigd.modeling.modeling_unigd.MAX_LOGITS", 5 * 50)
-    loss = next_token_loss(hidden, labels, head)
+    loss = next_token_loss(hidden, targets, head)
     gradients = torch.autograd.grad(loss, [hidden, head.weight])
     assert max(sizes) == 5 * 50 and len(sizes) == 2 * 5  # 24 positions, forward and again in the backward pass
     torch.testing.assert_close(loss, expected)
