@@ -45,7 +45,7 @@ def test_without_a_compiler_eager_runs_and_says_so_once(tmp_path, backend):
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert output.strip() == "built: False"
-    assert errors.count("could not be built, so the eager one is used") == 1
+    assert errors.count("could not be built, so the eager backend is used") == 1
     assert "C++20 compiler" in errors
 
 

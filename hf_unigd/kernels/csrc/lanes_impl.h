@@ -195,7 +195,7 @@ void backward_loop(T* cells, const T* u, int64_t stride, int64_t rows, int64_t c
         Vector<double> beta, expected;
         if (logarithm) {
           beta = log_sum_exp(down, diagonal[p], right[p]);
-          if (seeded) beta = larger(beta, load(seeds + x + p * width));  // a seed is the only start in its cell
+          if (seeded) beta = larger(beta, load(seeds + x + p * width));  // the other terms are zero in a seeded cell
           expected = exp_of<double>(smaller(a + beta, broadcast(0.0)));
           right[p] = larger(k + beta, zero);
         } else {
