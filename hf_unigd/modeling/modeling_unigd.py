@@ -494,7 +494,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         """
         if truncate_dim is not None and truncate_dim not in (self.config.matryoshka_dims or []):
             raise ValueError(
-                f"The model is not trained for `truncate_dim={truncate_dim}`, only for "
+                f"`truncate_dim={truncate_dim}` was not trained. The model was trained for "
                 f"`matryoshka_dims={self.config.matryoshka_dims}`."
             )
         outputs = self._decode(attention_mask=attention_mask, use_cache=False, **inputs)
