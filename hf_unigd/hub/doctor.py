@@ -23,6 +23,7 @@ OK, NOTE, FAULT = "ok", "note", "FAULT"
 REMOTE_CODE = (
     "adapter_unigd.py",
     "configuration_unigd.py",
+    "hub_files_unigd.py",
     "modeling_unigd.py",
     "probe_unigd.py",
     "processing_unigd.py",

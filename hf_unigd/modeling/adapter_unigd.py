@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from .configuration_unigd import UniGDConfig
-from .probe_unigd import HUB_ARGUMENTS, find_file
+from .hub_files_unigd import find_file, hub_arguments
 from .processing_unigd import UniGDProcessor
 
 
@@ -33,7 +33,7 @@ def load_base_model(model_class, name, processor: UniGDProcessor, check_probe: b
     Raises:
         ValueError: the adapter names no model beneath it.
     """
-    where = {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()}
+    where = hub_arguments(kwargs)
     config = UniGDConfig.from_pretrained(name, **where)
     adapter_config = json.loads(Path(find_file(name, ADAPTER_CONFIG_NAME, where) or "").read_text(encoding="utf-8"))
     base = adapter_config["base_model_name_or_path"]
@@ -45,7 +45,7 @@ def load_base_model(model_class, name, processor: UniGDProcessor, check_probe: b
     kwargs = {key: value for key, value in kwargs.items() if key not in _OF_THE_ADAPTER}
     if adapter_config.get("revision"):
         kwargs["revision"] = adapter_config["revision"]
-    where = {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()}
+    where = hub_arguments(kwargs)
     base_config, _ = UniGDConfig.get_config_dict(base, **where)
     if base_config.get("model_type") == UniGDConfig.model_type:
         model = model_class.from_pretrained(base, check_probe=check_probe, **kwargs)

@@ -26,16 +26,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapter_unigd import is_adapter, load_base_model
 from .configuration_unigd import UniGDConfig
-from .probe_unigd import (
-    HUB_ARGUMENTS,
-    PROBE_NAME,
-    commit_of,
-    find_file,
-    load_probe,
-    probe_difference,
-    probe_tolerance,
-    save_probe,
-)
+from .hub_files_unigd import commit_of, find_file, hub_arguments, inherited_trust
+from .probe_unigd import PROBE_NAME, load_probe, probe_difference, probe_tolerance, save_probe
 from .processing_unigd import UniGDProcessor
 
 
@@ -291,7 +283,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
                 kwargs.pop(name, None)
             model, info = cls._from_adapter(adapter, check_probe, {**kwargs, **adapter_kwargs})
             return (model, info) if output_loading_info else model
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
+        hub_kwargs = hub_arguments(kwargs)
         if kwargs.get("config") is None:
             config_dict, _ = UniGDConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
             if config_dict.get("model_type") != UniGDConfig.model_type:
@@ -316,8 +308,8 @@ class UniGDPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, name, check_probe: bool, kwargs: dict):
-        where = {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()}
-        processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where, **_trusted())
+        where = hub_arguments(kwargs)
+        processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where, **inherited_trust())
         model = load_base_model(cls, name, processor, check_probe=check_probe, **kwargs)
         info = model.load_adapter(name, adapter_kwargs=where).to_dict()
         if model.config.tie_word_embeddings:  # the output's soft prompts are the input's, under a second name
@@ -399,7 +391,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         if not self.name_or_path:
             return None
         with suppress(OSError, ValueError):  # a plain model's, or none
-            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision, **_trusted())
+            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision, **inherited_trust())
         return None
 
     @property
@@ -708,11 +700,6 @@ def _own_class(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.__class__ = made
-
-
-def _trusted() -> dict[str, bool]:
-    """For checkpoints that this code came with, where it did: their user has trusted it."""
-    return {"trust_remote_code": True} if __name__.startswith("transformers_modules.") else {}
 
 
 def _raise_if_random(name: str, loading_info: dict) -> None:

@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers.utils import cached_file
 
 
 PROBE_NAME = "probe.safetensors"
-# Where to load from, as against what to load.
-HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 _TEXT, _QUESTION = "A red cat and two blue dogs on the green grass.", "What is this?"
 _INPUT = "input."
 
@@ -46,29 +43,6 @@ def make_probe(model, processor) -> dict[str, torch.Tensor]:
 def save_probe(model, processor, folder: str | Path) -> None:
     """Writes the probe of a model and its processor beside them."""
     save_file(make_probe(model, processor), Path(folder) / PROBE_NAME, metadata={"format": "pt"})
-
-
-def find_file(name: str | Path, file: str, kwargs: dict) -> str | None:
-    """Path of a file of the checkpoint `name`, fetched where it has to be; None where there is none.
-
-    Args:
-        kwargs: Arguments of a `from_pretrained`, of which those that say where to load from are used.
-    """
-    return cached_file(
-        name,
-        file,
-        **{key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys() if kwargs[key] is not None},
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-
-
-def commit_of(name: str | Path, kwargs: dict) -> str | None:
-    """The commit of a Hub id that these arguments of a `from_pretrained` load; None for a folder."""
-    config = find_file(name, "config.json", kwargs)
-    snapshot = Path(config or "").parent
-    return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
 def load_probe(file: str | Path) -> dict[str, torch.Tensor]:

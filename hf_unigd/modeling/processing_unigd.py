@@ -19,7 +19,8 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PROCESSOR_NAME
 
-from .probe_unigd import PROBE_NAME, find_file, load_probe, processor_differences
+from .hub_files_unigd import find_file
+from .probe_unigd import PROBE_NAME, load_probe, processor_differences
 
 
 logger = logging.getLogger(__name__)
