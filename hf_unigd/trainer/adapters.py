@@ -66,7 +66,7 @@ def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
     base.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     # An adapter of a model that was made in memory names none to open it with.
-    base._save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
+    base.save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
 
 
 def _language_model_layers(model: UniGDForConditionalGeneration, names) -> str:
