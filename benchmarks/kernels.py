@@ -1,11 +1,12 @@
-"""The alignment kernels beside their peers, in one run: `python benchmarks/kernels.py [headline] [grid] [scaling]`.
+"""Compares the alignment kernels with their peers: `python benchmarks/kernels.py [headline] [grid] [scaling]`.
 
-Peers take turns, repeat by repeat, and `ms` is the median: what else the machine does hits all of them alike. On a
-busy machine `fastest` and `cpu`, the least processor time of a call over all its threads, say more.
-`product` is the floor, the bare matrix product of all slices, and `xfloor` the ratio to it. `eager autograd` is what
-one writes without this library: batched anti-diagonals, differentiated by autograd. Memory is a fresh process's peak
-less what it held before the call. A peer is left out, and said to be, where it would take longer than LIMIT by its
-rate on a smaller case, or more memory than MEMORY. Writes benchmarks/results/kernels-*.json, after each case.
+In each repeat the peers take turns, so that other load on the machine affects all of them alike. `ms` is the median.
+On a busy machine, `fastest` and `cpu` are more reliable. `cpu` is the least processor time of a call over all its
+threads. `product` is the floor, the matrix product of all slices alone, and `xfloor` is the ratio to it. `eager
+autograd` is the usual code without this library: batched anti-diagonals, differentiated by autograd. Memory is the
+peak of a fresh process minus what it held before the call. A peer is skipped, with the reason, if it would take longer
+than LIMIT, judging by its rate on a smaller case, or more memory than MEMORY. After each case, the script writes
+benchmarks/results/kernels-*.json.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-# A script's folder comes first on the path, where this file would hide Hugging Face's library `kernels`.
+# The folder of a script comes first on the path, where this file would hide Hugging Face's library `kernels`.
 if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.pop(0)
 
@@ -34,8 +35,8 @@ from hf_unigd.kernels import alignment_kernel, soft_dtw
 
 
 RESULTS = Path(__file__).parent / "results"
-LIMIT = 20.0  # seconds a peer's call may take (`--limit`); three times that for what comes first in the table
-TURNS = 8.0  # seconds after which a slow peer takes no more turns than two
+LIMIT = 20.0  # seconds that a call may take (`--limit`); the peers in ALWAYS_FIT may take three times as long
+TURNS = 8.0  # seconds after which a slow peer takes no more than two turns
 MEMORY = 10e9  # bytes
 
 
@@ -61,7 +62,7 @@ class Case:
         return x.split(self.lengths.tolist())
 
     def differentiate(self, function):
-        """The function's result, and in a backward case its gradient to the features."""
+        """Calls the function and, in a backward case, computes its gradient to the features."""
         if not self.backward:
             with torch.no_grad():
                 return function(self.x)
@@ -74,7 +75,7 @@ class Case:
 
 
 def product(case):
-    """Forward: X X^T; with a backward the same. In blocks of rows, for it may not fit."""
+    """Computes X X^T, also in a backward case. It is computed in blocks of rows, because it may not fit in memory."""
     rows = max(1, (1 << 28) // case.total)
     for part in case.x.split(rows):
         part @ case.x.T
@@ -96,7 +97,7 @@ def step(kappa, one, two):
 
 
 def autograd(case, step_function):
-    """All pairs padded, skewed to anti-diagonals, log domain."""
+    """Pads all pairs, skews them to anti-diagonals and runs the recursion in the log domain."""
 
     def gram(x):
         padded = torch.nn.utils.rnn.pad_sequence(case.sequences(x), batch_first=True)
@@ -108,7 +109,7 @@ def autograd(case, step_function):
         steps = 2 * length - 1
         skewed = F.pad(kappa, (0, length), value=-1e30).reshape(n, n, length * (steps + 1))
         skewed = skewed[..., : length * steps].view(n, n, length, steps).permute(3, 0, 1, 2).contiguous()
-        skewed = skewed.unbind()  # indexing each would make its derivative as large as all
+        skewed = skewed.unbind()  # the gradient of an indexed diagonal would be as large as the whole tensor
         two = torch.full_like(skewed[0], -1e30)
         one = F.pad(skewed[0][..., :1], (0, length - 1), value=-1e30)
         diagonals = [one]
@@ -144,7 +145,7 @@ def tslearn_soft_dtw(case):
 
 
 def pysdtw_soft_dtw(case):
-    """The upper triangle, 2,048 pairs at a time: it cannot hold all."""
+    """Computes the upper triangle, 2,048 pairs at a time, because not all of them fit in memory."""
     import pysdtw
 
     function = pysdtw.SoftDTW(gamma=case.gamma, use_cuda=False)
@@ -162,7 +163,7 @@ def pysdtw_soft_dtw(case):
     return case.differentiate(gram)
 
 
-# name -> (what to call, whether it has a backward)
+# name -> (function, whether it has a backward)
 PEERS = {
     "product": (product, True),
     "compiled (ours)": (lambda case: ours(case, "compiled"), True),
@@ -174,7 +175,7 @@ PEERS = {
     "soft-DTW tslearn": (tslearn_soft_dtw, False),
     "soft-DTW pysdtw": (pysdtw_soft_dtw, True),
 }
-WEIGHED = ("product", "compiled (ours)", "eager (ours)", "eager autograd", "tslearn cdist_gak")
+MEMORY_PEERS = ("product", "compiled (ours)", "eager (ours)", "eager autograd", "tslearn cdist_gak")
 ALWAYS_FIT = ("product", "compiled (ours)", "soft-DTW compiled (ours)")
 
 
@@ -193,12 +194,12 @@ def median(values):
     return statistics.median(value.wall for value in values)
 
 
-def least_cpu(values):
+def min_cpu(values):
     return min(value.cpu for value in values)
 
 
-def reason_to_leave_out(name, case, rates):
-    """Why this peer does not take part, or None."""
+def reason_to_skip(name, case, rates):
+    """Returns why this peer is skipped, or None."""
     if case.backward and not PEERS[name][1]:
         return "it has no backward"
     if name in ("eager autograd", "torch.compile of it"):
@@ -206,7 +207,7 @@ def reason_to_leave_out(name, case, rates):
         memory = padded * (25 if case.backward else 8)  # measured at N = 192 and 256
         if memory > MEMORY:
             return f"it would take some {memory / 1e9:.0f} GB"
-    # With a backward nothing is faster than without.
+    # A case with a backward takes at least as long as one without.
     rate = max(rates.get((name, case.d, case.dtype, backward), 0.0) for backward in (False, case.backward))
     if rate * case.work > (3 * LIMIT if name in ALWAYS_FIT else LIMIT):
         return f"it would take some {rate * case.work:.0f} s or more, by its rate on a smaller case"
@@ -214,7 +215,8 @@ def reason_to_leave_out(name, case, rates):
 
 
 def measure(case, names, repeats, rates):
-    """Seconds of each peer's turns, and why the others are left out. A quick peer's first call is not counted."""
+    """Returns the seconds of each peer's turns, and why the other peers are skipped. The first call of a fast peer is
+    not counted."""
     times, left_out = {}, {}
 
     def call(name):
@@ -226,13 +228,13 @@ def measure(case, names, repeats, rates):
             return None
 
     for name in names:
-        if reason := reason_to_leave_out(name, case, rates):
+        if reason := reason_to_skip(name, case, rates):
             left_out[name] = reason
         elif (first := call(name)) is not None:
             times[name] = [first] if first.wall > TURNS else []
     for _ in range(repeats):
         for name, values in list(times.items()):
-            # A quick call several times in its turn.
+            # A fast peer is called several times per turn.
             for _ in range(5 if values and values[0].wall < 0.1 else 1):
                 more = sum(value.wall for value in values) < TURNS or len(values) < 2
                 if more and (value := call(name)) is not None:
@@ -250,16 +252,16 @@ def _megabytes(field):
 def _peak(arguments, name, queue):
     torch.set_num_threads(2)
     small = Case(4, (2, 3), 4, arguments[3], arguments[4])
-    PEERS[name][0](small)  # code and libraries are not the call's memory
+    PEERS[name][0](small)  # so that the memory of code and libraries is not counted
     case = Case(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _megabytes("VmRSS")
     PEERS[name][0](case)
     queue.put(_megabytes("VmHWM") - before)
 
 
 def peak_memory(arguments, name):
-    """MB of a call in a process of its own."""
+    """Returns the MB that a call takes in its own process."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak, args=(arguments, name, queue))
@@ -279,7 +281,7 @@ def report(case, times, left_out, memory=None):
     )
     for name, value in medians.items():
         mine = ours_time[0] if name.startswith("soft-DTW") else ours_time[1]
-        row = f"  {name:26}{value * 1e3:12.1f}{min(times[name]).wall * 1e3:12.1f}{least_cpu(times[name]) * 1e3:12.1f}"
+        row = f"  {name:26}{value * 1e3:12.1f}{min(times[name]).wall * 1e3:12.1f}{min_cpu(times[name]) * 1e3:12.1f}"
         row += f"{value / mine:9.1f}" if mine else f"{'':9}"
         row += f"{value / floor:9.2f}" if floor else f"{'':9}"
         print(row + (f"{memory[name]:10.0f}" if memory and name in memory else ""), flush=True)
@@ -290,32 +292,33 @@ def report(case, times, left_out, memory=None):
         "slices": case.total,
         "seconds": medians,
         "fastest_seconds": {name: min(values).wall for name, values in times.items()},
-        "cpu_seconds": {name: least_cpu(values) for name, values in times.items()},
+        "cpu_seconds": {name: min_cpu(values) for name, values in times.items()},
         "left_out": left_out,
         "peak_mb": memory or {},
     }
 
 
-def weigh(arguments, times):
-    """Peak memory of the peers whose call takes a fresh process no long time."""
-    names = [name for name in times if name in WEIGHED and min(times[name]).wall < LIMIT]
+def measure_memory(arguments, times):
+    """Measures the peak memory of the peers whose call is fast enough for a fresh process."""
+    names = [name for name in times if name in MEMORY_PEERS and min(times[name]).wall < LIMIT]
     return {name: peak for name in names if (peak := peak_memory(arguments, name)) is not None}
 
 
 def headline():
-    """N = 256, lengths 8 to 32, float32, every peer, with memory."""
+    """Every peer, with memory, for N = 256, lengths 8 to 32 and float32."""
     rates = {}
     for d in (64, 768):
         for backward in (False, True):
             arguments = (256, (8, 32), d, torch.float32, backward)
             case = Case(*arguments)
-            # What gains little by compilation gains as little with a backward; d = 64 says enough of the slow ones.
+            # Compilation gains little without a backward, so it isn't measured with one. The slow peers are measured
+            # for d = 64 only.
             skipped = {"torch.compile of it"} if backward else set()
             if d > 64:
                 skipped = {"eager autograd", "torch.compile of it", "soft-DTW tslearn", "soft-DTW pysdtw"}
             times, left_out = measure(case, [name for name in PEERS if name not in skipped], 9, rates)
             left_out |= dict.fromkeys(sorted(skipped), "not asked for here")
-            yield report(case, times, left_out, weigh(arguments, times))
+            yield report(case, times, left_out, measure_memory(arguments, times))
 
 
 def grid():
@@ -329,13 +332,12 @@ def grid():
                         arguments = (n, lengths, d, dtype, backward)
                         case = Case(*arguments)
                         times, left_out = measure(case, names, 3, rates)
-                        yield report(case, times, left_out, weigh(arguments, times))
+                        yield report(case, times, left_out, measure_memory(arguments, times))
 
 
 def scaling():
-    """Cost by total slices squared and nothing else: N to 4,096, and other lengths with as many slices.
-
-    Forward, then forward + backward."""
+    """Shows that the cost depends only on the square of the total number of slices: N up to 4,096, and other lengths
+    with as many slices. The columns are forward, then forward + backward."""
     print(f"\n{'N':>6}{'lengths':>10}{'slices':>9}" + f"{'s':>10}{'cpu s':>8}{'cpu ns/slices^2':>17}" * 2)
     for n, lengths in ((256, (8, 32)), (512, (8, 32)), (1024, (8, 32)), (2048, (8, 32)), (4096, (8, 32)),
                        (2560, (4, 12)), (640, (16, 48)), (160, (64, 192))):  # fmt: skip
@@ -344,7 +346,7 @@ def scaling():
         for backward in (False, True):
             case = Case(n, lengths, 64, torch.float32, backward)
             values = measure(case, ["compiled (ours)"], 3, {})[0]["compiled (ours)"]
-            wall, cpu = median(values), least_cpu(values)
+            wall, cpu = median(values), min_cpu(values)
             row["slices"] = case.total
             row["forward_backward" if backward else "forward"] = {"seconds": wall, "cpu_seconds": cpu}
             line += "" if backward else f"{case.total:9}"
@@ -374,13 +376,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; all by default")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a peer's call may take")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that the call of a peer may take")
     arguments = parser.parse_args()
     LIMIT = arguments.limit
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown parts {sorted(unknown)}")
     torch.set_num_threads(arguments.threads)
-    # A peer that wants more is left out, instead of taking the machine with it. Libraries' mappings do not count.
+    # A peer that needs more memory fails instead of taking down the machine. The mappings of libraries do not count.
     limit = int(_megabytes("VmSize") * 1e6 + MEMORY)
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     warnings.filterwarnings("ignore")

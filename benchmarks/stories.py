@@ -1,9 +1,9 @@
-"""What the structure loss does for last-picture retrieval, on `hf-unigd quickstart --recipe sugar`'s data, over seeds.
+"""Measures the effect of the structure loss on last-image retrieval with the data of the Sugar quickstart.
 
     python benchmarks/stories.py --seeds 0 1 2 --output benchmarks/results/stories.json
 
-Each arm trains the same model on the same rows in the same order. The arms are the comparison that the paper lacks
-(alignment_weight 1 or 0), the two normalisations of the kernel, and the switches of its table 4b.
+For each seed, every arm trains the same model on the same rows in the same order. The arms are the comparison that the
+paper lacks (alignment_weight 1 or 0), the two normalisations of the kernel, and the ablations of the paper's table 4b.
 """
 
 import argparse
@@ -47,8 +47,10 @@ def run_seed(seed: int, arms: list[str], max_steps: int) -> dict[str, dict[str, 
         for arm in arms:
             objective = dict(ARMS[arm])
             pooling = objective.pop("image_pooling", "mean")
-            of_arm = UniGDProcessor(processor.vlm_processor, embedding_position="last_slice", image_pooling=pooling)
-            trainer = make_trainer(copy.deepcopy(model), of_arm, train, test, teachers, args, **objective)
+            arm_processor = UniGDProcessor(
+                processor.vlm_processor, embedding_position="last_slice", image_pooling=pooling
+            )
+            trainer = make_trainer(copy.deepcopy(model), arm_processor, train, test, teachers, args, **objective)
             trainer.train()
             results[arm] = measure(trainer, test)
             print(f"seed {seed}, {arm}: {results[arm]}", flush=True)
@@ -59,8 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--max_steps", type=int, default=0, help="the quickstart's own by default")
-    parser.add_argument("--output", default=None, help="a JSON file")
+    parser.add_argument("--max_steps", type=int, default=0, help="0, the default, takes the quickstart's number")
+    parser.add_argument("--output", default=None, help="JSON file to write")
     args = parser.parse_args()
     start = time.time()
     by_seed = {seed: run_seed(seed, args.arms, args.max_steps) for seed in args.seeds}

@@ -1,10 +1,11 @@
-"""Training and embedding beside their peers, in one run: `python benchmarks/training.py [joint] [cached] [sft] [embed]`.
+"""Compares training and embedding with their peers: `python benchmarks/training.py [joint] [cached] [sft] [embed]`.
 
-One LLaVA of small size, its vision tower and language model in the proportion of CLIP ViT-L/14 and SmolLM2-135M, random
-weights; every peer gets the same backbone, the same rows and, where it takes tensors, the same tensors. Peers take turns,
-repeat by repeat; time is the median, ratios are medians of each repeat's ratio. Memory is the most that torch's allocator
-held in a step above what it held before. Writes benchmarks/results/training-*.json.
-"""  # noqa: E501
+The model is a small LLaVA with random weights, whose vision tower and language model have the proportions of CLIP
+ViT-L/14 and SmolLM2-135M. Every peer gets the same backbone, the same rows and, if it takes tensors, the same tensors.
+In each repeat the peers take turns. Times are medians, and ratios are medians of the ratio in each repeat. Memory is
+the peak of torch's allocator in a step above what it held before. The script writes
+benchmarks/results/training-*.json.
+"""
 
 import argparse
 import json
@@ -34,25 +35,25 @@ TEXT = "a red cat sits on the green grass beside two small blue dogs and looks a
 WORDS = TEXT.split()
 
 
-def words(count: int, seed: int) -> str:
+def make_text(count: int, seed: int) -> str:
     generator = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[place] for place in torch.randint(0, len(WORDS), (count,), generator=generator).tolist())
 
 
-def picture(seed: int, size: int = 168) -> Image.Image:
+def make_image(seed: int, size: int = 168) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
-def rows(count: int, long_captions: bool) -> Dataset:
-    """Short captions of 6 to 20 words, long ones of 30 to 90."""
+def make_rows(count: int, long_captions: bool) -> Dataset:
+    """Rows with short captions of 6 to 20 words and long captions of 30 to 90 words."""
     columns = {
-        "image": [picture(place) for place in range(count)],
-        "short_caption": [words(6 + place * 7 % 15, place) for place in range(count)],
+        "image": [make_image(place) for place in range(count)],
+        "short_caption": [make_text(6 + place * 7 % 15, place) for place in range(count)],
     }
     if long_captions:
-        columns["long_caption"] = [words(30 + place * 23 % 61, 1000 + place) for place in range(count)]
+        columns["long_caption"] = [make_text(30 + place * 23 % 61, 1000 + place) for place in range(count)]
     return Dataset.from_dict(columns)
 
 
@@ -93,7 +94,7 @@ def make_vlm(processor) -> LlavaForConditionalGeneration:
 
 
 def make_trainer(batch_size: int, long_captions: bool = True, **kwargs) -> tuple[UniGDTrainer, dict]:
-    """A trainer and one batch."""
+    """Returns a trainer and one batch."""
     processor = UniGDProcessor(make_processor())
     args = UniGDTrainingArguments(
         output_dir=tempfile.mkdtemp(),
@@ -105,14 +106,14 @@ def make_trainer(batch_size: int, long_captions: bool = True, **kwargs) -> tuple
         **kwargs,
     )
     model = UniGDForConditionalGeneration.from_vlm(make_vlm(processor))
-    trainer = UniGDTrainer(model, args, rows(batch_size, long_captions), None, processor)
+    trainer = UniGDTrainer(model, args, train_dataset=make_rows(batch_size, long_captions), processing_class=processor)
     trainer.create_optimizer()
-    batch = trainer.train_collator([trainer.train_dataset[place] for place in range(batch_size)])
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(batch_size)])
     model.train()
     return trainer, batch
 
 
-def step_of(trainer, batch):
+def make_step(trainer, batch):
     tokens = trainer._get_num_items_in_batch([batch], "cpu")
 
     def step():
@@ -124,30 +125,31 @@ def step_of(trainer, batch):
 
 
 def joint() -> dict:
-    """Contrastive and next-token on image, short and long caption: ours, and two passes of the usual kind."""
+    """The contrastive and the next-token loss on an image, a short and a long caption: our step, and two passes."""
     trainer, batch = make_trainer(16)
     tokens = trainer._get_num_items_in_batch([batch], "cpu")
-    twin, _ = make_trainer(16)
-    model, processor, loss_function = twin.model, twin.processing_class, InfoNCELoss()
-    images = [[picture(place)] for place in range(16)]
+    peer, _ = make_trainer(16)
+    model, processor, loss_function = peer.model, peer.processing_class, InfoNCELoss()
+    images = [[make_image(place)] for place in range(16)]
     queries = processor.process_sequences(images, padding_side="right")
-    spoken, texts = batch["chunks"]
-    spoken = {name: value for name, value in spoken.items() if name != "spans"}
+    captioned, texts = batch["chunks"]
+    captioned = {name: value for name, value in captioned.items() if name != "spans"}
 
-    def usual():
+    def two_passes():
         scale = model.embedding_head.logit_scale.exp().squeeze()
         contrastive = loss_function(model.embed(**queries), model.embed(**texts), scale)["loss"]
         contrastive.backward()
-        causal_lm = model.vlm(**spoken, num_items_in_batch=tokens).loss
+        causal_lm = model.vlm(**captioned, num_items_in_batch=tokens).loss
         causal_lm.backward()
         model.zero_grad()
         return float(contrastive + causal_lm)
 
-    return compare("joint", {"ours": step_of(trainer, batch), "two passes": usual}, same_loss=1e-4)
+    return compare("joint", {"ours": make_step(trainer, batch), "two passes": two_passes}, same_loss=1e-4)
 
 
 def cached() -> dict:
-    """Contrastive alone, 32 pairs in chunks of 8, the tower frozen or trained: ours, and sentence-transformers."""
+    """The contrastive loss alone on 32 pairs in chunks of 8, with the vision tower frozen or trained: our step, and
+    sentence-transformers'."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -158,7 +160,7 @@ def cached() -> dict:
             32, False, causal_lm_weight=0.0, gradient_cache_chunk_size=8, freeze_vision_tower=frozen
         )
         whole, _ = make_trainer(32, False, causal_lm_weight=0.0)
-        collated = whole.train_collator([whole.train_dataset[place] for place in range(32)])
+        collated = whole.data_collator([whole.train_dataset[place] for place in range(32)])
         with tempfile.TemporaryDirectory() as folder:
             processor = make_processor()
             make_vlm(processor).save_pretrained(folder)
@@ -189,12 +191,12 @@ def cached() -> dict:
             return float(loss)
 
         name = f"cached, {'frozen' if frozen else 'trained'} tower"
-        found |= compare(name, {"ours": step_of(trainer, batch), "sentence-transformers": theirs})
+        found |= compare(name, {"ours": make_step(trainer, batch), "sentence-transformers": theirs})
     return found
 
 
 def sft() -> dict:
-    """Next-token alone: ours, and TRL's SFTTrainer on the same tensors."""
+    """The next-token loss alone: our step, and that of TRL's SFTTrainer on the same tensors."""
     from trl import SFTConfig, SFTTrainer
 
     trainer, batch = make_trainer(16, contrastive_weight=0.0)
@@ -207,7 +209,7 @@ def sft() -> dict:
         make_vlm(processor),
         SFTConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, report_to=[], max_length=None, bf16=False,
                   gradient_checkpointing=False, per_device_train_batch_size=16),
-        train_dataset=Dataset.from_dict({"messages": [messages] * 4, "images": [[picture(0)]] * 4}),
+        train_dataset=Dataset.from_dict({"messages": [messages] * 4, "images": [[make_image(0)]] * 4}),
         processing_class=processor,
     )  # fmt: skip
     peer.current_gradient_accumulation_steps = 1
@@ -220,14 +222,16 @@ def sft() -> dict:
         peer.model.zero_grad()
         return float(loss)
 
-    return compare("sft", {"ours": step_of(trainer, batch), "SFTTrainer": theirs}, same_loss=1e-5)
+    return compare("sft", {"ours": make_step(trainer, batch), "SFTTrainer": theirs}, same_loss=1e-5)
 
 
 def embed() -> dict:
-    """192 rows (texts, pictures, pictures with texts) by `embed_sequences`, and by `SentenceTransformer.encode` of the
-    same model exported.
+    """Embeds 192 rows (texts, images, images with texts) with `embed_sequences`, and with `SentenceTransformer.encode`
+    of the same model, exported.
 
-    Texts of 5 to 104 words, and of 4 to 400 with as many between 4 and 40 as above: captions, queries and passages."""
+    Texts have 5 to 104 words, or 4 to 400 words with as many up to 40 words as above, like captions, queries and
+    passages.
+    """
     from sentence_transformers import SentenceTransformer
 
     processor = UniGDProcessor(make_processor())
@@ -251,7 +255,7 @@ def embed() -> dict:
     found = {}
     for name, counts in lengths.items():
         sequences = [
-            (words(count, place), [picture(place)], [picture(place), words(count, place)])[place % 3]
+            (make_text(count, place), [make_image(place)], [make_image(place), make_text(count, place)])[place % 3]
             for place, count in enumerate(counts)
         ]
         inputs = [as_input(sequence) for sequence in sequences]
@@ -268,7 +272,7 @@ def embed() -> dict:
 
 
 def compare(name: str, peers: dict, same_loss: float | None = None) -> dict:
-    """Times peers in turns; prints and returns what was found."""
+    """Times the peers in turns. Prints and returns the results."""
     results = {peer: step() for peer, step in peers.items()}  # warm-up
     if same_loss is not None:
         ours, theirs = results.values()

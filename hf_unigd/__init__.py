@@ -7,7 +7,7 @@ evaluation load on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from .version import __version__
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 AutoConfig.register("unigd", UniGDConfig)
 AutoModel.register(UniGDConfig, UniGDModel)
 AutoModelForImageTextToText.register(UniGDConfig, UniGDForConditionalGeneration)
+AutoModelForMultimodalLM.register(UniGDConfig, UniGDForConditionalGeneration)
 AutoProcessor.register(UniGDConfig, UniGDProcessor)
 
 __all__ = [

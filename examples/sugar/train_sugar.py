@@ -2,14 +2,15 @@
 # dependencies = ["hf-unigd[teachers]"]
 # ///
 """
-Sugar (Chow et al., NeurIPS 2024): similarities of hidden states regressed onto an alignment kernel, and next-token.
+Trains Sugar (Chow et al., NeurIPS 2024): the structure loss, which regresses similarities of hidden states onto an
+alignment kernel, and next-token prediction.
 
-On 8 GPUs, the teachers running in training:
+On 8 GPUs, with the teachers running during training:
 
     accelerate launch --num_processes 8 \
         examples/sugar/train_sugar.py --config examples/sugar/llava_1.5_7b.yaml
 
-To run the teachers only once, write the rows down and let `embed-slices` see them first:
+To run the teachers only once, save the rows and compute the features of their slices before training:
 
     python examples/sugar/train_sugar.py --config examples/sugar/llava_1.5_7b.yaml --save_rows data/rows
     hf-unigd embed-slices --model llava-hf/llava-1.5-7b-hf --dataset_name data/rows \
@@ -17,8 +18,8 @@ To run the teachers only once, write the rows down and let `embed-slices` see th
     accelerate launch --num_processes 8 \
         examples/sugar/train_sugar.py --config examples/sugar/llava_1.5_7b.yaml --slice_features data/slice_features
 
-Each entry under `datasets:` holds arguments of `datasets.load_dataset`; its rows are MMC4's, COYO's or LLaVA's, told
-apart by their columns. Image files are looked for in `image_folder`.
+Each entry under `datasets:` holds arguments of `datasets.load_dataset`. Its rows are those of MMC4, COYO or LLaVA,
+recognised by their columns. Image files are read from `image_folder`.
 """
 
 from dataclasses import dataclass, field
@@ -43,15 +44,15 @@ CHAT = Features(
 @dataclass
 class DataArguments:
     datasets: list[dict] = field(
-        default_factory=list, metadata={"help": "In the YAML: arguments of `load_dataset` for each part of the data."}
+        default_factory=list, metadata={"help": "Arguments of `load_dataset` for each dataset, in the YAML file."}
     )
     save_rows: str | None = field(
-        default=None, metadata={"help": "Write the rows to this folder, for `hf-unigd embed-slices`, and stop."}
+        default=None, metadata={"help": "Save the rows to this folder, for `hf-unigd embed-slices`, and stop."}
     )
 
 
 def from_mmc4(row: dict) -> dict:
-    """An article: each image before the text that it was matched with. It has no answer, so no next-token loss."""
+    """Converts an article, with each image before its matched text. Without an answer, it has no next-token loss."""
     images = sorted(row["image_info"], key=lambda image: image["matched_text_index"])
     parts = []
     for place, text in enumerate(row["text_list"]):
@@ -61,7 +62,7 @@ def from_mmc4(row: dict) -> dict:
 
 
 def from_coyo(row: dict) -> dict:
-    """An image and the text beside it on the web. It has no answer, so no next-token loss."""
+    """Converts an image and its text from the web. Without an answer, it has no next-token loss."""
     return _user_turn([{"type": "image", "text": None}, {"type": "text", "text": row["text"]}], [row["image"]])
 
 
@@ -70,7 +71,7 @@ def _user_turn(parts: list[dict], images: list[dict]) -> dict:
 
 
 def sugar_rows(rows: Dataset) -> Dataset:
-    """Rows of MMC4, COYO or LLaVA as hf-unigd takes them: LLaVA's as they are, the others as one user's turn."""
+    """Converts rows of MMC4 and COYO to chats of one user turn. hf-unigd accepts the rows of LLaVA as they are."""
     columns = rows.column_names
     if "conversations" in columns:
         return rows.select_columns([name for name in ("conversations", "image") if name in columns])
@@ -80,8 +81,8 @@ def sugar_rows(rows: Dataset) -> Dataset:
         rows = rows.cast_column("image", Image(decode=False))  # its bytes or its path
         return rows.map(from_coyo, features=CHAT, remove_columns=columns)
     raise ValueError(
-        f"The columns {columns} are neither MMC4's (text_list, image_info), COYO's (image, text) nor "
-        "LLaVA's (conversations, image)."
+        f"The columns {columns} are not those of MMC4 (text_list, image_info), COYO (image, text) or LLaVA "
+        "(conversations, image)."
     )
 
 

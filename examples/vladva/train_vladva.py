@@ -2,7 +2,8 @@
 # dependencies = ["hf-unigd"]
 # ///
 """
-VladVA (Ouali et al., CVPR 2025): contrastive on short captions, next-token on long ones, soft prompts and LoRA.
+Trains VladVA (Ouali et al., CVPR 2025): the contrastive loss on short captions and next-token prediction on long
+captions, with soft prompts and LoRA.
 
 On one GPU:
 
@@ -13,8 +14,8 @@ The paper's setting, on 32 GPUs in 4 nodes:
     accelerate launch --num_machines 4 --num_processes 32 \
         examples/vladva/train_vladva.py --config examples/vladva/llava_1.5_7b.yaml
 
-Each dataset under `datasets:` is a Hub id or a folder of rows of `image` and `short_caption`, `long_caption` or both.
-CC3M's own `txt` (beside `jpg`) counts as a short caption, the answer in ShareGPT-4V's `conversations` as a long one.
+Each dataset under `datasets:` is a Hub id or a folder. Rows have `image` and `short_caption`, `long_caption` or both.
+The `txt` of CC3M, beside `jpg`, is a short caption, and the answer in ShareGPT-4V's `conversations` is a long caption.
 """
 
 from datasets import DatasetDict
@@ -25,7 +26,7 @@ from hf_unigd.trainer.loading import load_for_training
 
 
 def vladva_columns(row: dict) -> dict:
-    """`image`, `short_caption` and `long_caption` of a row of CC3M, OpenImages or ShareGPT-4V; None where absent."""
+    """Returns `image`, `short_caption` and `long_caption` (or None) of a row of CC3M, OpenImages or ShareGPT-4V."""
     conversation = row.get("conversations") or []
     answers = [turn["value"] for turn in conversation if turn["from"] == "gpt"]
     return {

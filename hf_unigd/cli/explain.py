@@ -9,7 +9,7 @@ from trl import TrlParser
 
 from ..data import Example, ExampleDataset, RowError, RowParser, TeacherArguments, Teachers
 from ..evaluation.alignment import align_slices, embed_slices
-from ..evaluation.pictures import draw_alignment
+from ..evaluation.figures import draw_alignment
 from ..hub import load_checkpoint
 from ..trainer import UniGDScriptArguments
 from .inference import accelerator

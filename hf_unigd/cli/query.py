@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 
 from ..data.images import open_image
-from ..evaluation.pictures import draw_retrieval
+from ..evaluation.figures import draw_retrieval
 from ..hub import load_checkpoint
 from ..retrieval import EmbeddingIndex, Hit
 from .inference import accelerator

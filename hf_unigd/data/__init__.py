@@ -1,4 +1,4 @@
-"""From rows of any accepted format to examples: sequences to embed, their matches, and captions to predict."""
+"""Turns rows of any accepted format into examples: sequences to embed, their matches, and texts to predict."""
 
 from .dataset import ExampleDataset, IterableExampleDataset, make_examples
 from .example import Example, RowError

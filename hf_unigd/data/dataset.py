@@ -1,7 +1,8 @@
-"""Datasets of examples, and the check of every row before training time is spent."""
+"""Datasets that parse rows into examples, and the check of all rows before training starts."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -16,21 +17,28 @@ from .slice_features import SliceFeatures
 logger = logging.getLogger(__name__)
 
 
+# What can be indexed and measured, besides streams: a dataset of `datasets` or torch, or a list of rows.
+Rows: TypeAlias = Dataset | IterableDataset | torch.utils.data.Dataset | Sequence[Mapping[str, Any]]
+
+
 class ExampleDataset(torch.utils.data.Dataset):
-    """Parses rows of a map-style dataset when they are asked for. Row numbers are those of `rows`.
+    """A map-style dataset that parses a row whenever it is read. Row numbers in errors are indices of `rows`.
 
     Args:
-        rows: The rows, of any accepted format.
-        parser: Turns one into an [`Example`].
-        indices: The rows to use; all of them by default.
-        skip_bad_rows: A bad row is None, with its reason in the log, instead of an error; the collator leaves it out.
-        slice_features: What the teachers see of the rows' slices, where that was written down before.
-        lengths: Of the examples, where they were measured.
+        rows: Rows of any accepted format.
+        parser: Turns a row into an [`Example`].
+        indices: Indices of the rows to use. By default all rows are used.
+        skip_bad_rows: Return None for a bad row and log the reason, instead of raising. The collator drops None.
+        slice_features: Precomputed teacher features of the rows' slices, if there are any.
+        lengths: Length of every example, in the order of `indices`, if the lengths were measured.
+
+    Raises:
+        RowError: on reading a bad row, if `skip_bad_rows` is off.
     """
 
     def __init__(
         self,
-        rows: Dataset,
+        rows: Any,
         parser: RowParser,
         indices: Sequence[int] | None = None,
         skip_bad_rows: bool = False,
@@ -66,29 +74,36 @@ class ExampleDataset(torch.utils.data.Dataset):
             return None
 
     def parse(self, index: int) -> Example:
-        """The example of row `index`, or a RowError."""
+        """Returns the example of row `index` of `rows`.
+
+        Raises:
+            RowError: the row is bad, whether or not `skip_bad_rows` is on.
+        """
         try:
             row = self.rows[index]
-        except (OSError, ValueError, SyntaxError) as error:  # `datasets.Image` decodes here
+        except (OSError, ValueError, SyntaxError) as error:  # the `datasets.Image` feature decodes here
             raise RowError(index, f"cannot be read: {error}") from error
         example = self.parser(row, index)
         example.epoch = self.epoch
         if self.slice_features is not None:
             try:
-                example.slice_features = self.slice_features.of_row(index, example.slices)
+                example.slice_features = self.slice_features.read_row(index, example.slices)
             except ValueError as error:
                 raise RowError(index, f"{error}.") from error
         return example
 
 
 class IterableExampleDataset(torch.utils.data.IterableDataset):
-    """Parses rows of a streaming dataset. Bad rows stop the run, or are skipped and counted in the log.
+    """A streaming dataset that parses rows as they come.
 
     Args:
-        rows: The stream.
+        rows: Rows of any accepted format.
         parser: Turns a row into an [`Example`].
-        skip_bad_rows: Leave bad rows out instead of stopping at the first.
-        endless: Start again, in the next epoch's order, where the stream ends.
+        skip_bad_rows: Skip bad rows instead of raising; every reason is logged, with the number skipped so far.
+        endless: Start again in the order of the next epoch when the rows are exhausted.
+
+    Raises:
+        RowError: on reading a bad row, if `skip_bad_rows` is off.
     """
 
     def __init__(self, rows: IterableDataset, parser: RowParser, skip_bad_rows: bool = False, endless: bool = False):
@@ -100,7 +115,10 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
         self.epoch = 0
 
     def shard(self, count: int, index: int, endless: bool = False) -> "IterableExampleDataset":
-        """The `index`th of `count` parts, each row in one of them; `datasets` splits that among loading workers."""
+        """Returns the shard `index` of `count` shards. Every row is in exactly one shard.
+
+        `datasets` splits the shard further between the workers of a data loader.
+        """
         rows = split_dataset_by_node(self.rows, index, count) if count > 1 else self.rows
         return IterableExampleDataset(rows, self.parser, self.skip_bad_rows, endless)
 
@@ -132,51 +150,74 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
 
 
 def make_examples(
-    rows: Dataset | IterableDataset,
+    rows: Rows | ExampleDataset | IterableExampleDataset,
     parser: RowParser,
     skip_bad_rows: bool = False,
     check_rows: bool = True,
     slice_features: SliceFeatures | None = None,
     length_of: Callable[[Example], int] | None = None,
 ) -> ExampleDataset | IterableExampleDataset:
-    """Wraps rows, and reads each one once beforehand where they can be read twice.
+    """Makes a dataset of examples. The rows of a map-style dataset are checked beforehand.
 
     Args:
-        rows: A map-style or streaming dataset of any accepted format.
-        parser: Turns rows into examples.
-        skip_bad_rows: Leave bad rows out, counted in the log, instead of stopping.
-        check_rows: Parse every row of a map-style dataset now. A streaming one is checked as it comes.
-        slice_features: What the teachers see of the slices of a map-style dataset's rows, written down before.
-        length_of: Measures examples while rows are checked, for batches of similar lengths.
+        rows: A `datasets` dataset, map-style or streaming, a list of rows, or a torch dataset that returns rows,
+            of any accepted format. A dataset of examples is returned as it is.
+        parser: Turns a row into an [`Example`].
+        skip_bad_rows: Leave bad rows out and log their reasons and their number, instead of raising.
+        check_rows: Parse every row of a map-style dataset now. The rows of a streaming dataset are checked as they
+            come.
+        slice_features: Precomputed teacher features of the slices of a map-style dataset.
+        length_of: Returns the length of an example. It is called while the rows are checked, so that batches can be
+            made of examples of similar lengths.
 
     Raises:
-        ValueError: the columns make no accepted format, no row is left, slice features come with a stream, or lengths
-            are wanted of rows that are not checked.
+        TypeError: `rows` is none of these.
+        ValueError: the columns fit no accepted format, no usable row is left, `slice_features` or `length_of` are
+            given for a streaming dataset, or `length_of` is given without `check_rows`.
         RowError: a row is bad and `skip_bad_rows` is off.
     """
+    if isinstance(rows, (ExampleDataset, IterableExampleDataset)):
+        return rows
+    if isinstance(rows, dict):
+        raise TypeError(f"Rows come in the splits {sorted(rows)}: pass one of them, for example dataset['train'].")
     if isinstance(rows, IterableDataset):
+        if length_of is not None:
+            raise ValueError(
+                "`train_sampling_strategy='group_by_length'` sorts rows, which a stream does not allow. Leave it out."
+            )
         if rows.column_names is not None:
             check_columns(rows.column_names)
         if slice_features is not None:
             raise ValueError(
-                "Slice features belong to rows by their number, which a streaming dataset does not have. Leave them "
-                "out (the teachers then run in training), or load the rows without streaming."
+                "Slice features are stored by row number, and the rows of a streaming dataset have no numbers. Train "
+                "without `slice_features` (the teachers then run during training), or load the rows without streaming."
             )
         return IterableExampleDataset(rows, parser, skip_bad_rows)
-    if len(rows) == 0:
+    is_indexable = isinstance(rows, (Dataset, torch.utils.data.Dataset, Sequence)) and not isinstance(
+        rows, (str, torch.utils.data.IterableDataset)
+    )
+    if not is_indexable:
+        raise TypeError(
+            "Rows must be a `datasets` dataset, a list of dicts or a map-style torch dataset, got "
+            f"{type(rows).__name__}. `hf_unigd.data.load_rows` loads them by name, and "
+            "`datasets.IterableDataset.from_generator` makes a stream."
+        )
+    count = len(rows)  # type: ignore[arg-type]
+    if count == 0:
         raise ValueError("The dataset has no rows.")
-    if rows.format["type"] != "custom":  # a transform may make other columns than are stored
+    # A transform may return other columns than the stored ones.
+    if isinstance(rows, Dataset) and rows.format["type"] != "custom":
         check_columns(rows.column_names)
     examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows, slice_features=slice_features)
     if not check_rows:
         if length_of is not None:
             raise ValueError(
-                "`train_sampling_strategy='group_by_length'` measures rows while they are checked: set "
-                "`check_rows=True`, or leave the strategy out."
+                "`train_sampling_strategy='group_by_length'` needs the lengths that are measured while the rows are "
+                "checked. Set `check_rows=True`, or choose another strategy."
             )
         return examples
     good, lengths = [], []
-    for index in tqdm(range(len(rows)), desc="Checking rows", unit="row"):
+    for index in tqdm(range(count), desc="Checking rows", unit="row"):
         try:
             example = examples.parse(index)
             good.append(index)
@@ -185,8 +226,8 @@ def make_examples(
             if not skip_bad_rows:
                 raise
             logger.warning("Skipped: %s", error)
-    if len(good) < len(rows):
-        logger.warning("Skipped %d of %d rows.", len(rows) - len(good), len(rows))
+    if len(good) < count:
+        logger.warning("Skipped %d of %d rows.", count - len(good), count)
     if not good:
-        raise ValueError(f"None of the {len(rows)} rows can be used.")
+        raise ValueError(f"None of the {count} rows can be used.")
     return ExampleDataset(rows, parser, good, slice_features=slice_features, lengths=lengths)

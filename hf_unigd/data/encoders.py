@@ -15,19 +15,23 @@ from transformers.utils import cached_file
 from ..modeling.hub_files_unigd import commit_of
 
 
-BATCH_SIZE = 64  # contents a forward pass
+BATCH_SIZE = 64  # images or texts per forward pass
 
 
 class Encoder:
-    """One frozen encoder: images or texts in, unit vectors out.
+    """A frozen encoder that turns images or texts into unit vectors.
 
     Args:
-        name: A sentence-transformers model (it has a `modules.json`), or any other that `AutoModel` loads.
-        pooling: `"cls"` or `"mean"`, for models of one modality without sentence-transformers' modules.
-        device: Where it runs.
+        name: Hub id or folder of a sentence-transformers model (one with a `modules.json`), or of any other model that
+            `AutoModel` loads.
+        pooling: `"cls"` or `"mean"`: the pooling of a model that has neither `modules.json` nor projected features.
+        device: Device that the encoder runs on.
+
+    Attributes:
+        truncated: Number of texts that have been truncated so far.
 
     Raises:
-        ImportError: a sentence-transformers model, and the library is not installed.
+        ImportError: `name` is a sentence-transformers model, and the library is not installed.
     """
 
     def __init__(self, name: str, pooling: str = "cls", device: torch.device | str = "cpu"):
@@ -51,9 +55,15 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, contents: Sequence[Image.Image | str]) -> torch.Tensor:
-        """Unit vectors `(n, dim)`, float32, on the encoder's device, of images or of texts, not of both at once.
+        """Encodes images or texts, but not both at once.
 
-        A text longer than the encoder takes is cut as the encoder does it, and counted in `truncated`.
+        A text longer than the encoder's limit is truncated by the encoder's own tokenizer and counted in `truncated`.
+
+        Args:
+            contents: At least one image, or at least one text.
+
+        Returns:
+            Unit vectors of shape `(n, dim)`, float32, on the encoder's device.
 
         Raises:
             ValueError: the encoder does not take this modality.
@@ -76,7 +86,7 @@ class Encoder:
     def _encode_texts(self, texts):
         max_length = min(self._tokenizer.model_max_length, self.model.config.get_text_config().max_position_embeddings)
         self._count_truncated(self._tokenizer, texts, max_length)
-        # SigLIP reads its last position, and was trained with texts filled up to the limit.
+        # SigLIP pools the last position, and was trained on texts that are padded to the limit.
         padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
         inputs = self._tokenizer(
             list(texts), padding=padding, truncation=True, max_length=max_length, return_tensors="pt"
@@ -111,7 +121,10 @@ class Encoder:
 
 
 def encoder_commit(name: str) -> str:
-    """What changes when the encoder does: the commit of a Hub id, a digest of the files of a folder."""
+    """Identifies the version of an encoder: the commit of a Hub id, or a digest of the files of a local folder.
+
+    The string is empty if the commit of a Hub id cannot be determined.
+    """
     if not Path(name).is_dir():
         return commit_of(name, {}) or ""
     digest = hashlib.blake2b(digest_size=16)
@@ -129,5 +142,5 @@ def _has_file(name: str, file: str) -> bool:
 
 
 def _features(outputs) -> torch.Tensor:
-    """The projected features, which transformers returns bare or as `pooler_output`, by model."""
+    """Returns the projected features. Depending on the model, they are the output itself or its `pooler_output`."""
     return outputs if isinstance(outputs, torch.Tensor) else outputs.pooler_output

@@ -1,6 +1,7 @@
-"""What a row becomes, whatever its format was."""
+"""The example that every row becomes, whatever its format."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,38 +11,44 @@ from PIL import Image
 
 IMAGE, TEXT = 0, 1
 
-# Chat messages as `UniGDProcessor.process_sequences` takes them: images are `{"type": "image", "image": PIL image}`.
+# Chat messages as `UniGDProcessor.process_sequences` takes them. Each has a `role` and a `content`, a list of parts: a
+# text is `{"type": "text", "text": str}`, an image is `{"type": "image", "image": PIL image}`.
 Messages = list[dict[str, Any]]
 
 
 class RowError(ValueError):
-    """A row that cannot be used. The message names the row and says what to do."""
+    """Raised for a row that cannot be used.
+
+    Args:
+        row: Index of the row in the dataset.
+        reason: Why the row cannot be used and what to do about it, as the continuation of "Row 3 ...".
+    """
 
     def __init__(self, row: int, reason: str):
         super().__init__(f"Row {row} {reason}")
         self.row = row
         self.reason = reason
 
-    def __reduce__(self):  # worker processes pickle exceptions by their `args`
+    def __reduce__(self):  # by default an exception is unpickled from its `args`, which hold the message alone
         return type(self), (self.row, self.reason)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One image or sentence of a sequence."""
+    """One image or one sentence of a sequence."""
 
     content: Image.Image | str
 
     @property
     def modality(self) -> int:
-        """`IMAGE` (0) or `TEXT` (1), as the alignment kernel's `modalities`."""
+        """`IMAGE` (0) or `TEXT` (1), the codes that the alignment kernel takes as `modalities`."""
         return TEXT if isinstance(self.content, str) else IMAGE
 
     @property
     def key(self) -> int:
-        """A 63-bit hash of the sentence or the pixels: equal for equal content."""
+        """A 63-bit hash of the sentence or of the pixels. Slices of equal content have equal keys."""
         name = "text" if self.modality == TEXT else "image"
-        return content_key([{"content": [{"type": name, name: self.content}]}])
+        return content_key([{"role": "user", "content": [{"type": name, name: self.content}]}])
 
 
 @dataclass
@@ -49,15 +56,16 @@ class Example:
     """One training or evaluation example.
 
     Attributes:
-        row: Index in the dataset, for messages.
-        anchor: The sequence that is embedded, continued, or both.
-        positive: The sequence that matches the anchor; `None` where the example has none.
-        negatives: Sequences that must not match it.
-        target: What the model learns to say after the anchor; `None` where nothing.
-        prompted: Whether the anchor is embedded, at its prompt where the processor has one.
-        slices: Images and sentences of the anchor and its target, in order; empty where nobody asked for them.
-        slice_features: What the teachers see of them, `(len(slices), width)`; `None` where that is not known yet.
-        epoch: Pass over the data, for choices that vary with it.
+        row: Index of the row in the dataset. Errors and logs name it.
+        anchor: The sequence that is embedded, continued with `target`, or both.
+        positive: The sequence that matches the anchor. `None` if the example has no match.
+        negatives: Sequences that do not match the anchor.
+        target: The text that the model learns to generate after the anchor. `None` if there is none.
+        prompted: Whether the anchor is embedded, at its embedding prompt if the processor has one.
+        slices: Images and sentences of the anchor and of the target, in order. Empty if the parser has no splitter.
+        slice_features: Teacher features of the slices, of shape `(len(slices), width)`. `None` if they were not
+            computed beforehand.
+        epoch: Current pass over the data, for random choices that differ between epochs.
     """
 
     row: int
@@ -71,16 +79,32 @@ class Example:
     epoch: int = 0
 
 
+def iter_parts(messages: Messages) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields every part of every message, in order, with the role of its message."""
+    for message in messages:
+        for part in message["content"]:
+            yield message["role"], part
+
+
+def iter_images(messages: Messages) -> Iterator[Image.Image]:
+    """Yields the images of all messages, in order."""
+    for _, part in iter_parts(messages):
+        if part["type"] == "image":
+            yield part["image"]
+
+
 def content_key(messages: Messages) -> int:
-    """A 63-bit hash of the texts and pixels of a sequence: equal for equal content, for masking duplicates."""
+    """A 63-bit hash of the texts and pixels of a sequence, by which duplicates are found and masked.
+
+    Sequences of equal content have equal keys. Roles do not count.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    for turn in messages:
-        for part in turn["content"]:
-            if part["type"] == "image":
-                image: Image.Image = part["image"]
-                digest.update(f"{image.mode}{image.size}".encode())
-                digest.update(image.tobytes())
-            else:
-                digest.update(part["text"].encode())
-            digest.update(b"\0")
+    for _, part in iter_parts(messages):
+        if part["type"] == "image":
+            image: Image.Image = part["image"]
+            digest.update(f"{image.mode}{image.size}".encode())
+            digest.update(image.tobytes())
+        else:
+            digest.update(part["text"].encode())
+        digest.update(b"\0")
     return int.from_bytes(digest.digest(), "big") >> 1

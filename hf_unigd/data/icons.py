@@ -1,7 +1,7 @@
-"""An offline source of real pictures: the Material Design icons of `fonticon-materialdesignicons7`, drawn with Pillow.
+"""An offline source of images: the Material Design icons of `fonticon-materialdesignicons7`, drawn with Pillow.
 
-Each icon has a compositional name (`account_arrow_left`), which is its short caption. Drawn in colours, sizes and
-places, it gets a long caption that also says what these are.
+Each icon has a compositional name (`account_arrow_left`), which is its short caption. It is drawn in several colours
+and sizes, and the long caption also names these.
 """
 
 import random
@@ -24,28 +24,28 @@ COLOURS = {
     "brown": "#5d4037",
     "black": "#111111",
 }
-# Share of the picture's side that the icon takes.
+# Font size of the icon, as a fraction of the side of the image.
 SIZES = {"small": 0.8, "large": 0.95}
 HELD_OUT = 1000
 
 
 def load_icons(split: str = "train", views: int = 1, size: int = 48, seed: int = 0) -> Dataset:
     """
-    The icons as rows with the columns `image`, `short_caption`, `long_caption` and `icon`.
+    Loads the icons as rows with the columns `image`, `short_caption`, `long_caption` and `icon`.
 
-    Which icons are held out depends on nothing but their names, so that no held-out icon is ever trained on. Each is a
-    new combination of words that other icons teach (nobody could guess a word never seen). Icons that are drawn alike
-    count as one.
+    The choice of the held-out icons depends only on the names of all icons, so no held-out icon is ever trained on.
+    The name of a held-out icon is a new combination of words that occur in training names, because no model could
+    guess a word that it has never seen. Icons that look the same count as one icon.
 
     Args:
         split: `"train"`, or `"test"` for the 1,000 held-out icons.
-        views: How many differently coloured, sized and placed drawings of each icon.
-        size: Side of the pictures, in pixels.
-        seed: Of the drawings' attributes.
+        views: Number of images per icon. Colour and size are drawn anew for each of them.
+        size: Side of the images, in pixels.
+        seed: Seed of the random colours and sizes.
 
     Raises:
         ImportError: the icon font is not installed.
-        ValueError: an unknown split.
+        ValueError: the split is unknown.
     """
     if split not in ("train", "test"):
         raise ValueError(f"The icons have the splits 'train' and 'test', not {split!r}.")
@@ -86,7 +86,7 @@ def draw_icon(glyph: str, colour: str, size: str, side: int) -> Image.Image:
 
 
 def _render(rows: dict[str, list]) -> dict[str, list]:
-    """Rows of the columns that users see; pictures are drawn only when they are read."""
+    """Turns stored rows into the columns that users see. Images are drawn only when rows are read."""
     drawn: dict[str, list] = {"image": [], "short_caption": [], "long_caption": [], "icon": rows["icon"]}
     for icon, glyph, attributes in zip(rows["icon"], rows["glyph"], rows["attributes"], strict=True):
         side = attributes.pop("side")
@@ -98,7 +98,7 @@ def _render(rows: dict[str, list]) -> dict[str, list]:
 
 @cache
 def _held_out(names: tuple[str, ...], taught: int = 10) -> frozenset[str]:
-    """Names of several words, each of which at least `taught` of the icons that are left have in theirs."""
+    """Multi-word names whose every word also occurs in at least `taught` of the remaining icons."""
     left = Counter(word for name in names for word in set(name.split("_")))
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
@@ -113,7 +113,7 @@ def _held_out(names: tuple[str, ...], taught: int = 10) -> frozenset[str]:
 
 @cache
 def icon_glyphs() -> dict[str, str]:
-    """Character of each icon by its name; of icons that are drawn alike, the one with the shortest name."""
+    """Returns the font character of each icon by name. Of icons that look the same, the shortest name is kept."""
     _font_file()
     from fonticon_mdi7 import MDI7
 
@@ -128,5 +128,5 @@ def icon_glyphs() -> dict[str, str]:
 def _font_file() -> str:
     spec = find_spec("fonticon_mdi7")
     if spec is None or spec.origin is None:
-        raise ImportError("The icons need their font: `pip install 'hf-unigd[quickstart]'`.")
+        raise ImportError("The icon font is not installed: `pip install 'hf-unigd[quickstart]'`.")
     return str(Path(spec.origin).parent / "fonts" / "materialdesignicons-webfont.ttf")

@@ -1,4 +1,4 @@
-"""Opening pictures in every form in which a row may hold them."""
+"""Opens images in every form in which a row may hold them."""
 
 from io import BytesIO
 from pathlib import Path
@@ -8,15 +8,16 @@ from PIL import Image, UnidentifiedImageError
 
 
 def open_image(value: Any, folder: str | Path | None = None) -> Image.Image:
-    """Decodes a picture completely, as RGB.
+    """Decodes an image completely and converts it to RGB.
 
     Args:
         value: A PIL image, encoded bytes, a path, or the `{"bytes": ..., "path": ...}` of an undecoded
             `datasets.Image`.
-        folder: Where relative paths start.
+        folder: Folder that relative paths start from.
 
     Raises:
-        ValueError: the file is missing, the data is no picture or is cut off, or `value` is something else.
+        ValueError: the file is missing, the data is not an image or is truncated, or `value` is of another type. The
+            message continues "Row 3 ...".
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -27,7 +28,7 @@ def open_image(value: Any, folder: str | Path | None = None) -> Image.Image:
     elif isinstance(value, bytes):
         value = BytesIO(value)
     elif not isinstance(value, Image.Image):
-        raise ValueError(f"has a {type(value).__name__} where an image (PIL, bytes or path) is needed")
+        raise ValueError(f"has an image of type {type(value).__name__}, but a PIL image, bytes or a path is needed")
     try:
         image = value if isinstance(value, Image.Image) else Image.open(value)
         return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""How long sequences will be, without tokenizing them or touching a pixel."""
+"""Estimates how many tokens a sequence has, without tokenizing texts or reading pixels."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,13 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def sequence_length(processor: UniGDProcessor, sequence: Any, target: str | None = None) -> int:
-    """About how many tokens a sequence and its target have: the image tokens exactly, texts by their characters.
+    """Estimates the number of tokens of a sequence and its target: image tokens are exact, text tokens are estimated
+    from the number of characters.
 
     Args:
-        processor: Knows how many tokens an image becomes.
-        sequence: Whatever [`UniGDProcessor.process_sequences`] takes.
-        target: What follows it, if anything.
+        processor: The processor, which knows how many tokens each image becomes.
+        sequence: A sequence as [`UniGDProcessor.process_sequences`] takes it.
+        target: The answer to it, if there is one.
     """
     characters, sizes = len(target or ""), []
     for part in _parts(sequence):
@@ -25,12 +26,12 @@ def sequence_length(processor: UniGDProcessor, sequence: Any, target: str | None
             sizes.append((part.height, part.width))
         elif isinstance(part, str):
             characters += len(part)
-    counts = processor.vlm_processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+    counts = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
     return characters // CHARACTERS_PER_TOKEN + sum(counts)
 
 
 def _parts(sequence: Any) -> Iterator[Any]:
-    """Texts and images, however deep; anything else is for the processor to refuse."""
+    """The texts and images of a sequence at any depth, and what the processor will refuse."""
     if isinstance(sequence, dict):
         yield from _parts(next((sequence[name] for name in ("content", "image", "text") if name in sequence), None))
     elif isinstance(sequence, (list, tuple)):

@@ -1,11 +1,11 @@
-"""Recognising a row by its columns and turning it into an [`Example`]."""
+"""Recognises the format of a row by its columns and turns the row into an [`Example`]."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .example import Example, Messages, RowError
+from .example import Example, Messages, RowError, iter_parts
 from .images import open_image
 from .slices import SentenceSplitter, slices_of
 
@@ -15,14 +15,23 @@ ACCEPTED = """\
   conversations [+ image]                                           LLaVA's columns
   anchor, positive [, negative, negative_1, ...]                    sentence-transformers' columns
   image, short_caption and/or long_caption                          contrastive and next-token captions
-  image, caption                                                    a caption routed by its length"""
+  image, caption                                                    a short or long caption, by its length"""
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_IMAGE_TAG = "<image>"  # how TRL's and LLaVA's data mark an image inside a text, whatever the model's own token
+# TRL's and LLaVA's data mark an image inside a text with this tag, whatever the image token of the model is.
+_IMAGE_TAG = "<image>"
 
 
 def check_columns(columns: list[str], requires_match: bool = True) -> None:
-    """Raises ValueError, naming `columns`, where no accepted format can be made of them."""
+    """Checks that a dataset has the columns of an accepted row format.
+
+    Args:
+        columns: Column names of the dataset.
+        requires_match: Whether rows need a match, a caption or an answer; if not, `anchor` or `image` alone is enough.
+
+    Raises:
+        ValueError: the columns fit no accepted format. The message names them.
+    """
     have = set(columns)
     if not requires_match and have & {"anchor", "image"}:
         return
@@ -38,15 +47,16 @@ def check_columns(columns: list[str], requires_match: bool = True) -> None:
 
 @dataclass
 class RowParser:
-    """Turns rows into examples; a row is recognised by the columns that are not None in it.
+    """Turns rows into examples. The format of a row is recognised by those of its columns that are not None.
 
     Attributes:
-        count_tokens: Length of a text in tokens.
-        short_caption_max_tokens: A `caption` shorter than this is a contrastive positive, a longer one is a next-token
-            target (VladVA: 30).
-        long_caption_max_tokens: Longest caption allowed (VladVA: 500).
-        image_folder: Where relative image paths start.
-        splitter: Where given, examples are cut into slices by it, and a chat needs neither an answer nor a match.
+        count_tokens: Returns the length of a text in tokens.
+        short_caption_max_tokens: A `caption` with fewer tokens than this is a contrastive positive; any other is a
+            next-token target (VladVA: 30).
+        long_caption_max_tokens: Maximum length of a caption in tokens (VladVA: 500).
+        image_folder: Folder that relative image paths start from.
+        splitter: Splits texts into sentences. If given, examples get `slices`, and a chat needs neither an answer nor
+            a match.
         requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
     """
 
@@ -59,9 +69,15 @@ class RowParser:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Example:
         """
+        Args:
+            row: Values by column name.
+            index: Index of the row in the dataset.
+
         Raises:
             RowError: the row has no usable columns, or one of them is empty, corrupt, too long or inconsistent.
         """
+        if not isinstance(row, Mapping):
+            raise RowError(index, f"is a {type(row).__name__}, and a row is a dict of its columns.")
         example = self._parse(row, index)
         if self.splitter is not None:
             try:
@@ -89,7 +105,7 @@ class RowParser:
                 return self._from_captions(row, index)
         except ValueError as error:
             raise RowError(index, f"{error}.") from error
-        raise RowError(index, f"has no usable columns, only {sorted(row)}. Accepted are:\n{ACCEPTED}")
+        raise RowError(index, f"has no usable columns, only {sorted(row)}. The accepted formats are:\n{ACCEPTED}")
 
     def _from_captions(self, row, index) -> Example:
         image = open_image(row["image"], self.image_folder)
@@ -122,7 +138,9 @@ class RowParser:
         messages = []
         for turn in row["conversations"]:
             if turn.get("from") not in _ROLES:
-                raise ValueError(f"has a turn of {turn.get('from')!r} in `conversations`; known are {sorted(_ROLES)}")
+                raise ValueError(
+                    f"has a turn from {turn.get('from')!r} in `conversations`; `from` must be one of {sorted(_ROLES)}"
+                )
             messages.append({"role": _ROLES[turn["from"]], "content": turn["value"]})
         images = [row["image"]] if "image" in row else []
         return self._from_messages({"messages": messages, "images": images}, index)
@@ -134,7 +152,8 @@ class RowParser:
             answer = messages.pop()["content"]
             if any(part["type"] == "image" for part in answer):
                 raise ValueError(
-                    "has images in the last answer, and only text is generated; move them into a user's turn before it"
+                    "has images in the last answer, but the model generates only text; move them into an earlier "
+                    "user's turn"
                 )
             target = " ".join(part["text"] for part in answer)
         if not messages or messages[-1]["role"] != "user":
@@ -142,13 +161,13 @@ class RowParser:
         positives = row.get("positive_messages") or []
         if positives and isinstance(positives[0], list):
             if len(positives) > 1:
-                raise ValueError(f"has {len(positives)} conversations in `positive_messages`; give one a row")
+                raise ValueError(f"has {len(positives)} conversations in `positive_messages`; give one per row")
             positives = positives[0]
         negatives = row.get("negative_messages") or []
         if negatives and not isinstance(negatives[0], list):
             negatives = [negatives]
         if not positives and target is None and self.requires_match and self.splitter is None:
-            raise ValueError("has neither an assistant's answer nor `positive_messages`: there is nothing to learn")
+            raise ValueError("has neither an assistant's answer nor `positive_messages`, so there is nothing to learn")
         return Example(
             row=index,
             anchor=messages,
@@ -159,21 +178,23 @@ class RowParser:
         )
 
     def _messages(self, messages, images, name) -> Messages:
-        """Messages with every image placeholder filled from `images`, in order."""
+        """Returns the messages with their image placeholders replaced by `images`, in order."""
         if not messages:
-            raise ValueError(f"has empty `{name}`")
+            raise ValueError(f"has an empty `{name}`")
         turns = []
         for turn in messages:
             content = turn.get("content")
             parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
             turns.append({"role": turn["role"], "content": [piece for part in parts for piece in _split(part)]})
-        placeholders = sum(_is_placeholder(part) for turn in turns for part in turn["content"])
-        if images and not placeholders:  # as TRL: images without a placeholder open the first user's turn
+        placeholders = sum(_is_placeholder(part) for _, part in iter_parts(turns))
+        if images and not placeholders:  # as in TRL, images without a placeholder come first in the first user's turn
             first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
             first["content"] = [{"type": "image"} for _ in images] + first["content"]
             placeholders = len(images)
         if placeholders != len(images):
-            raise ValueError(f"has {placeholders} image placeholders in `{name}`, but {len(images)} images")
+            raise ValueError(
+                f"has {placeholders} image placeholders in `{name}`, but the number of images is {len(images)}"
+            )
         filling = iter(images)
         for turn in turns:
             turn["content"] = [
@@ -192,7 +213,7 @@ class RowParser:
         return {"type": "image", "image": open_image(part, self.image_folder)}
 
     def _user_turn(self, value, name) -> Messages:
-        """A user's turn of one text, one image, or a list of both."""
+        """Returns a user's turn that holds one text, one image, or a list of both."""
         slices = value if isinstance(value, list) else [value]
         if not slices:
             raise ValueError(f"has an empty `{name}`")
@@ -212,16 +233,18 @@ def _turn(content) -> Messages:
 
 def _caption(value, name) -> str:
     if isinstance(value, list):
-        raise ValueError(f"has a list of {len(value)} texts in `{name}`; give one a row (flatten with `Dataset.map`)")
+        raise ValueError(
+            f"has a list of {len(value)} texts in `{name}`; give one per row (flatten the column with `Dataset.map`)"
+        )
     if not isinstance(value, str):
-        raise ValueError(f"has a {type(value).__name__} in `{name}` where a text is needed")
+        raise ValueError(f"has a `{name}` of type {type(value).__name__}, but a text is needed")
     if not value.strip():
         raise ValueError(f"has an empty `{name}`")
     return value.strip()
 
 
 def _split(part):
-    """A text part cut at its image tags, each of which becomes an image part."""
+    """Splits a text part at its image tags. Every tag becomes an image part."""
     part = {key: value for key, value in part.items() if value is not None}
     if part.get("type") != "text" or _IMAGE_TAG not in part["text"]:
         return [part]

@@ -1,4 +1,4 @@
-"""Running the teachers over a dataset once, and keeping what they see in the format that [`SliceFeatures`] reads."""
+"""Runs the teachers over a dataset once and writes their features in the format that [`SliceFeatures`] reads."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .dataset import ExampleDataset
 from .example import Slice
-from .slice_features import DESCRIPTION, SliceFeatures, read_description, read_parts, refuse_other_teachers
+from .slice_features import DESCRIPTION, SliceFeatures, check_fingerprint, read_description, read_parts
 from .teachers import TeacherArguments, Teachers
 
 
@@ -28,21 +28,25 @@ def write_slice_features(
     overwrite: bool = False,
 ) -> SliceFeatures:
     """
-    Runs the teachers once over a dataset; each distinct image and sentence is encoded once. A run that was interrupted
-    goes on with the first part that is missing.
+    Runs the teachers over a dataset and writes the features of its slices.
+
+    Each distinct image or sentence is encoded once. An interrupted run resumes with the first missing part.
 
     Args:
-        examples: The rows, parsed with a splitter, so that each example has its slices. Where it skips bad rows, they
-            have no features.
+        examples: The dataset, whose parser has a splitter, so that every example has its slices. If it skips bad rows,
+            they get no features.
         args: The teachers.
-        folder: Where to write.
-        device: Where the teachers run.
-        batch_size: Images or sentences a forward pass.
-        rows_per_part: Rows that an interruption can cost.
-        overwrite: Throw away what the folder has, instead of going on with it.
+        folder: Folder to write, or to resume.
+        device: Device that the teachers run on.
+        batch_size: Maximum number of slices that are passed to the teachers at once.
+        rows_per_part: Number of rows per part. An interruption loses at most one part.
+        overwrite: Delete the features that the folder has, instead of resuming.
+
+    Returns:
+        The features that were written.
 
     Raises:
-        ValueError: the folder has features of other teachers, or of another number of rows.
+        ValueError: the folder has features of other teachers, or of a dataset with another number of rows.
         RowError: a row is bad and `examples` does not skip bad rows.
     """
     folder = Path(folder)
@@ -56,11 +60,11 @@ def write_slice_features(
         widths = {"own_width": teachers.own_width, "cross_width": teachers.cross_width}
         description = {**fingerprint, **widths, "num_rows": len(examples)}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    refuse_other_teachers(folder, description, fingerprint)
+    check_fingerprint(folder, description, fingerprint)
     if description["num_rows"] != len(examples):
         raise ValueError(
-            f"{folder} has features of a dataset of {description['num_rows']} rows, this one has {len(examples)}. "
-            "Choose another `--output`, or `--overwrite` it."
+            f"{folder} has features of a dataset of {description['num_rows']} rows, but this dataset has "
+            f"{len(examples)}. Choose another `--output`, or delete these features with `--overwrite`."
         )
     parts = read_parts(folder)
     done = sum(len(rows) for rows, _ in parts)
@@ -69,7 +73,7 @@ def write_slice_features(
         for key in features["key"]:
             places[key] = len(places)
     if done:
-        logger.warning("Going on at row %d of %d.", done, len(examples))
+        logger.warning("Resuming at row %d of %d.", done, len(examples))
 
     part = len(parts)
     with tqdm(total=len(examples), initial=done, desc="Embedding slices", unit="row") as progress:
@@ -77,7 +81,7 @@ def write_slice_features(
             rows: list[list[int]] = []
             keys: list[int] = []
             vectors: list[torch.Tensor] = []
-            waiting: list[Slice] = []  # decoded pictures among them: no more than a batch
+            waiting: list[Slice] = []  # at most one batch, because images are decoded
             for place in range(start, min(start + rows_per_part, len(examples))):
                 example = examples[place]
                 rows.append([])
@@ -97,7 +101,7 @@ def write_slice_features(
             _write_part(folder / f"part-{part:05d}", rows, keys, torch.cat([torch.zeros(0, width).half(), *vectors]))
             part += 1
     if teachers.truncated:
-        logger.warning("%d texts were longer than an encoder takes, and cut as it does.", teachers.truncated)
+        logger.warning("%d texts were longer than the limit of an encoder and were truncated.", teachers.truncated)
     return SliceFeatures.load(folder, args)
 
 

@@ -1,8 +1,9 @@
-"""What the teachers see of a dataset's slices, computed once and kept on disk beside the data.
+"""Teacher features of a dataset's slices, computed once and read from disk in training.
 
-A folder holds `teachers.json` (what the features depend on) and parts of so many rows each, written whole or not at
-all. Of a part, `features` has one row for each image or sentence that no part before it has, in half precision, and
-`rows` says for each row of the data which of all these it is made of.
+A folder of features holds `teachers.json`, which names everything that the features depend on, and numbered parts. A
+part covers a fixed number of rows of the data, and it is either complete or absent. Its dataset `features` has one
+row, in half precision, for each distinct image or sentence that no earlier part has. Its dataset `rows` has one row
+for each row of the data: the places of its slices in the features of all parts together.
 """
 
 import json
@@ -19,12 +20,14 @@ DESCRIPTION = "teachers.json"
 
 
 class SliceFeatures:
-    """Features of every slice of every row of a dataset, memory-mapped.
+    """Teacher features of every slice of every row of a dataset, memory-mapped.
 
     Attributes:
-        description: The fingerprint of the teachers, and `own_width` and `cross_width` of the features.
-        rows: Dataset of the column `slices`: for each row of the data, which of the features.
-        features: Dataset of the columns `key` and `features`, one row for each distinct slice.
+        description: The fingerprint of the teachers, the widths `own_width` and `cross_width`, and `num_rows`.
+        rows: Dataset with the column `slices`. It lists for each row of the data the places of its slices in
+            `features`.
+        features: Dataset with the columns `key` and `features`, one row for each distinct slice.
+        width: `own_width + cross_width`.
     """
 
     def __init__(self, description: dict, rows: Dataset, features: Dataset):
@@ -37,36 +40,45 @@ class SliceFeatures:
     def load(cls, folder: str | Path, args: TeacherArguments) -> "SliceFeatures":
         """
         Args:
-            folder: What [`write_slice_features`] wrote.
-            args: The teachers that are to be used.
+            folder: Folder that [`write_slice_features`] wrote.
+            args: The teachers of the training run.
 
         Raises:
-            ValueError: there are no features, they are incomplete, or they are other teachers'.
+            ValueError: the folder has no features or not all of them, or other teachers computed them.
         """
         description = read_description(Path(folder))
         if description is None:
             raise ValueError(
-                f"{folder} holds no slice features; `hf-unigd embed-slices --output {folder}` makes them."
+                f"{folder} holds no slice features; `hf-unigd embed-slices --output {folder}` computes them."
             )
-        refuse_other_teachers(folder, description, args.fingerprint())
+        check_fingerprint(folder, description, args.fingerprint())
         parts = read_parts(Path(folder))
         written = sum(len(rows) for rows, _ in parts)
         if written < description["num_rows"]:
             raise ValueError(
                 f"{folder} has features of {written} of {description['num_rows']} rows; run `hf-unigd embed-slices` "
-                "again, which goes on where it stopped."
+                "again, which resumes where it stopped."
             )
         rows, features = (concatenate_datasets(list(column)) for column in zip(*parts, strict=True))
         return cls(description, rows, features)
 
     def modality_columns(self, triple_kernel: bool = True) -> dict[tuple[int, int], tuple[int, int]]:
+        """Returns the columns in which slices are compared, as [`slice_columns`] does."""
         return slice_columns(self.description["own_width"], self.description["cross_width"], triple_kernel)
 
-    def of_row(self, row: int, slices: list[Slice]) -> torch.Tensor:
-        """Features `(len(slices), width)` of the slices of a row, float16.
+    def read_row(self, row: int, slices: list[Slice]) -> torch.Tensor:
+        """Reads the features of the slices of a row.
+
+        Args:
+            row: Index of the row in the dataset that the features were computed for.
+            slices: The slices of that row.
+
+        Returns:
+            Tensor of shape `(len(slices), width)`, float16.
 
         Raises:
-            ValueError: the row was another one, or bad, when the features were made.
+            ValueError: there are no features of the row, the row had other slices when they were computed, or they
+                have another width than `teachers.json` says. The message continues "Row 3 ...".
         """
         if row >= len(self.rows):
             raise ValueError(f"has no slice features: they end at row {len(self.rows) - 1}")
@@ -74,30 +86,39 @@ class SliceFeatures:
         entry = self.features[places] if places else {"key": torch.zeros(0), "features": torch.zeros(0, self.width)}
         if entry["key"].tolist() != [part.key for part in slices]:
             raise ValueError(
-                "has changed since its slice features were made; make them anew with `hf-unigd embed-slices "
+                "has changed since its slice features were computed; compute them again with `hf-unigd embed-slices "
                 "--overwrite`"
             )
         if entry["features"].shape[1] != self.width:
-            raise ValueError(f"has slice features of width {entry['features'].shape[1]}, {self.width} is needed")
+            raise ValueError(
+                f"has slice features of width {entry['features'].shape[1]}, but `{DESCRIPTION}` says {self.width}; "
+                "compute them again with `hf-unigd embed-slices --overwrite`"
+            )
         return entry["features"]
 
 
 def read_parts(folder: Path) -> list[tuple[Dataset, Dataset]]:
-    """Rows and features of the finished parts, in order."""
+    """Returns the `rows` and the `features` of the finished parts, in order."""
     folders = sorted(part for part in folder.glob("part-*") if part.suffix != ".unfinished")
     return [(load_from_disk(part / "rows"), load_from_disk(part / "features")) for part in folders]
 
 
 def read_description(folder: Path) -> dict | None:
+    """Returns what `teachers.json` says, or None if there is no such file."""
     file = folder / DESCRIPTION
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def refuse_other_teachers(folder, description: dict, fingerprint: dict[str, str]) -> None:
+def check_fingerprint(folder: str | Path, description: dict, fingerprint: dict[str, str]) -> None:
+    """Checks that the features of a folder were computed by the teachers of `fingerprint`.
+
+    Raises:
+        ValueError: they were not. The message names every difference.
+    """
     changed = [name for name, value in fingerprint.items() if description.get(name) != value]
     if changed:
         listing = "; ".join(f"{name} was {description.get(name)!r}, now {fingerprint[name]!r}" for name in changed)
         raise ValueError(
-            f"The slice features in {folder} are stale: {listing}. Make them anew with `hf-unigd embed-slices "
-            "--overwrite`, or use the teachers that they were made with."
+            f"The slice features in {folder} are stale: {listing}. Compute them again with `hf-unigd embed-slices "
+            "--overwrite`, or use the teachers that computed them."
         )

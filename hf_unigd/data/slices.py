@@ -1,25 +1,27 @@
-"""Cutting a sequence into slices: one image, or one sentence (Sugar, section 3.2)."""
+"""Cuts a sequence into slices. A slice is one image or one sentence (Sugar, section 3.2)."""
 
 from dataclasses import dataclass
 from itertools import accumulate
 
 import sentencex
 
-from .example import Messages, Slice
+from .example import Messages, Slice, iter_parts
 
 
 @dataclass(frozen=True)
 class SentenceSplitter:
-    """Sentences of a text by the `sentencex` library, which knows some 250 languages' abbreviations and stops.
+    """Splits a text into sentences with the `sentencex` library.
+
+    The library knows the abbreviations and the full stops of about 250 languages.
 
     Attributes:
-        language: Two-letter code. An unknown one is split by the rules that all languages share.
+        language: Two-letter code of the language. For an unknown code the rules that all languages share are used.
     """
 
     language: str = "en"
 
     def __call__(self, text: str) -> list[int]:
-        """Where the sentences of `text` end, in characters, without the white space that follows each."""
+        """Returns the character offset at which each sentence of `text` ends, before the white space that follows."""
         pieces = list(sentencex.segment(self.language, text))
         ends = accumulate(len(piece) for piece in pieces)
         return [
@@ -27,31 +29,30 @@ class SentenceSplitter:
         ]
 
     def split(self, text: str) -> list[str]:
-        """The sentences of `text`, without the white space around them."""
+        """Returns the sentences of `text`, stripped of the white space around them."""
         ends = self(text)
         return [text[start:end].strip() for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def slices_of(messages: Messages, target: str | None, splitter: SentenceSplitter) -> list[Slice]:
-    """The slices of a sequence and of what is said after it, in the order of the processor's `slice_spans`.
+    """Returns the slices of a sequence and of its target, in the order of the processor's `slice_spans`.
 
-    The system's text is no slice: it is the same in every conversation.
+    The text of the system message has no slices, because it is the same in every conversation.
 
     Args:
         messages: The sequence.
-        target: What follows it, if anything.
-        splitter: Cuts texts into sentences.
+        target: The text that follows the sequence, if any.
+        splitter: Splits texts into sentences.
 
     Raises:
-        ValueError: there is no slice.
+        ValueError: there is no slice. The message continues "Row 3 ...".
     """
     slices = []
-    for turn in messages:
-        for part in turn["content"]:
-            if part["type"] == "image":
-                slices.append(Slice(part["image"]))
-            elif turn["role"] != "system":
-                slices += [Slice(sentence) for sentence in splitter.split(part["text"])]
+    for role, part in iter_parts(messages):
+        if part["type"] == "image":
+            slices.append(Slice(part["image"]))
+        elif role != "system":
+            slices += [Slice(sentence) for sentence in splitter.split(part["text"])]
     slices += [Slice(sentence) for sentence in splitter.split(target or "")]
     if not slices:
         raise ValueError("has no slices: it needs at least one image or sentence")

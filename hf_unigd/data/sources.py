@@ -1,4 +1,4 @@
-"""Loading rows from the Hub, from files, or from the offline sources."""
+"""Loads rows from the Hub, from files, or from the offline sources."""
 
 from pathlib import Path
 
@@ -16,18 +16,18 @@ def load_rows(
     rename_columns: dict[str, str] | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Loads one split.
+    Loads one split of a dataset.
 
     Args:
         name: `"icons"` or `"stories"` for the offline sources, a folder written by `save_to_disk`, or anything that
             `datasets.load_dataset` takes: a Hub id, a folder, or a `.json`, `.jsonl`, `.csv` or `.parquet` file.
-        config: Name of a configuration of the dataset.
+        config: Name of the dataset configuration. It is used only for what `load_dataset` loads by a Hub id or folder.
         split: Name of the split.
-        streaming: Read rows as they come instead of fetching all of them first.
-        rename_columns: New names of columns by their old ones.
+        streaming: Return a streaming dataset instead of downloading all rows first. The offline sources ignore it.
+        rename_columns: Maps old column names to new ones.
 
     Raises:
-        ValueError: there is no such split, or no such column to rename.
+        ValueError: the split does not exist, or a column to rename does not exist.
     """
     rows = _load(name, config, split, streaming)
     return rows.rename_columns(rename_columns) if rename_columns else rows

@@ -1,20 +1,20 @@
-"""An offline source of interleaved text and pictures: short illustrated stories told with the icons.
+"""An offline source of interleaved texts and images: short stories that are illustrated with the icons.
 
-Every story has five scenes of a sentence and a picture. Something appears, something else joins it, and from then on
-one of the two changes its colour, and is called by its place in the story alone:
+Every story has five scenes, each a sentence and an image. In the first two scenes two subjects appear. In each later
+scene one of them changes its colour, and the sentence calls it only "the first" or "the second":
 
-    Here comes the red heart. [picture] The blue tree joins it. [picture] The first turns green. [picture]
-    The first turns black. [picture] At last the first turns pink. [picture of a pink heart]
+    Here comes the red heart. [image] The blue tree joins it. [image] The first turns green. [image]
+    The first turns black. [image] At last the first turns pink. [image of a pink heart]
 
-Stories come in pairs that share subjects and colours but not the order, so that another picture ends them. The answer
-says what the last picture shows. The task that comes with them is VIST's, as FROMAGe set it up: find the last picture.
+Stories come in pairs with the same subjects and colours in another order, so that their last images differ. The answer
+says what the last image shows. The stories serve for the task that FROMAGe set up on VIST: finding the last image.
 """
 
 import random
 
 from datasets import Dataset
 
-from .icons import COLOURS, draw_icon, icon_glyphs
+from .icons import COLOURS, draw_icon, icon_glyphs, short_caption
 
 
 SCENES = 5
@@ -23,21 +23,22 @@ _IMAGE_TAG = "<image>"
 
 def load_stories(split: str = "train", count: int = 4000, cast: int = 200, size: int = 48, seed: int = 0) -> Dataset:
     """
-    Stories as rows with the columns `messages` and `images` (to train on), and `captions` (to search by).
+    Loads stories as rows with the columns `messages` and `images` (to train on) and `captions` (for queries).
 
-    Every other pair of training stories shows its last picture alone, and every picture also comes alone, with what it
-    shows as the answer: one learns from sequences of all the kinds that are searched by and for.
+    In every second pair of training stories only the last image is shown. The training split also has a row for each
+    icon in each colour: a single image, with its description as the answer. A model thus trains on every kind of
+    sequence that serves as a query or as a candidate of the task.
 
     Args:
-        split: `"train"` or `"test"`: other stories of the same cast.
-        count: How many, two of each pair.
-        cast: How many of the icons take part, those with the shortest names first.
-        size: Side of the pictures, in pixels.
-        seed: Of the stories.
+        split: `"train"` or `"test"`. The splits tell different stories about the same icons.
+        count: Number of stories, two per pair.
+        cast: Number of icons that stories are told about. Those with the shortest names are taken.
+        size: Side of the images, in pixels.
+        seed: Seed of the random stories.
 
     Raises:
         ImportError: the icon font is not installed.
-        ValueError: an unknown split.
+        ValueError: the split is unknown.
     """
     if split not in ("train", "test"):
         raise ValueError(f"The stories have the splits 'train' and 'test', not {split!r}.")
@@ -57,17 +58,17 @@ def load_stories(split: str = "train", count: int = 4000, cast: int = 200, size:
 
 
 def cast_of_icons(count: int) -> list[str]:
-    """The icons that stories are told of: those whose names have the fewest words, then letters."""
+    """Returns the icons that stories are told about: those whose names have the fewest words, then letters."""
     return sorted(icon_glyphs(), key=lambda name: (name.count("_"), len(name), name))[:count]
 
 
 def describe(icon: str, colour: str) -> str:
-    return f"It shows the {colour} {_words(icon)}."
+    return f"It shows the {colour} {short_caption(icon)}."
 
 
 def captions_of(icon: str, colour: str) -> list[str]:
-    """The sentences that may stand before a picture of `icon` in `colour`."""
-    name = _words(icon)
+    """Returns the sentences that may precede an image of `icon` in `colour`."""
+    name = short_caption(icon)
     turns = [f"The {place} turns {colour}." for place in ("first", "second")]
     return [
         f"Here comes the {colour} {name}.",
@@ -78,20 +79,20 @@ def captions_of(icon: str, colour: str) -> list[str]:
 
 
 def _tell_pair(draw: random.Random, names: list[str]) -> list[dict]:
-    """Two stories of the same two subjects in the same colours, one of them with the subjects exchanged at the end."""
+    """Tells two stories about the same two subjects in the same colours that end with different subjects."""
     hero, other = draw.sample(names, 2)
     colours = draw.sample(list(COLOURS), SCENES)
     stories = [
         # The hero comes first and changes three times.
         ([hero, other, hero, hero, hero], ["first", "first", "first"]),
-        # The hero comes second and changes twice; the one that came first ends the story.
+        # The hero comes second and changes twice. The other subject, which came first, ends the story.
         ([other, hero, hero, hero, other], ["second", "second", "first"]),
     ]
     return [
         {
             "captions": [
-                f"Here comes the {colours[0]} {_words(icons[0])}.",
-                f"The {colours[1]} {_words(icons[1])} joins it.",
+                f"Here comes the {colours[0]} {short_caption(icons[0])}.",
+                f"The {colours[1]} {short_caption(icons[1])} joins it.",
                 f"The {places[0]} turns {colours[2]}.",
                 f"The {places[1]} turns {colours[3]}.",
                 f"At last the {places[2]} turns {colours[4]}.",
@@ -104,12 +105,8 @@ def _tell_pair(draw: random.Random, names: list[str]) -> list[dict]:
     ]
 
 
-def _words(icon: str) -> str:
-    return icon.replace("_", " ")
-
-
 def _render(rows: dict[str, list]) -> dict[str, list]:
-    """Rows of the columns that users see; pictures are drawn only when they are read."""
+    """Turns stored rows into the columns that users see. Images are drawn only when rows are read."""
     drawn: dict[str, list] = {"messages": [], "images": [], "captions": rows["captions"]}
     glyphs = icon_glyphs()
     names = ("captions", "icons", "colours", "answer", "shown", "side")

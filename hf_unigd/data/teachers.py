@@ -1,6 +1,6 @@
-"""The frozen encoders of the Triple Kernel (Sugar, section 3.3) and what they see of slices."""
+"""The frozen encoders of the Triple Kernel (Sugar, section 3.3) and the features that they give slices."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 
 import torch
@@ -14,20 +14,21 @@ from .slices import SentenceSplitter
 @dataclass
 class TeacherArguments:
     r"""
-    Which frozen encoders compare slices. The defaults are Sugar's.
+    The frozen encoders that compare slices. The defaults are Sugar's.
 
     Args:
         image_teacher (`str`, *optional*, defaults to `"facebook/dinov2-base"`):
-            Compares images: a Hub id or folder of any `AutoModel` or sentence-transformers model.
+            Encoder that compares images with images: a Hub id or folder of any `AutoModel` or sentence-transformers
+            model.
         text_teacher (`str`, *optional*, defaults to `"BAAI/bge-base-en-v1.5"`):
-            Compares sentences.
+            Encoder that compares sentences with sentences: a model of the same kinds.
         cross_teacher (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
-            Compares images with sentences: a model with an image and a text encoder.
+            Encoder that compares images with sentences: a model with an image encoder and a text encoder.
         teacher_pooling (`str`, *optional*, defaults to `"cls"`):
-            What an `AutoModel` without pooling of its own gives: its first token (`"cls"`) or the `"mean"` of all. The
-            paper names neither; DINOv2 and BGE are trained with the first.
+            Pooling of an `AutoModel` that has none of its own: its first token (`"cls"`) or the `"mean"` of all
+            tokens. The paper names neither; DINOv2 and BGE are trained with the first token.
         sentence_language (`str`, *optional*, defaults to `"en"`):
-            Language by whose rules texts are cut into sentences.
+            Language whose rules split texts into sentences.
     """
 
     image_teacher: str = field(
@@ -49,8 +50,12 @@ class TeacherArguments:
         return SentenceSplitter(self.sentence_language)
 
     def fingerprint(self) -> dict[str, str]:
-        """All that slice features depend on, with the commits of Hub ids and a digest of local folders."""
-        names = TeacherArguments.__dataclass_fields__
+        """Returns everything that slice features depend on.
+
+        This is every argument, the version of every encoder (the commit of a Hub id, or a digest of a local folder),
+        and the version of the sentence splitter.
+        """
+        names = [argument.name for argument in fields(TeacherArguments)]
         commits = {
             f"{name}_commit": encoder_commit(getattr(self, name)) for name in names if name.endswith("_teacher")
         }
@@ -64,12 +69,19 @@ class TeacherArguments:
 class Teachers:
     """The three encoders of the Triple Kernel.
 
-    A slice's features are two unit vectors side by side: what it is compared with its own modality by (DINOv2's of an
-    image, BGE's of a sentence, in the same columns) and with the other (CLIP's), as in the paper's equation 4.
+    The features of a slice are two unit vectors side by side. The first compares it with slices of its own modality:
+    it is DINOv2's vector of an image or BGE's vector of a sentence, in the same columns, padded with zeros to
+    `own_width`. The second, CLIP's vector, compares it with slices of the other modality (equation 4 of the paper).
 
     Args:
-        args: Which encoders.
-        device: Where they run.
+        args: The encoders.
+        device: Device that the encoders run on.
+
+    Attributes:
+        own_width, cross_width: Widths of the two vectors.
+
+    Raises:
+        ValueError: `cross_teacher` embeds images and texts in vectors of different widths.
     """
 
     def __init__(self, args: TeacherArguments, device: torch.device | str = "cpu"):
@@ -82,18 +94,23 @@ class Teachers:
         self.own_width = max(self.own[IMAGE](images).shape[1], self.own[TEXT](texts).shape[1])
         self.cross_width = self.cross(texts).shape[1]
         if self.cross(images).shape[1] != self.cross_width:
-            raise ValueError(f"`cross_teacher` {args.cross_teacher} embeds images and texts in different spaces.")
+            raise ValueError(f"`cross_teacher` {args.cross_teacher} gives images and texts different widths.")
 
     def modality_columns(self, triple_kernel: bool = True) -> dict[tuple[int, int], tuple[int, int]]:
+        """Returns the columns in which slices are compared, as [`slice_columns`] does."""
         return slice_columns(self.own_width, self.cross_width, triple_kernel)
 
     @property
     def truncated(self) -> int:
-        """Texts that an encoder has cut so far."""
+        """Number of texts that the encoders have truncated so far."""
         return sum(encoder.truncated for encoder in self.encoders)
 
     def __call__(self, slices: list[Slice]) -> torch.Tensor:
-        """Features `(n, own_width + cross_width)` of slices, float32; equal ones are encoded once."""
+        """Returns the features of slices. Slices of equal content are encoded once.
+
+        Returns:
+            `torch.FloatTensor` of shape `(len(slices), own_width + cross_width)`, float32, on the encoders' device.
+        """
         keys = [part.key for part in slices]
         distinct = dict(zip(keys, slices, strict=True))
         places = {key: place for place, key in enumerate(distinct)}
@@ -112,7 +129,19 @@ class Teachers:
 def slice_columns(
     own_width: int, cross_width: int, triple_kernel: bool = True
 ) -> dict[tuple[int, int], tuple[int, int]]:
-    """In which columns slices are compared: the Triple Kernel's, or the cross-modal ones always ("w/o TK")."""
+    """Returns the columns of the features in which two slices are compared, for each pair of modalities.
+
+    The dict is what `hf_unigd.kernels` takes as `modality_columns`. Its type is a plain dict because `data` does not
+    import `kernels`.
+
+    Args:
+        own_width, cross_width: Widths of the two vectors that the features consist of.
+        triple_kernel: Whether slices of one modality are compared by their own teacher. Otherwise `cross_teacher`
+            compares all slices (table 4b, "w/o TK").
+
+    Returns:
+        First column and end column (exclusive) by `(IMAGE, IMAGE)`, `(TEXT, TEXT)` and `(IMAGE, TEXT)`.
+    """
     cross = (own_width, own_width + cross_width)
     own = (0, own_width) if triple_kernel else cross
     return {(IMAGE, IMAGE): own, (TEXT, TEXT): own, (IMAGE, TEXT): cross}

@@ -1,6 +1,13 @@
-"""Retrieval metrics. Generation is measured by the perplexity that the trainer reports."""
+"""Retrieval metrics, and figures of retrieval and alignment. The trainer reports the perplexity of generation."""
 
-from .retrieval import METRIC_SCRIPT, rank_candidates, retrieval_metrics
+from .retrieval import METRIC_SCRIPT, Ranking, rank_both_ways, rank_candidates, recalls, retrieval_metrics
 
 
-__all__ = ["METRIC_SCRIPT", "rank_candidates", "retrieval_metrics"]
+__all__ = [
+    "METRIC_SCRIPT",
+    "Ranking",
+    "rank_both_ways",
+    "rank_candidates",
+    "recalls",
+    "retrieval_metrics",
+]

@@ -1,4 +1,4 @@
-"""What the alignment kernel sees in two sequences: how similar they are, and which slices go with which."""
+"""Explains the alignment kernel on two sequences: how similar they are, and which of their slices it aligns."""
 
 from typing import Any
 
@@ -23,21 +23,22 @@ def align_slices(
     Aligns two sequences of slices with the kernel of [`StructureLoss`] (Sugar, section 3.2).
 
     Args:
-        x, y (`torch.FloatTensor` of shape `(n, width)` and `(m, width)`): Unit vectors of slices, or what
-            [`~hf_unigd.data.Teachers`] see of them.
+        x, y (`torch.FloatTensor` of shape `(n, width)` and `(m, width)`): Unit vectors of the slices, or their
+            features from [`~hf_unigd.data.Teachers`].
         x_modalities, y_modalities (`torch.LongTensor` of shape `(n,)` and `(m,)`, *optional*): 0 for an image, 1 for
-            a text; with `modality_columns`.
+            a text. Needed with `modality_columns`.
         modality_columns: Columns in which slices of two modalities are compared, as
-            [`~hf_unigd.data.Teachers.modality_columns`] gives them; all of them by default.
+            [`~hf_unigd.data.Teachers.modality_columns`] returns them. By default slices are compared in all columns.
         bandwidth: `δ`; the kernel's bandwidth is `δ · sqrt((n + m) / 2)`.
-        normalization: `"cosine"`, or `"content"`, which also takes out what the two lengths alone explain.
+        normalization: `"cosine"`, or `"content"`, which also removes the part that the two lengths alone explain.
 
     Returns:
-        The posterior alignment `(n, m)`, float32 (float64 of float64): how often an alignment drawn with the kernel's
-        weights meets each pair of slices. And the normalised kernel, limited to 1, as in training.
+        Two values. The first is the posterior alignment of shape `(n, m)`, float32 (float64 if the inputs are
+        float64): for each pair of slices, the probability that an alignment drawn with the kernel's weights aligns
+        them. The second is the normalised kernel, limited to 1, as in training.
 
     Raises:
-        ValueError: a sequence is empty, or an argument is none of the above.
+        ValueError: a sequence is empty, or an argument has another value or shape than described above.
     """
     inputs: dict[str, Any] = {
         "x": x,
@@ -60,19 +61,19 @@ def embed_slices(
     model: PreTrainedModel, processor: UniGDProcessor, example: Example, splitter: SentenceSplitter
 ) -> torch.Tensor:
     """
-    The model's own embeddings of the slices of a sequence and its target, each in the context of those before it.
+    Embeds the slices of a sequence and of its target with the model, each in the context of the slices before it.
 
     Args:
         model: A [`UniGDModel`] or [`UniGDForConditionalGeneration`].
-        processor: Its processor.
-        example: The sequence.
-        splitter: Cuts texts into sentences, as it cut the example's `slices`.
+        processor: The processor of the model.
+        example: The sequence and its target.
+        splitter: Splits texts into sentences. It must be the one that made the example's `slices`.
 
     Returns:
-        `torch.FloatTensor` of shape `(len(example.slices), embedding_dim)`, on the CPU: unit vectors.
+        Unit vectors, a `torch.FloatTensor` of shape `(len(example.slices), embedding_dim)` on the CPU.
 
     Raises:
-        RowError: the processor cannot take the sequence.
+        RowError: the processor cannot process the sequence.
     """
     try:
         batch = processor.process_sequences(

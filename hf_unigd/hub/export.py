@@ -84,7 +84,7 @@ def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProce
 
 def embedding_template(processor: UniGDProcessor) -> str:
     """A chat template that adds the embedding prompt to a sequence, as [`UniGDProcessor.process_sequences`] does."""
-    placeholder = processor._image_placeholder
+    placeholder = processor.image_placeholder
     prompts = {
         modality: "".join(processor.soft_prompts[modality]) if processor.soft_prompts else prompt
         for modality, prompt in processor.prompts.items()

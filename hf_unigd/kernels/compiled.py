@@ -1,4 +1,4 @@
-"""C++ on the CPU: built at first use by torch's extension builder, cached, and never needed."""
+"""The C++ backend for the CPU. It is built at first use, cached, and optional: without a compiler, eager runs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .problem import Problem
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-# Without the flag at::parallel_for, a template of torch's, runs on one thread and says nothing. The runtime is the one
-# that torch has loaded: the same name is not loaded twice. Apple's compiler has none.
+# at::parallel_for is a template. Compiled without this flag, it silently runs on one thread. torch has already loaded
+# the OpenMP runtime, and a library of the same name is not loaded twice. Apple's compiler has no OpenMP.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *OPENMP]
-# The largest |log| that linear arithmetic in doubles is trusted with, in nats (csrc/recursion.h); doubles hold 708.
+# Linear arithmetic in doubles is used if no |log| can exceed this many nats (csrc/recursion.h). Doubles hold 708.
 LINEAR_LIMIT = 700.0
-# -1: the best this processor has; 0: baseline, 1: AVX2, 2: AVX-512.
+# -1 is the best instruction set of the processor, 0 the baseline, 1 AVX2 and 2 AVX-512.
 INSTRUCTION_SET = -1
 
 
@@ -55,7 +55,7 @@ def _align(problem: Problem, grad: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         None if y is None else y.modalities,
         None if problem.pairs is None else problem.pairs.contiguous(),
         grad,
-        [value for space in problem.modality_columns for value in space],
+        [value for entry in problem.modality_columns for value in entry],
         problem.scale,
         problem.per_pair_bandwidth,
         problem.local == "gaussian",
@@ -66,24 +66,24 @@ def _align(problem: Problem, grad: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
 
 def is_available() -> bool:
-    """Whether the library is there, building it if need be. Says once when it is not, and why."""
+    """Returns whether the library can be used, building it if necessary. A failed build warns once and says why."""
     return _library() is not None
 
 
 @functools.cache
 def _library() -> Any:
     sources = sorted(SOURCES.glob("*.cpp"))
-    if not sources:  # the export for the Hub has none
+    if not sources:  # the Hub export has no C++ sources
         return None
     try:
         path = _build(sources)
         torch.ops.load_library(path)
-    except Exception as error:  # whatever goes wrong in somebody's toolchain, there is the eager backend
+    except Exception as error:  # any failure of the toolchain falls back to the eager backend
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         warnings.warn(
-            f"The C++ backend of hf_unigd.kernels could not be built, so the eager one is used, which is some hundred "
-            f"times slower: {last} A C++20 compiler (g++ 10, or clang 12 with libomp) and `pip install ninja` are all "
-            "it needs.",
+            f"The C++ backend of hf_unigd.kernels could not be built, so the eager backend is used, which is about a "
+            f"hundred times slower. The build failed with: {last} The build needs a C++20 compiler (g++ 10, or clang "
+            "12 with libomp) and ninja (`pip install ninja`).",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -100,7 +100,7 @@ def _library_name() -> str:
 
 
 def _build(sources: list[Path]) -> Path:
-    """The shared library's path; compiles it unless the cache has it. Its name tells everything it depends on."""
+    """Returns the path of the shared library and compiles it if it is not cached. Its name is a hash of its inputs."""
     from torch.utils import cpp_extension
 
     name = _library_name()
@@ -111,9 +111,11 @@ def _build(sources: list[Path]) -> Path:
         return library
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{name}.lock"), _ninja_on_path():
-        if library.exists():  # another process was first
+        if library.exists():  # another process has built it in the meantime
             return library
-        logger.warning("Building the C++ backend of hf_unigd.kernels, once: about half a minute. Cached in %s.", cache)
+        logger.warning(
+            "Building the C++ backend of hf_unigd.kernels, which takes about half a minute. It is cached in %s.", cache
+        )
         with tempfile.TemporaryDirectory(dir=cache) as directory:
             cpp_extension.load(
                 name=name,
@@ -123,14 +125,14 @@ def _build(sources: list[Path]) -> Path:
                 build_directory=directory,
                 is_python_module=False,
             )
-            # Into place in one step: nobody ever loads half a library.
+            # The rename is atomic, so no process loads a half-written library.
             (Path(directory) / f"{name}.so").replace(library)
     return library
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process builds. The kernel drops the lock with its holder: none is left behind."""
+    """Lets one process build at a time. The operating system releases the lock when the process ends."""
     import fcntl
 
     with path.open("w") as file:
@@ -140,7 +142,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """pip puts ninja beside the interpreter, which is not on the PATH of an environment that was not activated."""
+    """Adds the interpreter's folder to PATH: pip installs ninja there, and only an activated environment has it."""
     path = os.environ.get("PATH", "")
     if shutil.which("ninja") is None:
         os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), path])

@@ -1,8 +1,8 @@
-"""Batched torch on any device: one matrix product a block of pairs, then anti-diagonals in the log domain.
+"""Batched torch on any device: one matrix product per block of pairs, then the recursion in the log domain.
 
-The backward is explicit. With alpha the recursion from the start and beta the one from the end,
-`E[i, j] = alpha beta / K` is the expected number of times an alignment passes through cell (i, j), and the derivative
-of log K by log kappa(x_i, y_j). Blocks bound the memory, so nothing of the size of all pairs of slices is ever kept.
+The backward is explicit. With alpha the recursion from the start and beta the recursion from the end,
+`E[i, j] = alpha beta / K` is the expected number of times that an alignment passes through cell (i, j). It is also the
+derivative of log K by log kappa(x_i, y_j). Blocks limit the memory: no tensor covers all pairs of slices.
 """
 
 from __future__ import annotations
@@ -14,16 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Problem, Sequences, cancellation, ieee_products, largest, log_local_kernel, log_local_kernel_slope
+from .problem import (
+    Problem,
+    Sequences,
+    cancellation_threshold,
+    cap,
+    ieee_products,
+    log_local_kernel,
+    log_local_kernel_slope,
+)
 
 
-# Cells (pairs of slices) worked on at once; some eight tensors of this size are alive in the backward.
+# Cells (pairs of slices) per block. The backward holds about eight tensors of this size.
 BLOCK_CELLS = 1 << 21
 
 
 @dataclass
 class Block:
-    """Pairs worked on together: rows i of `x` with all columns j of `y`, or, for given pairs, i[k] with j[k]."""
+    """The pairs of one block: all sequences i of `x` with all j of `y`, or i[k] with j[k] if the pairs are given."""
 
     problem: Problem
     i: Tensor
@@ -42,7 +50,7 @@ class Block:
         self.pair_lengths = n.to(device).flatten(), m.to(device).flatten()
 
     def _outer(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-slice values `(n, L)` of both sides, shaped to broadcast over the block's cells."""
+        """Reshapes per-slice values `(n, L)` of both sides so that they broadcast over the block's cells."""
         return (x[:, :, None], y[:, None, :]) if self.paired else (x[:, None, :, None], y[None, :, None, :])
 
     def _comparisons(self) -> Iterator[tuple[int, int, Tensor | None]]:
@@ -55,7 +63,7 @@ class Block:
 
     @ieee_products()
     def scaled_distances(self) -> Tensor:
-        """u = c d^2 for every cell of the block: `(..., Lx, Ly)`."""
+        """Returns u = c d^2 for every cell of the block, `(..., Lx, Ly)`."""
         x, y = self.problem.x.slices[self.x_index], self.problem.other.slices[self.y_index]
         product = "pid,pjd->pij" if self.paired else "nid,mjd->nmij"
         result = None
@@ -63,17 +71,17 @@ class Block:
             a, b = x[..., start:stop], y[..., start:stop]
             norms = sum(self._outer(a.square().sum(-1), b.square().sum(-1)))
             d2 = (norms - 2 * torch.einsum(product, a, b)).clamp_(min=0)
-            close = (d2 < cancellation(d2.dtype) * norms).nonzero()
+            close = (d2 < cancellation_threshold(d2.dtype) * norms).nonzero()
             for cells in close.split(max(1, BLOCK_CELLS // (stop - start))):
                 k, (r, c) = cells.unbind(1), cells[:, -2:].unbind(1)
                 d2[k] = (a[k[0], r] - b[k[0] if self.paired else k[1], c]).square().sum(-1)
             result = d2 if result is None or mask is None else torch.where(mask, d2, result)
         assert result is not None
-        return (result * self.inverse_scale).clamp_(max=largest(result.dtype))
+        return (result * self.inverse_scale).clamp_(max=cap(result.dtype))
 
     @ieee_products()
     def add_gradient(self, v: Tensor, dx: Tensor, dy: Tensor) -> None:
-        """Adds the gradient to both sides' slices from V, the derivative by the squared distances."""
+        """Adds the gradients of both sides' slices, given `v`, the derivative by the squared distances."""
         x, y = self.problem.x.slices[self.x_index], self.problem.other.slices[self.y_index]
         to_x, to_y = ("pij,pjd->pid", "pij,pid->pjd") if self.paired else ("nmij,mjd->nid", "nmij,nid->mjd")
         x_sum, y_sum = ("pij->pi", "pij->pj") if self.paired else ("nmij->ni", "nmij->mj")
@@ -83,13 +91,13 @@ class Block:
             a, b = x[..., start:stop], y[..., start:stop]
             gx[..., start:stop] += 2 * (torch.einsum(x_sum, w)[..., None] * a - torch.einsum(to_x, w, b))
             gy[..., start:stop] += 2 * (torch.einsum(y_sum, w)[..., None] * b - torch.einsum(to_y, w, a))
-        # Padding repeats a sequence's last slice; its V is zero, so adding it changes nothing.
+        # Padding repeats the last slice of a sequence. Its `v` is zero, so it adds nothing.
         dx.index_add_(0, self.x_index.flatten(), gx.flatten(0, 1))
         dy.index_add_(0, self.y_index.flatten(), gy.flatten(0, 1))
 
 
 def _padded(sequences: Sequences, index: Tensor) -> tuple[Tensor, Tensor]:
-    """`(n, L)` rows of the packed slices, the last one repeated as padding, and `(n,)` lengths."""
+    """Returns `(n, L)` indices of packed slices, with the last one repeated as padding, and `(n,)` lengths."""
     lengths = sequences.lengths[index]
     steps = torch.arange(int(lengths.max()))[None]
     rows = sequences.offsets[index][:, None] + torch.minimum(steps, lengths[:, None] - 1)
@@ -97,7 +105,7 @@ def _padded(sequences: Sequences, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(problem: Problem) -> Iterator[tuple[Block, Tensor]]:
-    """Blocks of at most BLOCK_CELLS cells that cover the problem, with a mask of the block's pairs that count."""
+    """Yields blocks of at most BLOCK_CELLS cells that cover the problem, each with a mask of the pairs that count."""
     x, y = problem.x, problem.other
     if problem.pairs is not None:
         i, j = problem.pairs.unbind(1)
@@ -114,14 +122,14 @@ def _blocks(problem: Problem) -> Iterator[tuple[Block, Tensor]]:
         while left < len(y):
             width = max(1, BLOCK_CELLS // (height * longest * int(y.lengths[left])))
             columns = torch.arange(left, min(len(y), left + width))
-            everything = torch.ones(len(rows), len(columns), dtype=torch.bool)
-            yield Block(problem, rows, columns), rows[:, None] <= columns if problem.symmetric else everything
+            all_pairs = torch.ones(len(rows), len(columns), dtype=torch.bool)
+            yield Block(problem, rows, columns), rows[:, None] <= columns if problem.symmetric else all_pairs
             left += width
         top += height
 
 
 def _skew(cells: Tensor, outside: float) -> Tensor:
-    """`(B, n, m)` to `(n + m - 1, n, B)`: anti-diagonal by anti-diagonal, the pairs innermost."""
+    """Rearranges `(B, n, m)` into anti-diagonals `(n + m - 1, n, B)`."""
     b, n, m = cells.shape
     steps = n + m - 1
     padded = F.pad(cells, (0, n), value=outside).reshape(b, n * (steps + 1))[:, : n * steps]
@@ -141,29 +149,29 @@ def _log_sum_exp(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 class _Recursion:
-    """log alpha and log beta of a batch of pairs, anti-diagonal by anti-diagonal, in float64 (MPS has none).
+    """Computes log alpha and log beta of a batch of pairs, one anti-diagonal at a time, in float64 (float32 on MPS).
 
-    Their sum less log K is exponentiated: at small bandwidths all three are of size 1e6 and more, whose rounding in
-    float32 is of size 1.
+    The posterior is exp(log alpha + log beta - log K). At small bandwidths these terms are of size 1e6 and more, where
+    float32 rounds by about 1.
 
     Args:
         log_kappa: `(B, Lx, Ly)`.
-        n, m: `(B,)` lengths of each pair; cells beyond them cannot reach the answer and hold anything.
+        n, m: `(B,)` lengths of each pair. Cells beyond them cannot reach the result and may hold any value.
     """
 
     def __init__(self, log_kappa: Tensor, n: Tensor, m: Tensor) -> None:
         _, self.rows, self.columns = log_kappa.shape
-        # Below every sum of capped terms, and finite, so that differences of two such are no NaN.
+        # Below every sum of capped terms, and finite, so that the difference of two such values is not NaN.
         wide = torch.float32 if log_kappa.device.type == "mps" else torch.float64
-        self.never = -1e37 if wide == torch.float32 else -1e300
+        self.log_zero = -1e37 if wide == torch.float32 else -1e300
         self.dtype = log_kappa.dtype
-        self.log_kappa = _skew(log_kappa.to(wide), self.never)
+        self.log_kappa = _skew(log_kappa.to(wide), self.log_zero)
         self.steps = len(self.log_kappa)
         self.ends = n + m - 2, n - 1, torch.arange(len(n), device=n.device)
-        # One more row in front: the one above the first.
-        alpha = self.log_kappa.new_full((self.steps, self.rows + 1, len(n)), self.never)
+        # With one extra row above the first.
+        alpha = self.log_kappa.new_full((self.steps, self.rows + 1, len(n)), self.log_zero)
         alpha[0, 1] = self.log_kappa[0, 0]
-        start = torch.full_like(alpha[0], self.never)
+        start = torch.full_like(alpha[0], self.log_zero)
         for t in range(1, self.steps):
             first, last = self._valid(t)
             one, two = alpha[t - 1], alpha[t - 2] if t > 1 else start
@@ -173,25 +181,25 @@ class _Recursion:
         self.log_k = self.log_alpha[self.ends]
 
     def _valid(self, t: int) -> tuple[int, int]:
-        """The rows that anti-diagonal t crosses: [first, last)."""
+        """Returns the range [first, last) of the rows that anti-diagonal t crosses."""
         return max(0, t - self.columns + 1), min(self.rows, t + 1)
 
     def expected_alignments(self) -> Tensor:
-        """`(B, Lx, Ly)`: alpha beta / K in the dtype given, zero beyond each pair's lengths."""
+        """Returns alpha beta / K, `(B, Lx, Ly)`, in the dtype of `log_kappa`, zero beyond each pair's lengths."""
         end, row, batch = self.ends
         expected = torch.zeros_like(self.log_kappa, dtype=self.dtype)
-        # kappa beta on the next two anti-diagonals, with one more row at the end.
-        one = self.log_kappa.new_full((self.rows + 1, len(batch)), self.never)
+        # kappa beta on the next two anti-diagonals, with one extra row at the end.
+        one = self.log_kappa.new_full((self.rows + 1, len(batch)), self.log_zero)
         two = one.clone()
         for t in range(self.steps - 1, -1, -1):
             first, last = self._valid(t)
-            beta = torch.full_like(one, self.never)
+            beta = torch.full_like(one, self.log_zero)
             beta[first:last] = _log_sum_exp(one[first:last], one[first + 1 : last + 1], two[first + 1 : last + 1])
             here = end == t
             beta[row[here], batch[here]] = -self.log_k[here]
             expected[t, first:last] = (self.log_alpha[t, first:last] + beta[first:last]).clamp_(max=0).exp_()
             beta[first:last] += self.log_kappa[t, first:last]
-            one, two = beta.clamp_(min=self.never), one
+            one, two = beta.clamp_(min=self.log_zero), one
         return _unskew(expected)
 
 
@@ -219,7 +227,7 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
     dx = torch.zeros_like(problem.x.slices)
     dy = dx if problem.y is None else torch.zeros_like(problem.y.slices)
     by_log_scale = 0.0
-    if problem.symmetric:  # each pair is worked on once: its two entries' gradients together, the diagonal's once
+    if problem.symmetric:  # each pair is processed once, with the sum of the gradients of its two entries
         grad = torch.triu(grad + grad.T) - torch.diag(grad.diagonal())
     done = 0
     for block, _ in _blocks(problem):

@@ -1,4 +1,4 @@
-"""This folder as a repository for Hugging Face's `kernels` library: one universal build, pure Python and Triton."""
+"""Exports this folder as a repository for Hugging Face's `kernels` library: one universal Python and Triton build."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ tags:
 
 # Global alignment kernels and soft-DTW
 
-For batches of variable-length embedding sequences: log K of all pairs or of given ones, with gradients to the features
-and the bandwidth. Triton on CUDA, batched PyTorch elsewhere. Part of hf-unigd, whose package adds a C++ CPU backend.
+These functions compute log K between variable-length embedding sequences, for all pairs of a batch or for given pairs,
+with gradients to the features and the bandwidth. They run in Triton on CUDA and in batched PyTorch elsewhere. They are
+part of hf-unigd, which adds a C++ backend for the CPU.
 
 ```python
 import torch
@@ -30,18 +31,18 @@ from kernels import get_kernel
 
 kernel = get_kernel("<this repository>", version={version}, trust_remote_code=True)
 x = torch.nn.functional.normalize(torch.randn(9, 64), dim=-1)
-log_k = kernel.alignment_kernel(x, torch.tensor([0, 4, 9]), bandwidth=1.0)  # two sequences, of 4 and 5 slices
+log_k = kernel.alignment_kernel(x, torch.tensor([0, 4, 9]), bandwidth=1.0)  # two sequences of 4 and 5 slices
 ```
 """
 
 
 def export(directory: str | Path) -> Path:
-    """Writes the repository into `directory`, a new or empty folder, and returns the build's folder.
+    """Writes the repository into `directory`, a new or empty folder, and returns the path of the build.
 
-    The operators get a namespace of their own, so that the export and hf_unigd.kernels can be loaded together.
+    The exported operators have their own namespace, so that the export and hf_unigd.kernels can be loaded together.
 
     Raises:
-        ValueError: If `directory` holds anything.
+        ValueError: If `directory` is a file or is not empty.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -1,4 +1,4 @@
-"""The public functions. Every one takes packed features `(total_slices, d)` with offsets, or padded ones `(n, L, d)`
+"""The public functions. Each takes packed features `(total_slices, d)` with offsets, or padded features `(n, L, d)`
 with lengths, and returns torch tensors."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ModalityColumns = Mapping[tuple[int, int], tuple[int, int]]
 
 
 class _Inputs:
-    """The arguments all functions share, checked, in the form the operators take."""
+    """The arguments that all functions share, checked and converted to what the operators take."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class _Inputs:
             return self.x_lengths
         return self.y_extents.diff() if self.y.dim() == 2 else self.y_extents
 
-    def of_pairs(self, x_values: Tensor, y_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-sequence values of both sides, shaped to broadcast to the result: `(n, m)` or `(p,)`."""
+    def broadcast_to_result(self, x_values: Tensor, y_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Reshapes per-sequence values of both sides so that they broadcast to the result, `(n, m)` or `(p,)`."""
         if self.pairs is None:
             return x_values[:, None], y_values[None]
         index = self.pairs.to(x_values.device)
@@ -75,26 +75,26 @@ class _Inputs:
         )
 
     def self_log_kernels(self, *settings: Any) -> tuple[Tensor, Tensor]:
-        """log K(x, x) of every sequence of both sides: `(n,)`, `(m,)`."""
+        """Returns log K(x, x) of every sequence of both sides, `(n,)` and `(m,)`."""
 
         def diagonal(features: Tensor, extents: Tensor, modalities: Tensor | None) -> Tensor:
             n = extents.shape[0] - (1 if features.dim() == 2 else 0)
             index = torch.arange(n)[:, None].expand(n, 2)
             return ops.alignment(features, extents, modalities, None, None, None, index, *settings)
 
-        of_x = diagonal(self.x, self.x_extents, self.x_modalities)
+        x_self = diagonal(self.x, self.x_extents, self.x_modalities)
         if self.y is None or self.y_extents is None:
-            return of_x, of_x
-        return of_x, diagonal(self.y, self.y_extents, self.y_modalities)
+            return x_self, x_self
+        return x_self, diagonal(self.y, self.y_extents, self.y_modalities)
 
-    def without_selves(self, log_k: Tensor, *settings: Any) -> Tensor:
-        """log K(x, y) - (log K(x, x) + log K(y, y)) / 2."""
+    def subtract_self_kernels(self, log_k: Tensor, *settings: Any) -> Tensor:
+        """Returns log K(x, y) - (log K(x, x) + log K(y, y)) / 2."""
         if self.y is None and self.pairs is None:
-            of_x = of_y = log_k.diagonal()
+            x_self = y_self = log_k.diagonal()
         else:
-            of_x, of_y = self.self_log_kernels(*settings)
-        of_x, of_y = self.of_pairs(of_x, of_y)
-        return log_k - (of_x + of_y) / 2
+            x_self, y_self = self.self_log_kernels(*settings)
+        x_self, y_self = self.broadcast_to_result(x_self, y_self)
+        return log_k - (x_self + y_self) / 2
 
 
 def alignment_kernel(
@@ -115,53 +115,54 @@ def alignment_kernel(
     y_modalities: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The logarithm of the global alignment kernel between sequences of feature vectors.
+    """Computes the logarithm of the global alignment kernel between sequences of feature vectors.
 
-    `K(x, y) = sum over alignments pi of prod_i kappa(x_pi1(i), y_pi2(i))`: all ways to walk through both sequences
-    in steps of one, each weighed by the local kernel of the slices it brings together (Cuturi, Vert, Birkenes and
-    Matsui 2007, equation 3; Cuturi 2011, section 3; Sugar, arXiv 2411.00304, equation 2). The cost is one matrix
-    product of all slices.
+    `K(x, y) = sum over alignments pi of prod_i kappa(x_pi1(i), y_pi2(i))`. The sum is over all ways to walk through
+    both sequences in steps of one. Each alignment is weighted by the local kernel of the slices that it pairs (Cuturi,
+    Vert, Birkenes and Matsui 2007, equation 3; Cuturi 2011, section 3; Sugar, arXiv 2411.00304, equation 2). The cost
+    is that of one matrix product of all slices.
 
     Args:
-        x: `(total_slices, d)` packed or `(n, L, d)` padded; float64, float32, bfloat16 or float16.
-        x_offsets: `(n + 1,)` int, for packed `x`: sequence i is `x[x_offsets[i]:x_offsets[i + 1]]`. On a GPU, offsets
-            and lengths kept on the CPU save a synchronisation.
-        y, y_offsets: The other side; without it, `x` against itself, at half the work.
-        bandwidth: sigma of the local kernel, in the units of the features' distances: a number, a scalar tensor
-            (receives a gradient), or `"median"`: median distance times sqrt(median length) (Cuturi 2011, section 5),
-            estimated from `x` and detached.
-        x_lengths, y_lengths: `(n,)`, `(m,)` int, for padded features; all of length L where not given. What lies in
-            the padding does not matter.
-        pairs: `(p, 2)` int. Only these pairs (i of x, j of y; of x twice where `y` is None) are aligned.
+        x: `(total_slices, d)` packed or `(n, L, d)` padded features in float64, float32, bfloat16 or float16.
+        x_offsets: `(n + 1,)` int, for packed `x`: sequence i is `x[x_offsets[i]:x_offsets[i + 1]]`. For features on a
+            GPU, offsets and lengths on the CPU save a synchronisation.
+        y, y_offsets: The other side. Without it, `x` is compared with itself, at half the cost.
+        bandwidth: sigma of the local kernel, in the units of the features' distances. A number, a scalar tensor,
+            which receives a gradient, or `"median"`: the median distance times sqrt(median length) (Cuturi 2011,
+            section 5), estimated from `x` and detached.
+        x_lengths, y_lengths: `(n,)`, `(m,)` int, for padded features. By default all sequences have length L. The
+            values in the padding are ignored.
+        pairs: `(p, 2)` int. Only these pairs (i of x, j of y, or j of x if `y` is None) are aligned.
         normalize: See Returns.
-        local: `"gaussian"`, kappa = k / (2 - k) with k = exp(-|a - b|^2 / 2 sigma^2); or `"plain_gaussian"`,
+        local: `"gaussian"`, kappa = k / (2 - k) with k = exp(-|a - b|^2 / 2 sigma^2), or `"plain_gaussian"`,
             kappa = k, whose log K is -softDTW / gamma with gamma = 2 sigma^2.
-        per_pair_bandwidth: Multiply sigma by sqrt((n + m) / 2) of each pair's lengths (Sugar, section 3.2, where
-            `bandwidth` is called delta).
-        modality_columns: The Triple Kernel (Sugar, section 3.3, equation 4) in general form: for each pair of
-            modalities the columns `(start, stop)` in which two such slices are compared. Sugar's, with
-            modality 0 for images and 1 for text, features [DINOv2 or BGE | CLIP] of 768 each:
-            `{(0, 0): (0, 768), (1, 1): (0, 768), (0, 1): (768, 1536)}`. Both orders of a pair are meant.
-        x_modalities, y_modalities: `(total_slices,)` or `(n, L)` int, the modality of each slice; with
+        per_pair_bandwidth: Multiply sigma by sqrt((n + m) / 2), where n and m are the lengths of the pair (Sugar,
+            section 3.2, where `bandwidth` is called delta).
+        modality_columns: The Triple Kernel (Sugar, section 3.3, equation 4) in general form: maps each pair of
+            modalities, in either order, to the columns `(start, stop)` in which their slices are compared. Sugar's
+            mapping, with modality 0 for images, 1 for text and features [DINOv2 or BGE | CLIP] of 768 columns each,
+            is `{(0, 0): (0, 768), (1, 1): (0, 768), (0, 1): (768, 1536)}`.
+        x_modalities, y_modalities: `(total_slices,)` or `(n, L)` int, the modality of each slice. Required with
             `modality_columns`.
         backend: `"auto"`, `"reference"`, `"eager"`, `"compiled"` (C++ on the CPU, built at first use) or `"triton"`.
 
     Returns:
-        `(n, m)`, or `(p,)` with `pairs`: float64 for float64 features, else float32. With `L~ = log K(x, y) -
-        (log K(x, x) + log K(y, y)) / 2` and D the number of alignments (K of kappa = 1):
+        `(n, m)`, or `(p,)` with `pairs`, in float64 for float64 features, else float32. With `L~ = log K(x, y) -
+        (log K(x, x) + log K(y, y)) / 2` and D the number of alignments (K for kappa = 1), `normalize` gives:
 
         - `"none"`: log K.
-        - `"cosine"`: L~, 0 for a sequence with itself.
+        - `"cosine"`: L~, which is 0 for a sequence with itself.
         - `"length"`: L~ / ((n + m) / 2), per step.
-        - `"content"`: L~ less the same expression of log D: what the contents say beyond the two lengths, which
-          alone explain over 99 per cent of L~ at the textbook bandwidth. For contrastive logits.
+        - `"content"`: L~ minus the same expression for log D. This removes what the two lengths alone explain, which
+          is over 99 per cent of L~ at the textbook bandwidth. Use it for contrastive logits.
 
-        exp of `"none"` and `"cosine"` is positive definite for `local="gaussian"`, one space and one bandwidth for
-        all pairs; not promised for several modality columns (the Triple Kernel), `"plain_gaussian"`, a bandwidth per
-        pair, `"length"` or `"content"`. log K itself is never promised to be, nor conditionally.
+        exp of `"none"` and `"cosine"` is positive definite for `local="gaussian"` with one column range and one
+        bandwidth for all pairs. It is not guaranteed to be for several column ranges (the Triple Kernel),
+        `"plain_gaussian"`, a bandwidth per pair, `"length"` or `"content"`. log K itself is not guaranteed to be
+        positive definite or conditionally positive definite.
 
     Raises:
-        ValueError: Naming the argument, what was given and what is needed.
+        ValueError: An argument is invalid. The message names it, what was given and what is needed.
     """
     inputs = _Inputs(
         x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, modality_columns, x_modalities, y_modalities
@@ -173,8 +174,8 @@ def alignment_kernel(
     log_k = inputs.log_kernel(*settings)
     if normalize == "none":
         return log_k
-    log_k = inputs.without_selves(log_k, *settings)
-    n, m = inputs.of_pairs(inputs.x_lengths, inputs.y_lengths)
+    log_k = inputs.subtract_self_kernels(log_k, *settings)
+    n, m = inputs.broadcast_to_result(inputs.x_lengths, inputs.y_lengths)
     if normalize == "length":
         return log_k / ((n + m) / 2).to(log_k)
     if normalize == "content":
@@ -196,21 +197,22 @@ def soft_dtw(
     divergence: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Soft dynamic time warping of squared Euclidean costs (Cuturi and Blondel 2017, equation 1), in cost units.
+    """Computes soft dynamic time warping with squared Euclidean costs (Cuturi and Blondel 2017, equation 1).
 
-    `softDTW = -gamma log sum_pi exp(-cost(pi) / gamma)`; it is -gamma log K of the alignment kernel's engine, so it
-    shares its speed, gradients (to x, y and gamma) and arguments (see `alignment_kernel`).
+    `softDTW = -gamma log sum_pi exp(-cost(pi) / gamma)`, in the units of the cost. This is -gamma log K of
+    `alignment_kernel` with `local="plain_gaussian"`, so it is as fast and takes the same inputs. Gradients flow to x,
+    y and gamma.
 
     Args:
-        gamma: Smoothing, in the units of squared distances; towards 0 the result becomes DTW's.
-        divergence: Subtract the mean of the two self-alignments (Blondel, Mensch and Vert 2021, equation 8): then it
-            is zero for equal sequences and not negative.
+        gamma: Smoothing, in the units of squared distances. As it approaches 0, the result approaches DTW.
+        divergence: Subtract the mean of the two self-alignments (Blondel, Mensch and Vert 2021, equation 8). The
+            result is then zero for equal sequences and never negative.
 
     Returns:
-        `(n, m)`, or `(p,)` with `pairs`: float64 for float64 features, else float32.
+        `(n, m)`, or `(p,)` with `pairs`, in float64 for float64 features, else float32.
 
     Raises:
-        ValueError: As `alignment_kernel`.
+        ValueError: As in `alignment_kernel`.
     """
     inputs = _Inputs(x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, None, None, None)
     validation.choice(backend, "backend", ("auto", *ops.BACKENDS))
@@ -218,7 +220,7 @@ def soft_dtw(
     settings = ((scale / 2).sqrt(), inputs.modality_columns, "plain_gaussian", False, backend)
     log_k = inputs.log_kernel(*settings)
     if divergence:
-        log_k = inputs.without_selves(log_k, *settings)
+        log_k = inputs.subtract_self_kernels(log_k, *settings)
     return -scale.to(log_k.dtype) * log_k
 
 
@@ -240,19 +242,19 @@ def alignment_posterior(
     y_modalities: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The expected alignment matrices: how often an alignment, drawn with the kernel's weights, meets each cell.
+    """Computes how often an alignment, drawn with the kernel's weights, passes through each pair of slices.
 
-    `E[k, i, j]` is the derivative of log K by log kappa(x_i, y_j), the sum over alignments through (i, j) over the sum
-    of all. It lies in [0, 1], is 1 at both corners, and every row and column of a pair sums to at least 1. For
-    explanation: no gradient flows through it, and `torch.compile` breaks its graph there. Arguments and errors as
-    `alignment_kernel`.
+    `E[k, i, j]` is the derivative of log K by log kappa(x_i, y_j): the sum over the alignments through (i, j), divided
+    by the sum over all alignments. It lies in [0, 1] and is 1 at both corners, and every row and column of a pair sums
+    to at least 1. It is meant for explanation: no gradient flows through it, and it causes a graph break in
+    `torch.compile`. The other arguments and the errors are those of `alignment_kernel`.
 
     Args:
-        pairs: `(p, 2)` int; by default the one pair (0, 0), or (0, 1) where `y` is None.
-        backend: `"auto"`, `"eager"` or `"reference"`; the compiled backends have no posterior, and take eager's.
+        pairs: `(p, 2)` int. The default is the single pair (0, 0), or (0, 1) if `y` is None.
+        backend: `"auto"`, `"eager"` or `"reference"`. The compiled backends have no posterior and use eager's.
 
     Returns:
-        `(p, n_max, m_max)`, float64 for float64 features, else float32; zero beyond each pair's lengths.
+        `(p, n_max, m_max)`, in float64 for float64 features, else float32. It is zero beyond each pair's lengths.
     """
     if pairs is None:
         pairs = torch.tensor([[0, 1 if y is None else 0]])
@@ -277,7 +279,7 @@ def alignment_posterior(
     implementation = reference if backend == "reference" else eager
     with torch.autocast(x.device.type, enabled=False):
         expected = implementation.posterior(problem).to(x.device, COMPUTE_DTYPE[x.dtype])
-    lengths = inputs.of_pairs(inputs.x_lengths, inputs.y_lengths)
+    lengths = inputs.broadcast_to_result(inputs.x_lengths, inputs.y_lengths)
     return expected[:, : int(lengths[0].max()), : int(lengths[1].max())]
 
 
@@ -294,14 +296,14 @@ def mean_slice_similarity(
     x_modalities: Tensor | None = None,
     y_modalities: Tensor | None = None,
 ) -> Tensor:
-    """The mean cosine similarity of all slices of x with all slices of y, without alignment: the ablation's baseline
-    (Sugar, table 4b, "w/o GAK").
+    """Computes the mean cosine similarity of all slices of x with all slices of y, without alignment. This is the
+    baseline of the ablation (Sugar, table 4b, "w/o GAK").
 
-    Linear in the number of slices, for the mean of all products is the product of the means. Arguments and errors as
-    `alignment_kernel`; differentiable in x and y.
+    The cost is linear in the number of slices, because the mean of all products is the product of the means. The
+    function is differentiable in x and y. The arguments and the errors are those of `alignment_kernel`.
 
     Returns:
-        `(n, m)`, or `(p,)` with `pairs`, in [-1, 1]: float64 for float64 features, else float32.
+        `(n, m)`, or `(p,)` with `pairs`, in [-1, 1], in float64 for float64 features, else float32.
     """
     inputs = _Inputs(
         x, x_offsets, y, y_offsets, x_lengths, y_lengths, pairs, modality_columns, x_modalities, y_modalities
@@ -314,16 +316,16 @@ def mean_slice_similarity(
     result: Tensor | None = None
     with torch.autocast(x.device.type, enabled=False):
         for a, b, start, stop in (flat[i : i + 4] for i in range(0, len(flat), 4)):
-            of_x = _mean_direction(x, x_lengths, x_modalities, a, start, stop)
+            x_mean = _mean_direction(x, x_lengths, x_modalities, a, start, stop)
             if y is None:
-                of_y = _mean_direction(x, x_lengths, x_modalities, b, start, stop)
+                y_mean = _mean_direction(x, x_lengths, x_modalities, b, start, stop)
             else:
-                of_y = _mean_direction(y, inputs.y_lengths.to(y.device), y_modalities, b, start, stop)
+                y_mean = _mean_direction(y, inputs.y_lengths.to(y.device), y_modalities, b, start, stop)
             if pairs is None:
-                part = of_x @ of_y.T
+                part = x_mean @ y_mean.T
             else:
                 index = pairs.to(x.device)
-                part = (of_x[index[:, 0]] * of_y[index[:, 1]]).sum(-1)
+                part = (x_mean[index[:, 0]] * y_mean[index[:, 1]]).sum(-1)
             result = part if result is None else result + part
     assert result is not None
     return result
@@ -332,9 +334,10 @@ def mean_slice_similarity(
 def _mean_direction(
     x: Tensor, lengths: Tensor, modalities: Tensor | None, modality: int, start: int, stop: int
 ) -> Tensor:
-    """`(n, stop - start)`: each sequence's sum of unit slices of one modality over its number of slices."""
+    """Returns, per sequence, the sum of its unit slices of one modality divided by its number of slices,
+    `(n, stop - start)`."""
     slices = x[..., start:stop].to(COMPUTE_DTYPE[x.dtype])
-    # Before they are normalised: what lies in the padding may be NaN, and so would be its gradient.
+    # Slices are masked before they are normalised, because a NaN in the padding would make its gradient NaN.
     if modalities is not None:
         slices = torch.where((modalities.to(x.device) == modality)[..., None], slices, 0)
     if x.dim() == 3:

@@ -1,3 +1,3 @@
-"""The torch.library namespace. An export for the Hub carries its own, so that both can be loaded together."""
+"""The torch.library namespace. A Hub export has its own, so that both can be loaded together."""
 
 NAMESPACE = "unigd"

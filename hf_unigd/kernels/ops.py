@@ -1,4 +1,4 @@
-"""The operators (`torch.library`): what torch.compile, autograd and autocast see, and the choice of the backend."""
+"""The `torch.library` operators that torch.compile, autograd and autocast see, and the choice of the backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from . import compiled, eager, packing, reference, triton_backend
 from .namespace import NAMESPACE
 from .packing import COMPUTE_DTYPE
-from .problem import Problem, Space
+from .problem import ModalityEntry, Problem
 
 
 BACKENDS: dict[str, Any] = {
@@ -28,7 +28,7 @@ def _backend(name: str, device: torch.device) -> Any:
             name = "eager"
     if name == "compiled":
         if device.type != "cpu":
-            raise ValueError(f'`backend="compiled"` runs on the CPU, but the input is on {device}: use "auto".')
+            raise ValueError(f'`backend="compiled"` needs a CPU input, but the input is on {device}: use "auto".')
         return compiled if compiled.is_available() else eager
     if name == "triton" and not triton_backend.is_available(device):
         raise ValueError(
@@ -51,17 +51,17 @@ def make_problem(
     local: str,
     per_pair_bandwidth: bool,
 ) -> tuple[Problem, int]:
-    """The packed problem and the k of `packing.condition`. Checks every value."""
+    """Checks every value. Returns the packed problem and the exponent k of `packing.condition`."""
     sigma = bandwidth.item()
     if not 0 < sigma < torch.inf:
         raise ValueError(f"`bandwidth` must be positive and finite, but is {sigma}.")
     parts, largest = _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, modality_columns)
-    # A shift would take 16-bit features off their grid, on which their products are exact.
+    # 16-bit features are not centred: their products are exact, which those of shifted values would not be.
     k = packing.condition(parts, largest, center=x.dtype in (torch.float64, torch.float32))
     if pairs is not None:
         pairs = pairs.detach().cpu().to(torch.int64)
         pairs = torch.stack([parts[0].rank[pairs[:, 0]], parts[-1].rank[pairs[:, 1]]], 1)
-    columns = [cast(Space, tuple(modality_columns[i : i + 4])) for i in range(0, len(modality_columns), 4)]
+    columns = [cast(ModalityEntry, tuple(modality_columns[i : i + 4])) for i in range(0, len(modality_columns), 4)]
     problem = Problem(
         x=parts[0],
         y=parts[1] if y is not None else None,
@@ -78,7 +78,7 @@ def make_problem(
 def _checked_parts(
     x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, modality_columns
 ) -> tuple[list, float]:
-    """The packed sequences of x and, where it is given, of y, and the largest |feature|. Checks every value."""
+    """Checks every value. Returns the packed sequences of x and, if given, of y, and the largest |feature|."""
     parts = [packing.pack(x, x_extents, x_modalities, "x")]
     largest = packing.magnitude(parts[0], "x")
     if y is not None:
@@ -92,14 +92,14 @@ def _checked_parts(
         limits = torch.tensor([len(parts[0]), len(parts[-1])])
         if ((indices < 0) | (indices >= limits)).any():
             raise ValueError(
-                f"`pairs` must index {len(parts[0])} sequences of x and {len(parts[-1])} of y, but ranges over "
+                f"`pairs` must index {len(parts[0])} sequences of x and {len(parts[-1])} of y, but ranges from "
                 f"{indices.amin(0).tolist()} to {indices.amax(0).tolist()}."
             )
     return parts, largest
 
 
 def _reorder(matrix: Tensor, problem: Problem, *, to_caller: bool) -> Tensor:
-    """Gram matrices between the caller's order of sequences and the packed one; pairs keep theirs."""
+    """Reorders a Gram matrix between the caller's order of sequences and the packed order. Pairs keep their order."""
     if problem.pairs is not None:
         return matrix
     rows = problem.x.rank if to_caller else problem.x.order
@@ -122,10 +122,10 @@ def alignment(
     per_pair_bandwidth: bool,
     backend: str,
 ) -> Tensor:
-    """log K of all pairs, `(n, m)`, or of the given pairs, `(p,)`.
+    """Returns log K of all pairs, `(n, m)`, or of the given pairs, `(p,)`.
 
-    `x_extents` are offsets for packed `(total, d)` features, lengths for padded `(n, L, d)` ones; `modality_columns`
-    is flat: (modality of x, modality of y, first column, last column + 1) each.
+    `x_extents` are offsets for packed `(total, d)` features and lengths for padded `(n, L, d)` features.
+    `modality_columns` is a flat list with four numbers per entry: modality of x, modality of y, start, stop.
     """
     with torch.autocast(x.device.type, enabled=False):
         problem, _ = make_problem(
@@ -171,7 +171,7 @@ def alignment_backward(
     per_pair_bandwidth: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to x, to y (empty where y is None) and to the bandwidth."""
+    """Returns the gradients to x, to y (empty if y is None) and to the bandwidth."""
     with torch.autocast(x.device.type, enabled=False):
         problem, k = make_problem(
             x,
@@ -219,8 +219,8 @@ alignment.register_autograd(_backward, setup_context=_setup_context)
 @alignment.register_vmap
 def _(info, in_dims, *args):
     raise NotImplementedError(
-        "alignment_kernel does not support torch.func.vmap: sequences differ in length. Pack all of them into one "
-        "(total, d) tensor with offsets, and name the pairs wanted with `pairs`."
+        "alignment_kernel does not support torch.func.vmap, because sequences differ in length. Pack them into one "
+        "(total, d) tensor with offsets, and select pairs with `pairs`."
     )
 
 
@@ -235,7 +235,7 @@ def check_inputs(
     pairs: Tensor | None,
     modality_columns: list[int],
 ) -> Tensor:
-    """Refuses what `alignment` refuses. Returns the `(n,)` int64 lengths of x, so that no compiler leaves it out."""
+    """Raises where `alignment` raises. Returns the `(n,)` int64 lengths of x, so that compilers keep the call."""
     _checked_parts(x, x_extents, x_modalities, y, y_extents, y_modalities, pairs, modality_columns)
     return packing.locate(x, x_extents, "x")[1].to(x.device, copy=True)
 
@@ -247,9 +247,9 @@ def _(x, x_extents, *_):
 
 @torch.library.custom_op(f"{NAMESPACE}::log_path_count", mutates_args=())
 def log_path_count(x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-    """log of the number of alignments of two sequences (Delannoy numbers), float64, for broadcastable lengths.
+    """Returns the log of the number of alignments of two sequences (Delannoy numbers) in float64. Lengths broadcast.
 
-    It is log K of a content-free kernel, kappa = 1, whose recursion becomes a cumulative sum along each row.
+    This is log K for kappa = 1, where the recursion is a cumulative sum along each row.
     """
     x_index, y_index = torch.broadcast_tensors(x_lengths.cpu() - 1, y_lengths.cpu() - 1)
     table = torch.empty(int(x_index.max()) + 1, int(y_index.max()) + 1, dtype=torch.float64)
@@ -269,14 +269,14 @@ def _(x_lengths, y_lengths):
 
 @torch.library.custom_op(f"{NAMESPACE}::median_bandwidth", mutates_args=())
 def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, modality_columns: list[int]) -> Tensor:
-    """median |x_i - x_j| sqrt(median length) over at most 1,000 evenly spaced valid slices: a float64 scalar."""
+    """Returns median |x_i - x_j| sqrt(median length) as a float64 scalar, from at most 1,000 evenly spaced slices."""
     sequences = packing.pack(x, x_extents, x_modalities, "x")
     packing.magnitude(sequences, "x")
     if sequences.modalities is not None:
         packing.check_modality_columns([sequences], modality_columns)
     total = len(sequences.slices)
     sample = torch.linspace(0, total - 1, min(total, 1000), dtype=torch.float64).long()
-    # In the caller's order, so that the result does not depend on how ties in length were broken.
+    # Slices are taken in the caller's order, so that the result does not depend on how ties in length were broken.
     sample = torch.argsort(sequences.rows.cpu())[sample]
     slices = sequences.slices[sample.to(x.device)].double()
     if sequences.modalities is None:
@@ -291,7 +291,7 @@ def median_bandwidth(x: Tensor, x_extents: Tensor, x_modalities: Tensor | None, 
     upper = torch.triu_indices(len(slices), len(slices), 1)
     distances = distances[upper[0], upper[1]]
     distances = distances[distances > 0]
-    # One slice, or none that differ: any scale does.
+    # With a single slice, or with equal slices only, any scale works.
     typical = distances.median() if len(distances) else distances.new_ones(())
     return typical * sequences.lengths.double().median().to(x.device).sqrt()
 

@@ -1,4 +1,4 @@
-"""From the caller's packed or padded tensor to `Sequences`, with every check that needs the values."""
+"""Converts the caller's packed or padded tensor to `Sequences`, with the checks that need its values."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ COMPUTE_DTYPE = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-# Beyond these magnitudes the squares leave the dtype's range; a power of two brings the features back.
+# Beyond these exponents the squares leave the dtype's range, so the features are scaled by a power of two.
 SAFE_EXPONENT = {torch.float64: 400, torch.float32: 48}
 
 
 def locate(x: Tensor, extents: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Where each sequence starts in `x` flattened to slices, and its length: `(n,)` int64 on the CPU, checked.
+    """Checks the extents. Returns where each sequence starts in `x` flattened to slices, and its length.
 
-    `extents` are offsets for packed `(total, d)` features, lengths for padded `(n, L, d)` ones.
+    `extents` are offsets for packed `(total, d)` features and lengths for padded `(n, L, d)` features. Both results
+    are `(n,)` int64 on the CPU.
     """
     extents = extents.detach().cpu().to(torch.int64)
     if x.dim() == 3:
@@ -52,7 +53,7 @@ def locate(x: Tensor, extents: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def pack(x: Tensor, extents: Tensor, modalities: Tensor | None, name: str) -> Sequences:
-    """Sorts the sequences by length, longest first, and lays their slices one after the other."""
+    """Sorts the sequences by length, longest first, and concatenates their slices."""
     starts, lengths = locate(x, extents, name)
     order = torch.argsort(lengths, descending=True, stable=True)
     lengths, starts = lengths[order], starts[order]
@@ -67,27 +68,27 @@ def pack(x: Tensor, extents: Tensor, modalities: Tensor | None, name: str) -> Se
 
 
 def magnitude(sequences: Sequences, name: str) -> float:
-    """The largest |feature|; refuses NaN and inf."""
+    """Returns the largest |feature|. Raises on NaN and inf."""
     lowest, highest = torch.aminmax(sequences.slices)
     largest = max(-lowest.item(), highest.item())
     if not largest < torch.inf:
         bad = sequences.rows[(~sequences.slices.isfinite()).any(1)]
         raise ValueError(
             f"`{name}` must be finite, but {len(bad)} slice(s) hold NaN or inf, the first at flattened position "
-            f"{int(bad.min())}. Check the encoder that made it; padding beyond the lengths may hold anything."
+            f"{int(bad.min())}. Check the encoder that produced them. Padding beyond the lengths may hold any value."
         )
     return largest
 
 
 def condition(parts: list[Sequences], largest: float, center: bool) -> int:
-    """Makes the squares behave, in place: returns k, the features having been multiplied by 2^k.
+    """Multiplies the features by 2^k in place, so that their squares stay in range, and returns k.
 
-    Distances do not see a shift of all slices; without their common mean |x|^2 + |y|^2 - 2 x y loses fewer digits.
+    `center` also subtracts the common mean: distances do not change, and |x|^2 + |y|^2 - 2 x y loses fewer digits.
     """
     exponent = int(torch.tensor(largest, dtype=torch.float64).log2().floor()) if largest > 0 else 0
     k = -exponent if abs(exponent) > SAFE_EXPONENT[parts[0].slices.dtype] else 0
     for part in parts:
-        if k:  # in two steps: 2^k itself may be out of range
+        if k:  # in two steps, because 2^k itself may be out of range
             part.slices.mul_(2.0 ** (k // 2)).mul_(2.0 ** (k - k // 2))
     if center:
         count = sum(len(part.slices) for part in parts)
@@ -98,7 +99,7 @@ def condition(parts: list[Sequences], largest: float, center: bool) -> int:
 
 
 def check_modality_columns(parts: list[Sequences], modality_columns: list[int]) -> None:
-    """Every pair of modalities that meets must have a space."""
+    """Raises if a pair of modalities that occurs has no columns."""
     known = {(modality_columns[k], modality_columns[k + 1]) for k in range(0, len(modality_columns), 4)}
     present = [
         torch.unique(part.modalities).tolist() if part.modalities is not None else [] for part in (parts[0], parts[-1])
@@ -113,7 +114,7 @@ def check_modality_columns(parts: list[Sequences], modality_columns: list[int]) 
 
 
 def scatter(gradient: Tensor, sequences: Sequences, like: Tensor) -> Tensor:
-    """The gradient of the caller's tensor from the gradient of the packed slices; zero on padding."""
+    """Converts the gradient of the packed slices to that of the caller's tensor, which is zero on padding."""
     flat = torch.zeros(like.shape, dtype=gradient.dtype, device=like.device)
     flat.view(-1, like.shape[-1]).index_copy_(0, sequences.rows, gradient)
     return flat.to(like.dtype)

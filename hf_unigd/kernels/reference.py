@@ -1,4 +1,4 @@
-"""The recursion as the papers write it: float64, one pair and one cell at a time. Slow; the others are held to it."""
+"""The recursion as in the papers, in float64, one cell at a time. It is slow and serves to test the other backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .problem import Problem, log_local_kernel, log_local_kernel_slope
 
 
 def log_alpha(log_kappa: Tensor) -> Tensor:
-    """`(n + 1, m + 1)`: log of the recursion of one pair from its `(n, m)` log local kernel,
+    """Returns log M of one pair, `(n + 1, m + 1)`, given its `(n, m)` log local kernel:
 
         M[0, 0] = 1,  M[i, 0] = M[0, j] = 0,
         M[i, j] = (M[i - 1, j - 1] + M[i - 1, j] + M[i, j - 1]) kappa(x_i, y_j)
@@ -27,9 +27,10 @@ def log_alpha(log_kappa: Tensor) -> Tensor:
 
 
 def expected_alignment(log_kappa: Tensor) -> Tensor:
-    """`(n, m)`: the derivative of log K by log kappa, E[i, j] = M[i, j] beta[i, j] / K.
+    """Returns the derivative of log K by log kappa, E[i, j] = M[i, j] beta[i, j] / K, `(n, m)`.
 
-    beta[i, j] sums the alignments from (i, j) on, without the cell itself: turned about, it is M over kappa.
+    beta[i, j] sums the alignments from (i, j) to the end, without the cell itself. It is M / kappa of the reversed
+    sequences.
     """
     alpha = log_alpha(log_kappa)[1:, 1:]
     beta = log_alpha(log_kappa.flip(0, 1))[1:, 1:].flip(0, 1) - log_kappa
@@ -37,7 +38,7 @@ def expected_alignment(log_kappa: Tensor) -> Tensor:
 
 
 def _columns(problem: Problem, i: int, j: int) -> Tensor:
-    """`(n, m, d)` bool: the features in which the slices of sequences i and j are compared (Sugar, equation 4)."""
+    """Returns a bool mask `(n, m, d)` of the columns in which sequences i and j are compared (Sugar, equation 4)."""
     x, y = problem.x, problem.other
     n, m = int(x.lengths[i]), int(y.lengths[j])
     result = torch.zeros(n, m, x.slices.shape[1], dtype=torch.bool)
@@ -51,7 +52,7 @@ def _columns(problem: Problem, i: int, j: int) -> Tensor:
 
 
 class _Pair:
-    """Sequences i and j: their slices' differences, scaled distances u and log local kernel."""
+    """The differences of the slices of sequences i and j, the scaled distances u and the log local kernel."""
 
     def __init__(self, problem: Problem, i: int, j: int) -> None:
         x, y = problem.x, problem.other
@@ -89,7 +90,7 @@ def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, flo
 
 
 def posterior(problem: Problem) -> Tensor:
-    """`(p, max n, max m)`, zero beyond each pair's lengths."""
+    """Returns the expected alignments, `(p, max n, max m)`, which are zero beyond each pair's lengths."""
     assert problem.pairs is not None
     size = int(problem.x.lengths.max()), int(problem.other.lengths.max())
     result = torch.zeros(len(problem.pairs), *size, dtype=torch.float64)

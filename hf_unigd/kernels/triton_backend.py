@@ -1,4 +1,4 @@
-"""Triton on CUDA: a matrix product for a block of slices, then the recursion with its local kernel in one launch."""
+"""Triton on CUDA: one matrix product per block of slices, then one launch for the local kernel and the recursion."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .problem import Problem, cancellation, ieee_products
+from .problem import Problem, cancellation_threshold, ieee_products
 
 
-# Sequences of y side by side: a warp.
+# Sequences of y per group: one per thread of a warp.
 LANES = 32
-# Cells (pairs of slices) held at once: 256 MB of float32, three times that in a backward.
+# Cells (pairs of slices) per block: 256 MB in float32, and three times that in a backward.
 BLOCK_CELLS = 1 << 26
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether Triton is installed and the device is one it runs on; any is in its interpreter.
+    """Returns whether Triton is installed and runs on the device. Its interpreter runs on every device.
 
-    Not AMD's, which torch calls "cuda" too: the kernels hold NVIDIA's instructions.
+    AMD devices, which torch also calls "cuda", are not supported: the kernels contain NVIDIA instructions.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     nvidia = device.type == "cuda" and torch.version.hip is None
@@ -40,7 +40,7 @@ def _kernels() -> Any:
 
 
 class _Lanes:
-    """The slices of y in groups of LANES sequences, slice j of a group's sequences side by side."""
+    """The slices of y in groups of LANES sequences. Slices j of all sequences of a group are adjacent."""
 
     def __init__(self, problem: Problem) -> None:
         y = problem.other
@@ -57,13 +57,13 @@ class _Lanes:
             lanes = slice(group * LANES, (group + 1) * LANES)
             steps = torch.arange(width)[:, None]
             rows.append((starts[lanes] + torch.minimum(steps, self.lengths[lanes] - 1)).flatten())
-        # Padding repeats a sequence's last slice: no cell of it can reach an answer.
+        # Padding repeats the last slice of a sequence. Its cells cannot reach a result.
         self.rows = torch.cat(rows).to(y.slices.device)
 
 
 @dataclass
 class _Block:
-    """Sequences [i, i_end) of x with groups [g, g_end) of lanes."""
+    """Sequences [i, i_end) of x against groups [g, g_end) of lanes."""
 
     problem: Problem
     lanes: _Lanes
@@ -106,7 +106,7 @@ class _Block:
             a, b = x[:, start:stop], y[:, start:stop]
             norms = a.square().sum(1)[:, None] + b.square().sum(1)
             d2 = torch.addmm(norms, a, b.T, alpha=-2).clamp_(min=0)
-            close = (d2 < cancellation(d2.dtype) * norms).nonzero()
+            close = (d2 < cancellation_threshold(d2.dtype) * norms).nonzero()
             for cells in close.split(max(1, BLOCK_CELLS // (8 * (stop - start)))):
                 r, c = cells.unbind(1)
                 d2[r, c] = (a[r] - b[c]).square().sum(1)
@@ -115,7 +115,7 @@ class _Block:
         return result
 
     def run_forward(self, cells: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """log K `(sequences, lanes)` and, where kept, log alpha of all cells."""
+        """Returns log K `(sequences, lanes)`, and log alpha of all cells, or of the last row without `keep`."""
         shape = cells.shape if keep else (self.grid[0], cells.shape[1])
         alpha = cells.new_empty(shape, dtype=torch.float64)
         log_k = cells.new_empty(self.grid[0], len(self.lengths), dtype=torch.float64)
@@ -125,7 +125,7 @@ class _Block:
         return log_k, alpha
 
     def run_backward(self, cells: Tensor, alpha: Tensor, log_k: Tensor, grad: Tensor) -> float:
-        """dL/d(squared distance) in the place of `cells`; returns dL/dlog c."""
+        """Overwrites `cells` with dL/d(squared distance) and returns dL/dlog c."""
         below = cells.new_empty(self.grid[0], cells.shape[1], dtype=torch.float64)
         by_scale = torch.empty_like(log_k)
         _kernels().backward_kernel[self.grid](
@@ -176,7 +176,7 @@ def forward(problem: Problem) -> Tensor:
 def backward(problem: Problem, grad: Tensor) -> tuple[Tensor, Tensor | None, float]:
     if problem.pairs is not None:
         return eager.backward(problem, grad)
-    if problem.symmetric:  # each pair is worked on once: its two entries' gradients together, the diagonal's once
+    if problem.symmetric:  # each pair is processed once, with the sum of the gradients of its two entries
         grad = torch.triu(grad + grad.T) - torch.diag(grad.diagonal())
     dx = torch.zeros_like(problem.x.slices)
     dy = dx if problem.y is None else torch.zeros_like(problem.y.slices)

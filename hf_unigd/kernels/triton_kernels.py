@@ -1,22 +1,22 @@
-"""The recursion in Triton: a lane a pair, one warp a program, no barrier and no shuffle.
+"""The recursion in Triton, with one pair per lane and one warp per program, without barriers or shuffles.
 
-W sequences of y are interleaved, so that column `j * W + lane` of `CELLS` is slice j of sequence `lane`. A cell beyond
-a lane's own lengths cannot reach its answer, so nothing is masked. All logarithms are to base 2. Cells are in the
-features' dtype; log alpha, log beta and log K in float64, for their sum, of terms of any size, is exponentiated.
+W sequences of y are interleaved: column `j * W + lane` of `CELLS` is slice j of sequence `lane`. A cell beyond the
+lengths of its lane cannot reach the result, so nothing is masked. All logarithms are to base 2. Cells have the dtype
+of the features. log alpha, log beta and log K are float64, because large terms are summed and exponentiated.
 """
 
 import triton
 import triton.language as tl
 
 
-# Below every sum of capped terms; sums of two stay finite in float32.
-NEVER = tl.constexpr(-1e37)
+# Below every sum of capped terms. The sum of two such values is finite in float32.
+LOG_ZERO = tl.constexpr(-1e37)
 CAP = tl.constexpr(1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-# FAST: one instruction each. tl.log2 compiles to a polynomial and tl.exp2 to a denormal-safe sequence.
+# FAST uses one instruction. tl.log2 compiles to a polynomial, and tl.exp2 to a sequence that handles denormals.
 @triton.jit
 def _exp2(x, FAST: tl.constexpr):
     if FAST:
@@ -49,7 +49,7 @@ def _log_kappa(d2, scale, GAUSSIAN: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _log_sum_exp(a, b, c, FAST: tl.constexpr):
-    """Of float64. FAST: the differences and their sum in float32, which is exact enough once the top is off."""
+    """Sums in float64. With FAST, the differences from the largest term and their sum are in float32."""
     top = tl.maximum(tl.maximum(a, b), c)
     a, b, c = a - top, b - top, c - top
     if FAST:
@@ -59,7 +59,7 @@ def _log_sum_exp(a, b, c, FAST: tl.constexpr):
 
 @triton.jit
 def _pair_scale(SCALE, n, m, PER_PAIR: tl.constexpr):
-    """log2(e) c of each lane: u = c d^2."""
+    """Returns log2(e) c of each lane, where u = c d^2."""
     scale = tl.load(SCALE)
     if PER_PAIR:
         scale = scale * 2.0 / (n + m)
@@ -69,11 +69,11 @@ def _pair_scale(SCALE, n, m, PER_PAIR: tl.constexpr):
 @triton.jit
 def forward_kernel(
     CELLS,  # (rows, columns): squared distances
-    ALPHA,  # float64, KEEP: (rows, columns), every row of log alpha; else (sequences, columns), the last one
+    ALPHA,  # float64 log alpha: with KEEP (rows, columns), all rows, else (sequences, columns), the last row
     LOG_K,  # float64 (sequences, groups * W)
     OFFSETS,  # (sequences + 1,): rows of each sequence of x
     GROUPS,  # (groups + 1,): columns of each group
-    LENGTHS,  # (groups * W,): of the sequences of y
+    LENGTHS,  # (groups * W,): lengths of the sequences of y
     SCALE,  # (1,)
     columns,
     W: tl.constexpr,
@@ -90,8 +90,8 @@ def forward_kernel(
     width = (tl.load(GROUPS + group + 1) - start) // W
     m = tl.load(LENGTHS + group * W + lane)
     scale = _pair_scale(SCALE, n, m, PER_PAIR)
-    never = tl.zeros([W], tl.float64) + NEVER
-    answer = never
+    log_zero = tl.zeros([W], tl.float64) + LOG_ZERO
+    answer = log_zero
     for i in range(n):
         cells = CELLS + (first + i).to(tl.int64) * columns + start + lane
         if KEEP:
@@ -101,13 +101,13 @@ def forward_kernel(
             alpha = ALPHA + sequence.to(tl.int64) * columns + start + lane
             above = alpha
         has_above = lane < tl.where(i > 0, W, 0)
-        diagonal = tl.where(i == 0, never * 0.0, never)
-        left = never
+        diagonal = tl.where(i == 0, log_zero * 0.0, log_zero)
+        left = log_zero
         for j in range(width):
-            up = tl.load(above + j * W, mask=has_above, other=NEVER)
+            up = tl.load(above + j * W, mask=has_above, other=LOG_ZERO)
             value = _log_kappa(tl.load(cells + j * W), scale, GAUSSIAN, FAST)
             left = value + _log_sum_exp(up, diagonal, left, FAST)
-            left = tl.maximum(left, NEVER)
+            left = tl.maximum(left, LOG_ZERO)
             diagonal = up
             tl.store(alpha + j * W, left)
             answer = tl.where((i == n - 1) & (j == m - 1), left, answer)
@@ -116,12 +116,12 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    CELLS,  # (rows, columns): squared distances in, dL/d(squared distance) out
+    CELLS,  # (rows, columns): input squared distances, output dL/d(squared distance)
     ALPHA,  # float64 (rows, columns): log alpha
-    BELOW,  # float64 (sequences, columns): scratch, log (kappa beta / K) of the row after
+    BELOW,  # float64 (sequences, columns): scratch for log (kappa beta / K) of the next row
     LOG_K,  # float64 (sequences, groups * W)
     GRAD,  # (sequences, groups * W): dL/dlogK
-    BY_SCALE,  # float64 (sequences, groups * W): out, sum of dL/du u
+    BY_SCALE,  # float64 (sequences, groups * W): output, the sum of dL/du u
     OFFSETS,
     GROUPS,
     LENGTHS,
@@ -143,19 +143,19 @@ def backward_kernel(
     pair = sequence * tl.num_programs(1) * W + group * W + lane
     log_k = tl.load(LOG_K + pair) * LOG2_E
     grad = tl.load(GRAD + pair)
-    never = tl.zeros([W], tl.float64) + NEVER
-    by_scale = never * 0.0
+    log_zero = tl.zeros([W], tl.float64) + LOG_ZERO
+    by_scale = log_zero * 0.0
     below = BELOW + sequence.to(tl.int64) * columns + start + lane
     for back in range(n):
         i = n - 1 - back
         cells = CELLS + (first + i).to(tl.int64) * columns + start + lane
         alpha = ALPHA + (first + i).to(tl.int64) * columns + start + lane
         has_below = lane < tl.where(back > 0, W, 0)
-        diagonal = never
-        right = never
+        diagonal = log_zero
+        right = log_zero
         for step in range(width):
             j = width - 1 - step
-            down = tl.load(below + j * W, mask=has_below, other=NEVER)
+            down = tl.load(below + j * W, mask=has_below, other=LOG_ZERO)
             beta = _log_sum_exp(down, diagonal, right, FAST)
             beta = tl.where((i == n - 1) & (j == m - 1), -log_k, beta)
             d2 = tl.load(cells + j * W)
@@ -168,6 +168,6 @@ def backward_kernel(
             by_scale += weight * d2
             tl.store(cells + j * W, weight)
             diagonal = down
-            right = tl.maximum(value + beta, NEVER)
+            right = tl.maximum(value + beta, LOG_ZERO)
             tl.store(below + j * W, right)
     tl.store(BY_SCALE + pair, by_scale)

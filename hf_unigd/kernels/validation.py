@@ -1,4 +1,4 @@
-"""Checks of everything that shapes, dtypes and devices tell; what needs values is checked inside the operators."""
+"""Checks of types, shapes, dtypes and devices. The operators check the values of tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .packing import COMPUTE_DTYPE
 
 
 def features(x: Tensor, offsets: Tensor | None, lengths: Tensor | None, name: str) -> Tensor:
-    """Checks one side's features and returns its extents: offsets where packed, lengths where padded."""
+    """Checks the features of one side. Returns its extents: offsets if it is packed, lengths if it is padded."""
     if not isinstance(x, Tensor):
         raise ValueError(f"`{name}` must be a tensor, but is {type(x).__name__}.")
     if x.dtype not in COMPUTE_DTYPE:
@@ -28,13 +28,13 @@ def features(x: Tensor, offsets: Tensor | None, lengths: Tensor | None, name: st
     if x.dim() == 2:
         if lengths is not None or offsets is None:
             raise ValueError(
-                f"`{name}` is packed, shape {tuple(x.shape)}: give `{name}_offsets`, not `{name}_lengths`. "
+                f"`{name}` is packed, with shape {tuple(x.shape)}: give `{name}_offsets`, not `{name}_lengths`. "
                 f"Padded features have shape (n, L, d)."
             )
         return _integers(offsets, f"{name}_offsets", None)
     if offsets is not None:
         raise ValueError(
-            f"`{name}` is padded, shape {tuple(x.shape)}: give `{name}_lengths`, not `{name}_offsets`. "
+            f"`{name}` is padded, with shape {tuple(x.shape)}: give `{name}_lengths`, not `{name}_offsets`. "
             f"Packed features have shape (total_slices, d)."
         )
     if lengths is None:
@@ -55,11 +55,13 @@ def _integers(values: Tensor, name: str, count: int | None) -> Tensor:
 def same_kind(x: Tensor, y: Tensor) -> None:
     if x.dtype != y.dtype or x.device != y.device:
         raise ValueError(
-            f"`x` and `y` must have one dtype and device, but are {x.dtype} on {x.device} and {y.dtype} on {y.device}."
+            f"`x` and `y` must have the same dtype and device, but are {x.dtype} on {x.device} and {y.dtype} on "
+            f"{y.device}."
         )
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(
-            f"`x` and `y` must have as many features, but have {x.shape[-1]} and {y.shape[-1]} (last dimension)."
+            f"`x` and `y` must have the same number of features (last dimension), but have {x.shape[-1]} and "
+            f"{y.shape[-1]}."
         )
 
 
@@ -72,12 +74,14 @@ def index_pairs(pairs: Tensor | None) -> None:
         or len(pairs) == 0
     ):
         given = f"{pairs.dtype} {tuple(pairs.shape)}" if isinstance(pairs, Tensor) else type(pairs).__name__
-        raise ValueError(f"`pairs` must be an integer tensor of shape (p, 2), p at least 1, but is {given}.")
+        raise ValueError(f"`pairs` must be an integer tensor of shape (p, 2) with p at least 1, but is {given}.")
 
 
 def positive(value: float | Tensor, name: str, device: torch.device) -> Tensor:
-    """A float or a scalar tensor as a scalar tensor, with its graph. In a compiled graph a tensor's value is checked
-    when it is used."""
+    """Checks a float or a scalar tensor and returns it as a scalar tensor, without detaching it.
+
+    In a compiled graph, the value of a tensor is checked where it is used.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
@@ -92,6 +96,7 @@ def positive(value: float | Tensor, name: str, device: torch.device) -> Tensor:
 
 
 def choice(value: object, name: str, allowed: tuple[object, ...]) -> None:
+    """Checks that an argument is one of the allowed values."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
 
@@ -103,13 +108,14 @@ def flat_modality_columns(
     y: Tensor | None,
     y_modalities: Tensor | None,
 ) -> list[int]:
-    """The modality table as the operator takes it, both orders of every pair written out."""
+    """Checks `modality_columns` and returns it as the operators take it, with both orders of every pair."""
     sides = [("x", x, x_modalities)] if y is None else [("x", x, x_modalities), ("y", y, y_modalities)]
     if modality_columns is None:
         for name, _, modalities in sides:
             if modalities is not None:
                 raise ValueError(
-                    f"`{name}_modalities` was given without `modality_columns`, which says how modalities compare."
+                    f"`{name}_modalities` was given without `modality_columns`, which says in which columns "
+                    "modalities are compared."
                 )
         return []
     if not modality_columns:
@@ -123,7 +129,7 @@ def flat_modality_columns(
         ):
             given = f"{modalities.dtype} {tuple(modalities.shape)}" if isinstance(modalities, Tensor) else modalities
             raise ValueError(
-                f"`{name}_modalities` must be an integer tensor of shape {wanted}, one id a slice, but is {given}."
+                f"`{name}_modalities` must be an integer tensor of shape {wanted}, one id per slice, but is {given}."
             )
     table: dict[tuple[int, int], tuple[int, int]] = {}
     for (a, b), (start, stop) in modality_columns.items():

@@ -12,6 +12,7 @@ from .modeling_unigd import (
     UniGDModelOutput,
     UniGDPreTrainedModel,
 )
+from .pipeline_unigd import UniGDFeatureExtractionPipeline
 from .processing_unigd import SequenceError, UniGDProcessor
 
 
@@ -19,6 +20,7 @@ __all__ = [
     "SequenceError",
     "UniGDCausalLMOutput",
     "UniGDConfig",
+    "UniGDFeatureExtractionPipeline",
     "UniGDForConditionalGeneration",
     "UniGDHead",
     "UniGDModel",

@@ -1,6 +1,7 @@
 """Configuration of a vision-language model with an embedding head."""
 
 import math
+from collections.abc import Iterable
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -13,32 +14,34 @@ MAX_LOG_INVERSE_TEMPERATURE = math.log(100.0)
 
 class UniGDConfig(PreTrainedConfig):
     r"""
-    Configuration of [`UniGDModel`] and [`UniGDForConditionalGeneration`]: any image-text-to-text backbone plus an
-    embedding head.
+    Configuration of [`UniGDModel`] and [`UniGDForConditionalGeneration`]: the configuration of an image-text-to-text
+    backbone, and the settings of the embedding head.
 
     Args:
         vlm_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the backbone, of any decoder-only model known to `AutoModelForImageTextToText`. Defaults
-            to LLaVA-1.5-7B's.
+            Configuration of the backbone, which can be any decoder-only model of `AutoModelForImageTextToText`.
+            Defaults to the configuration of LLaVA-1.5-7B.
         head_type (`str`, *optional*, defaults to `"none"`):
-            What turns a pooled hidden state into an embedding: `"none"` (VladVA: the hidden state itself), `"linear"`,
-            or `"mlp"` (Sugar's retrieval projector: linear, GELU, linear).
+            What turns a pooled hidden state into an embedding: `"none"` uses the hidden state itself (VladVA),
+            `"linear"` applies one linear layer, and `"mlp"` applies a linear layer, GELU and a second linear layer
+            (Sugar's retrieval projector).
         embedding_dim (`int`, *optional*):
-            Size of the embeddings. Defaults to the backbone's hidden size, which is the only choice for `"none"`.
+            Size of the embeddings. Defaults to the hidden size of the backbone, the only size that `"none"` allows.
         head_hidden_dim (`int`, *optional*):
-            Inner size of the `"mlp"` head. Defaults to the backbone's hidden size.
+            Size of the `"mlp"` head's hidden layer. Defaults to the hidden size of the backbone.
         matryoshka_dims (`list[int]`, *optional*):
-            Prefix sizes that were trained to be embeddings of their own, each at most `embedding_dim`.
+            Sizes of the prefixes that are trained to be embeddings themselves, each at most `embedding_dim`.
         logit_scale_init_value (`float`, *optional*, defaults to `log(1 / 0.07)`):
-            Initial logarithm of the inverse temperature (CLIP's; the papers leave it unsaid).
+            Initial value of `logit_scale`, the logarithm of the inverse temperature. The papers do not state theirs;
+            the default is CLIP's.
         logit_scale_max_value (`float`, *optional*, defaults to `log(100)`):
-            Upper limit of the same logarithm (CLIP's).
+            Upper limit of `logit_scale`. The default is CLIP's.
         checkpoint_format (`int`, *optional*, defaults to 1):
-            Version of what is saved. Older ones load, newer ones are refused.
+            Version of the checkpoint format. Older versions are read; newer versions raise an error.
 
     Raises:
-        ValueError: an argument is out of range, the backbone is not a decoder-only image-text-to-text model, or the
-            checkpoint was saved by a newer hf-unigd.
+        ValueError: if an argument is out of range, the backbone is not a decoder-only image-text-to-text model, or a
+            newer version of hf-unigd saved the checkpoint.
     """
 
     model_type = "unigd"
@@ -58,9 +61,9 @@ class UniGDConfig(PreTrainedConfig):
     ):
         if checkpoint_format > CHECKPOINT_FORMAT:
             raise ValueError(
-                f"This checkpoint has format {checkpoint_format}, and this code knows formats up to "
-                f"{CHECKPOINT_FORMAT}. Upgrade: `pip install -U hf-unigd`, or uninstall it and load with "
-                "`trust_remote_code=True`."
+                f"The checkpoint has format {checkpoint_format}, but this version of hf-unigd reads formats up to "
+                f"{CHECKPOINT_FORMAT}. Upgrade it with `pip install -U hf-unigd`, or uninstall it and load the "
+                "checkpoint with `trust_remote_code=True`."
             )
         if vlm_config is None:
             vlm_config = {"model_type": "llava"}
@@ -68,23 +71,28 @@ class UniGDConfig(PreTrainedConfig):
             vlm_config = AutoConfig.for_model(**vlm_config)
         if vlm_config.is_encoder_decoder:
             raise ValueError(
-                f"`vlm_config` is a {vlm_config.model_type!r} encoder-decoder; only causal decoders are supported."
+                f"`vlm_config` is the configuration of an encoder-decoder ({vlm_config.model_type!r}); the backbone "
+                "must be a decoder-only model."
             )
         text_config = vlm_config.get_text_config(decoder=True)
         for scaling in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(text_config, scaling, None) not in (None, 1, 1.0):
-                raise ValueError(f"A backbone with `{scaling}` in its text config is not supported.")
+                raise ValueError(
+                    f"The text config of the backbone ({vlm_config.model_type!r}) sets `{scaling}`. Backbones that "
+                    "scale their logits are not supported."
+                )
         hidden_size = text_config.hidden_size
 
-        if head_type not in HEAD_TYPES:
-            raise ValueError(f"`head_type` must be one of {', '.join(HEAD_TYPES)}, got {head_type!r}.")
+        check_choice("head_type", head_type, HEAD_TYPES)
         if head_type == "none" and embedding_dim not in (None, hidden_size):
             raise ValueError(
-                f"`embedding_dim={embedding_dim}` needs a head: without one the embedding has the backbone's hidden "
-                f"size, {hidden_size}. Set `head_type` to 'linear' or 'mlp', or leave `embedding_dim` out."
+                f"`embedding_dim={embedding_dim}` needs a head: without one, an embedding has the backbone's hidden "
+                f"size of {hidden_size}. Set `head_type` to 'linear' or 'mlp', or leave `embedding_dim` out."
             )
         if head_type != "mlp" and head_hidden_dim is not None:
-            raise ValueError(f"`head_hidden_dim={head_hidden_dim}` is for `head_type='mlp'`, not {head_type!r}.")
+            raise ValueError(
+                f"`head_hidden_dim={head_hidden_dim}` requires `head_type='mlp'`, but `head_type` is {head_type!r}."
+            )
         for name, value in (("embedding_dim", embedding_dim), ("head_hidden_dim", head_hidden_dim)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
@@ -100,27 +108,66 @@ class UniGDConfig(PreTrainedConfig):
             )
         self.logit_scale_init_value = logit_scale_init_value
         self.logit_scale_max_value = logit_scale_max_value
-        self.checkpoint_format = CHECKPOINT_FORMAT  # what it is saved as, whatever it was loaded from
+        self.checkpoint_format = CHECKPOINT_FORMAT  # the format that is saved, whichever format was loaded
 
-        # The backbone ties its own; PEFT asks the wrapper whether trained tokens are tied to the output too.
+        # The backbone ties its own embeddings. PEFT asks this config whether trained tokens are tied to the output.
         kwargs["tie_word_embeddings"] = vlm_config.tie_word_embeddings
-        # The base class writes its attention implementation into sub-configs: keep what the backbone runs with.
+        # The base class sets the attention implementation of sub-configs. This keeps the one that the backbone has.
         kwargs.setdefault("attn_implementation", {"": None, "vlm_config": _attention_implementations(vlm_config)})
         super().__init__(**kwargs)
-        # Named in full: `register_for_auto_class` would write the saved class alone, and the other could not load.
+        # `register_for_auto_class` would only name the class that is saved, and the other class could not be loaded.
         self.auto_map = {
             "AutoConfig": "configuration_unigd.UniGDConfig",
             "AutoModel": "modeling_unigd.UniGDModel",
             "AutoModelForImageTextToText": "modeling_unigd.UniGDForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_unigd.UniGDForConditionalGeneration",
             "AutoProcessor": "processing_unigd.UniGDProcessor",
         }
+
+    # These three are properties so that they are not saved: `config.json` holds `vlm_config` alone.
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """Configuration of the backbone's language model, as [`get_text_config`] returns it."""
+        return self.get_text_config(decoder=True)
+
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """Configuration of the backbone's vision tower.
+
+        Raises:
+            AttributeError: if the configuration of the backbone has no `vision_config`.
+        """
+        if not hasattr(self.vlm_config, "vision_config"):
+            raise AttributeError(
+                f"The configuration of the backbone ({self.vlm_config.model_type!r}) has no `vision_config`."
+            )
+        return self.vlm_config.vision_config
+
+    @property
+    def custom_pipelines(self) -> dict:
+        """The pipeline that `pipeline("feature-extraction", model=..., trust_remote_code=True)` uses.
+
+        transformers' own pipeline would embed texts without their prompt. The dict is new each time, because
+        `pipeline` replaces names in it by classes.
+        """
+        impl = "pipeline_unigd.UniGDFeatureExtractionPipeline"
+        return {"feature-extraction": {"impl": impl, "pt": ["AutoModel"]}}
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
+def check_choice(name: str, value, choices: Iterable) -> None:
+    """
+    Raises:
+        ValueError: if `value` is not one of `choices`. The message names the argument, `name`.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
 def _attention_implementations(config) -> dict:
-    """The attention implementation of a config and, by name, of its sub-configs."""
+    """The attention implementations of a config and, nested by name, of its sub-configs."""
     nested = {name: getattr(config, name, None) for name in config.sub_configs}
     return {
         "": config._attn_implementation,

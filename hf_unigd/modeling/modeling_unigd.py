@@ -27,13 +27,13 @@ MAX_LOGITS = 1 << 26  # how many are in memory at once: 256 MB in float32
 class UniGDModelOutput(ModelOutput):
     r"""
     embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`):
-        L2-normalised float32 embeddings, one a span, in the order of `spans` (one a row where `spans` was not given).
+        L2-normalised float32 embeddings, one per span, in the order of `spans`; one per row if `spans` is not given.
     inverse_temperature (`torch.FloatTensor` of shape `()`):
-        Inverse temperature by which similarities are multiplied in the contrastive loss.
+        The contrastive loss multiplies similarities by it.
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         Output of the decoder's last layer after its final norm.
     hidden_states, attentions:
-        As the backbone returns them, when asked for.
+        As the backbone returns them, if they are requested.
     """
 
     embeddings: torch.Tensor | None = None
@@ -46,16 +46,16 @@ class UniGDModelOutput(ModelOutput):
 @dataclass
 class UniGDCausalLMOutput(ModelOutput):
     r"""
-    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` or `shift_labels` is given):
         Next-token cross-entropy over the labelled positions.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
-        Next-token scores; `None` where they were skipped (see `skip_logits`).
+        Next-token scores, or `None` if they are skipped (see `skip_logits`).
     embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`, *optional*):
-        As in [`UniGDModelOutput`]; `None` while decoding from a cache without `spans`.
+        As in [`UniGDModelOutput`], or `None` while decoding from a cache without `spans`.
     inverse_temperature (`torch.FloatTensor` of shape `()`):
-        Inverse temperature of the contrastive loss.
+        The contrastive loss multiplies similarities by it.
     past_key_values, hidden_states, attentions:
-        As the backbone returns them, when asked for.
+        As the backbone returns them, if they are requested.
     """
 
     loss: torch.Tensor | None = None
@@ -227,27 +227,31 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
         suppressed = set(self.vlm.generation_config.suppress_tokens or []) | set(token_ids)
         self.vlm.generation_config.suppress_tokens = sorted(suppressed)
 
-    def embed(self, *, spans=None, attention_mask=None, truncate_dim=None, labels=None, **inputs) -> torch.Tensor:
+    def embed(
+        self, *, spans=None, attention_mask=None, truncate_dim=None, labels=None, shift_labels=None, **inputs
+    ) -> torch.Tensor:
         """
-        Embeddings alone; the language-modelling head is left out.
+        Computes embeddings only, without the language-modelling head.
 
         Args:
             spans (`torch.LongTensor` of shape `(num_spans, 3)`, *optional*): row, start and end (exclusive) of each
                 span to embed. Defaults to the last attended token of each row.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*).
-            truncate_dim (`int`, *optional*): Keep this Matryoshka prefix, normalised again.
-            labels: Ignored, so that a training batch can be passed as it is.
-            inputs: Every other input of the backbone, as [`UniGDProcessor`] returns them.
+            truncate_dim (`int`, *optional*): Size of the Matryoshka prefix to keep and normalise again.
+            labels, shift_labels: Ignored, so that a training batch can be passed unchanged.
+            inputs: The other inputs of the backbone, as [`UniGDProcessor`] returns them.
 
         Returns:
             `torch.FloatTensor` of shape `(num_spans, embedding_dim)` or `(num_spans, truncate_dim)`: unit vectors.
 
         Raises:
-            ValueError: `truncate_dim` is not among `config.matryoshka_dims`.
+            ValueError: if `truncate_dim` is not one of `config.matryoshka_dims`.
         """
         if truncate_dim is not None and truncate_dim not in (self.config.matryoshka_dims or []):
-            trained = self.config.matryoshka_dims
-            raise ValueError(f"`truncate_dim={truncate_dim}` was not trained for, only `matryoshka_dims={trained}`.")
+            raise ValueError(
+                f"The model is not trained for `truncate_dim={truncate_dim}`, only for "
+                f"`matryoshka_dims={self.config.matryoshka_dims}`."
+            )
         outputs = self._decode(attention_mask=attention_mask, use_cache=False, **inputs)
         embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)
         return embeddings if truncate_dim is None else F.normalize(embeddings[:, :truncate_dim], dim=-1)
@@ -302,7 +306,7 @@ class UniGDModel(UniGDPreTrainedModel):
         Args:
             spans (`torch.LongTensor` of shape `(num_spans, 3)`, *optional*): row, start and end (exclusive) of each
                 span to embed. Defaults to the last attended token of each row.
-            kwargs: Every other input goes to the backbone as it is.
+            kwargs: All other inputs are passed to the backbone.
         """
         kwargs.setdefault("use_cache", False)
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
@@ -344,6 +348,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         batches: list[dict] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_smoothing: float = 0.0,
         **kwargs,
     ) -> UniGDCausalLMOutput:
         r"""
@@ -351,27 +356,36 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             spans (`torch.LongTensor` of shape `(num_spans, 3)`, *optional*): row, start and end (exclusive) of each
                 span to embed. Defaults to the last attended token of each row.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Targets of the next-token
-                loss, -100 where there is none. Only labelled positions meet the language-modelling head.
+                loss, with -100 where there is none. The language-modelling head for the loss only runs at labelled
+                positions.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Targets that are
+                already shifted: `shift_labels[:, i]` is the target of position `i`. They take precedence over
+                `labels`, as in transformers.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): As in the backbone.
-            skip_logits (`bool`, *optional*): Leave `logits` out. Defaults to `True` in training with `labels`.
+            skip_logits (`bool`, *optional*): Return no `logits`. Defaults to `True` in training with labels.
             batches (`list[dict]`, *optional*): Several batches of all these inputs instead of one. Their embeddings
-                are one tensor, their losses are added, and there are no logits. In one call, as DDP counts on one
-                forward a step.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): The loss is the sum over labelled positions
-                divided by this; by their number where it is not given.
-            kwargs: Every other input goes to the backbone as it is; `image_features` may stand for the images.
+                are concatenated, their losses are added, and no logits are returned. They share one call because DDP
+                expects one forward per step.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the summed loss. Defaults to the
+                number of labelled positions.
+            label_smoothing (`float`, *optional*, defaults to 0.0): Share of each target's probability that the loss
+                spreads over the whole vocabulary.
+            kwargs: All other inputs are passed to the backbone. `image_features` can replace the images.
         """
         if batches is not None:
-            return self._forward_all(batches, num_items_in_batch)
+            return self._forward_all(batches, num_items_in_batch, label_smoothing)
+        # If it were a named parameter, Trainer would expect it in every batch that it evaluates.
+        shift_labels = kwargs.pop("shift_labels", None)
+        targets = _targets(labels, shift_labels)
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         hidden_states = outputs.last_hidden_state
         lm_head = self.get_output_embeddings()
 
         loss = None
-        if labels is not None:
-            loss = next_token_loss(hidden_states, labels, lm_head, num_items_in_batch)
+        if targets is not None:
+            loss = next_token_loss(hidden_states, targets, lm_head, num_items_in_batch, label_smoothing)
         if skip_logits is None:
-            skip_logits = self.training and labels is not None
+            skip_logits = self.training and targets is not None
         logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -392,16 +406,17 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _forward_all(self, batches, num_items_in_batch) -> UniGDCausalLMOutput:
+    def _forward_all(self, batches, num_items_in_batch, label_smoothing) -> UniGDCausalLMOutput:
+        all_targets = [_targets(batch.get("labels"), batch.get("shift_labels")) for batch in batches]
         if num_items_in_batch is None:
-            num_items_in_batch = max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+            num_items_in_batch = max(1, sum(int(each.ne(-100).sum()) for each in all_targets if each is not None))
         losses, embeddings = [], []
-        # Not by `forward`: accelerate wraps it in an autocast that does not survive being entered twice.
-        for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name not in ("labels", "spans")}
+        # This does not call `forward`, because accelerate wraps that in an autocast that cannot be entered twice.
+        for batch, targets in zip(batches, all_targets, strict=True):
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels", "spans")}
             hidden_states = self._decode(use_cache=False, **inputs).last_hidden_state
             lm_head = self.get_output_embeddings()
-            losses.append(next_token_loss(hidden_states, batch["labels"], lm_head, num_items_in_batch))
+            losses.append(next_token_loss(hidden_states, targets, lm_head, num_items_in_batch, label_smoothing))
             embeddings.append(self._pool(hidden_states, batch.get("attention_mask"), batch.get("spans")))
         return UniGDCausalLMOutput(
             loss=torch.stack(losses).sum(),
@@ -410,44 +425,57 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
-        """As [`~GenerationMixin.generate`], by the backbone. `spans` is ignored: a batch can be passed as it is."""
+        """Generates as the backbone does. `spans` is ignored, so that a batch can be passed unchanged."""
         kwargs.pop("spans", None)
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
 
 
-def next_token_loss(hidden_states, labels, lm_head, num_items_in_batch=None) -> torch.Tensor:
+def next_token_loss(hidden_states, targets, lm_head, num_items_in_batch=None, label_smoothing=0.0) -> torch.Tensor:
     """Cross-entropy of the labelled tokens, each predicted from the position before it (VladVA, section 3.2).
 
-    Logits of a large vocabulary never stand in memory whole: beyond `MAX_LOGITS` they are computed in slices, and
-    again in the backward pass.
+    More than `MAX_LOGITS` logits are never in memory at once: they are computed in slices, and again in the backward
+    pass.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 where there is no target.
-        lm_head (`nn.Module`): Maps hidden states to logits, one to each row of its weight; called on the labelled
-            positions alone.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the sum; the number of labelled tokens of
-            the whole accumulated global batch in training. Defaults to the number here.
+        targets (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The token that follows each position;
+            -100 where there is no target.
+        lm_head (`nn.Module`): Maps hidden states to logits, one per row of its weight. It only runs at labelled
+            positions.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the summed cross-entropy: in training, the
+            number of labelled tokens of all processes and accumulation steps. Defaults to the number in this batch.
+        label_smoothing (`float`, *optional*, defaults to 0.0): As in `torch.nn.functional.cross_entropy`.
 
     Returns:
-        `torch.FloatTensor` of shape `()`: 0 where nothing is labelled.
+        `torch.FloatTensor` of shape `()`: 0 if nothing is labelled.
     """
-    targets = labels[:, 1:].to(hidden_states.device)
+    targets = targets.to(hidden_states.device)
     labelled = targets != -100
-    hidden_states, targets = hidden_states[:, :-1][labelled], targets[labelled]
+    hidden_states, targets = hidden_states[labelled], targets[labelled]
     rows = max(1, MAX_LOGITS // len(lm_head.weight))
     if len(targets) <= rows:
-        total = _summed_cross_entropy(hidden_states, targets, lm_head)
+        total = _summed_cross_entropy(hidden_states, targets, lm_head, label_smoothing)
     else:
         slices = zip(hidden_states.split(rows), targets.split(rows), strict=True)
         total = torch.stack(
-            [checkpoint(_summed_cross_entropy, *part, lm_head, use_reentrant=False) for part in slices]
+            [
+                checkpoint(_summed_cross_entropy, *part, lm_head, label_smoothing, use_reentrant=False)
+                for part in slices
+            ]
         ).sum()
     return total / (labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _summed_cross_entropy(hidden_states, targets, lm_head):
-    return F.cross_entropy(_at_least_float32(lm_head(hidden_states)), targets, reduction="sum")
+def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
+    """The target of each position: `shift_labels` as they are, or else `labels` moved back by one position."""
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def _summed_cross_entropy(hidden_states, targets, lm_head, label_smoothing):
+    logits = _at_least_float32(lm_head(hidden_states))
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 UniGDModel.register_for_auto_class("AutoModel")

@@ -1,71 +1,61 @@
 """Turns sequences of texts and images into model inputs, with the spans to embed and the tokens to predict.
 
-The prompts live here and are saved with the processor: the model knows nothing of them.
+The processor holds the embedding prompts and saves them; the model only sees spans.
 """
 
 import json
 import logging
-import os
 from collections.abc import Callable
-from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import PROCESSOR_NAME
 
+from .configuration_unigd import check_choice
 from .hub_files_unigd import find_file
+from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
+from .rendering_unigd import RenderedSequence, SequenceError, SequenceRenderer
 
 
 logger = logging.getLogger(__name__)
 
-# VladVA, figure 4, names the image prompt; the text prompt is ours, by symmetry.
+# The image prompt is VladVA's (figure 4); the paper does not give its text prompt, and ours is made like it.
 DEFAULT_PROMPTS = {
     "image": "Summarize the provided image in one word",
     "text": "Summarize the provided text in one word",
 }
 
-# Marks the end of a text slice while a chat template is rendered: a code point that no text may hold.
-_SLICE_END = "\ufdd0"
-
-
-class SequenceError(ValueError):
-    """A sequence that cannot be processed. `index` is its place in the batch, `reason` says why."""
-
-    def __init__(self, index: int, reason: str):
-        super().__init__(f"Sequence {index} {reason}")
-        self.index = index
-        self.reason = reason
-
 
 class UniGDProcessor(ProcessorMixin):
     r"""
-    Wraps a backbone's processor (tokenizer, image processor, chat template) and adds what is embedded of a sequence.
+    Wraps a backbone's processor (tokenizer, image processor, chat template), and adds prompts and spans.
 
-    Called like the backbone's own processor it behaves like it; [`process_sequences`] prepares inputs to embed and to
-    train on.
+    A call behaves like a call of the backbone's processor. [`process_sequences`] prepares sequences for embedding and
+    training.
 
     Args:
-        vlm_processor (`ProcessorMixin`): Processor of the backbone; it needs a chat template.
-        prompts (`dict[str, str]`, *optional*): The hand-written prompts by modality, `"image"` (for every sequence
-            that holds an image) and `"text"`. Each ends the user's turn; the embedding is read at the last token
-            before the answer.
-        soft_prompts (`dict[str, list[str]]`, *optional*): Reserved tokens by modality that stand in for the
-            hand-written prompt; [`add_soft_prompts`] makes them.
-        embedding_position (`str`, *optional*, defaults to `"prompt"`): Where a sequence is embedded. `"prompt"`: at
-            the last token of its embedding prompt (VladVA). `"last_slice"`: at its last image or sentence, without a
+        vlm_processor (`ProcessorMixin`): The backbone's processor. It needs a chat template.
+        prompts (`dict[str, str]`, *optional*): The hand-written embedding prompts by modality: `"image"` for sequences
+            with an image, `"text"` for all others. The user's turn ends with the prompt, and the embedding is read at
+            the last token before the answer.
+        soft_prompts (`dict[str, list[str]]`, *optional*): Reserved tokens by modality, which replace the hand-written
+            prompts. [`add_soft_prompts`] creates them.
+        embedding_position (`str`, *optional*, defaults to `"prompt"`): Where a sequence is embedded: `"prompt"` at
+            the last token of its embedding prompt (VladVA), `"last_slice"` at its last image or sentence, without a
             prompt (Sugar, section 3.2).
-        image_pooling (`str`, *optional*, defaults to `"mean"`): Span of an image slice: `"mean"` of all its tokens
-            (Sugar, appendix E.1), or its `"last"` token (table 4b, "w/o AvgPool").
+        image_pooling (`str`, *optional*, defaults to `"mean"`): The span of an image slice: `"mean"` for all its
+            tokens (Sugar, appendix E.1), `"last"` for its last token (table 4b, "w/o AvgPool").
 
     Raises:
-        ValueError: no chat template, no padding token, prompts of unknown modalities, or an unknown choice.
+        ValueError: if the chat template or the padding token is missing, a prompt is for an unknown modality, or
+            `embedding_position` or `image_pooling` has an unknown value.
     """
 
     def __init__(
@@ -73,8 +63,8 @@ class UniGDProcessor(ProcessorMixin):
     ):
         if vlm_processor.chat_template is None:
             raise ValueError(
-                f"{type(vlm_processor).__name__} has no chat template, which places the prompts. Set "
-                "`vlm_processor.chat_template` to the one that the backbone was trained with."
+                f"{type(vlm_processor).__name__} has no chat template, which the prompts are placed with. Set "
+                "`vlm_processor.chat_template` to the template that the backbone was trained with."
             )
         if vlm_processor.tokenizer.pad_token_id is None:
             raise ValueError(
@@ -83,26 +73,40 @@ class UniGDProcessor(ProcessorMixin):
         prompts = {**DEFAULT_PROMPTS, **(prompts or {})}
         if prompts.keys() != DEFAULT_PROMPTS.keys():
             raise ValueError(f"`prompts` takes the keys {sorted(DEFAULT_PROMPTS)}, got {sorted(prompts)}.")
-        for name, value, choices in (
-            ("embedding_position", embedding_position, ("prompt", "last_slice")),
-            ("image_pooling", image_pooling, ("mean", "last")),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        check_choice("embedding_position", embedding_position, ("prompt", "last_slice"))
+        check_choice("image_pooling", image_pooling, ("mean", "last"))
         self.vlm_processor = vlm_processor
         self.prompts = prompts
         self.soft_prompts = soft_prompts
         self.embedding_position = embedding_position
         self.image_pooling = image_pooling
+        self._renderer = SequenceRenderer(vlm_processor)
 
-    # What `ProcessorMixin` declares as attributes is the backbone processor's.
+    # What `ProcessorMixin` and its users expect of a processor comes from the backbone's.
     tokenizer = property(lambda self: self.vlm_processor.tokenizer)
     image_processor = property(lambda self: self.vlm_processor.image_processor)
     chat_template = property(lambda self: self.vlm_processor.chat_template)
+    image_token = property(lambda self: self.vlm_processor.image_token)
+    image_token_id = property(lambda self: self.vlm_processor.image_token_id)
     model_input_names = property(lambda self: [*self.vlm_processor.model_input_names, "spans"])
 
-    def __call__(self, *args, **kwargs) -> BatchFeature:
-        return self.vlm_processor(*args, **kwargs)
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Names of the components. `ProcessorMixin` would look for them among the arguments of `__init__`."""
+        return ["image_processor", "tokenizer"]
+
+    def __call__(self, images=None, text=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
+        """Calls the backbone's processor, without prompts and spans.
+
+        Args:
+            images: The images of all texts, in order.
+            text (`str` or `list[str]`): Rendered texts, with the backbone's image token where each image stands.
+            kwargs: Any other argument of the backbone's processor.
+
+        Returns:
+            `BatchFeature` as the backbone's processor returns it.
+        """
+        return self.vlm_processor(images=images, text=text, **kwargs)
 
     def apply_chat_template(self, *args, **kwargs):
         return self.vlm_processor.apply_chat_template(*args, **kwargs)
@@ -115,6 +119,17 @@ class UniGDProcessor(ProcessorMixin):
 
     def post_process_image_text_to_text(self, *args, **kwargs):
         return self.vlm_processor.post_process_image_text_to_text(*args, **kwargs)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """Number of tokens that each image becomes. It has no public name in transformers, and vLLM calls this one.
+
+        Args:
+            image_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each image, in pixels.
+
+        Returns:
+            `MultiModalData` with `num_image_tokens` (`list[int]`).
+        """
+        return self.vlm_processor._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
 
     def __repr__(self):
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
@@ -131,45 +146,53 @@ class UniGDProcessor(ProcessorMixin):
         padding_side: str | None = None,
     ) -> BatchFeature:
         """
-        Prepares a batch of sequences of texts and images, in the order in which they are given.
+        Prepares a batch of sequences of texts and images. Images and texts keep their order.
 
         Args:
-            sequences (`list`): Each a text, a `PIL.Image.Image`, a list of both (one user turn), or chat messages
-                (`[{"role": ..., "content": ...}]`, images as `{"type": "image", "image": PIL.Image.Image}`).
-            targets (`list[str | None]`, *optional*): Texts that the model learns to say after each sequence.
-            prompted (`bool` or `list[bool]`, *optional*, defaults to `True`): Whether a sequence is embedded, and ends
-                with its prompt where `embedding_position` is `"prompt"`. A sequence that is not has no span.
-            sentence_ends (`Callable[[str], list[int]]`, *optional*): Where the sentences of a text end (offsets of
-                characters). With it the spans of all slices are returned too: an image is a slice, and so is every
-                sentence of every turn but the system's.
-            max_length (`int`, *optional*): Longest row allowed, in tokens, image tokens and target included.
-            padding_side (`str`, *optional*): `"left"` or `"right"`; the tokenizer's own by default.
+            sequences (`list`): Each is a text, a `PIL.Image.Image`, a list of both (one user turn), or chat messages
+                (`[{"role": ..., "content": ...}]`, with images as `{"type": "image", "image": PIL.Image.Image}`).
+            targets (`list[str | None]`, *optional*): For each sequence, the answer that the model learns to give.
+            prompted (`bool` or `list[bool]`, *optional*, defaults to `True`): Whether a sequence is embedded. If so,
+                it gets a span, and with `embedding_position="prompt"` it ends with its prompt.
+            sentence_ends (`Callable[[str], list[int]]`, *optional*): Returns where the sentences of a text end, in
+                characters. With it, the spans of all slices are returned too. Each image is a slice, and so is each
+                sentence of every turn except the system's.
+            max_length (`int`, *optional*): Maximum number of tokens in a row, including image tokens and target.
+            padding_side (`str`, *optional*): `"left"` or `"right"`. Defaults to the tokenizer's padding side.
 
         Returns:
-            `BatchFeature` of the backbone's inputs, `spans` (`(num_prompted, 3)`: row, start, end), with `targets`
-            `labels` (`(batch_size, sequence_length)`, -100 where nothing is predicted), and with `sentence_ends`
-            `slice_spans` (`(num_slices, 3)`, ordered by row, then by place; the target's slices included).
+            `BatchFeature` with the backbone's inputs and:
+
+            - `spans` (`torch.LongTensor` of shape `(num_prompted, 3)`): row, start and end (exclusive) of each span.
+            - `labels` (`torch.LongTensor` of shape `(batch_size, sequence_length)`), if there is a target: -100 at all
+              tokens that are not part of one.
+            - `slice_spans` (`torch.LongTensor` of shape `(num_slices, 3)`), with `sentence_ends`: in order of row and
+              position, including the slices of the targets.
 
         Raises:
-            SequenceError: a sequence is empty, holds an empty text, an image placeholder or something that is neither
-                text nor image, or is longer than `max_length`. Nothing is truncated.
+            SequenceError: if a sequence is empty, contains an empty text, an image placeholder or something that is
+                neither text nor image, or is longer than `max_length`. Nothing is truncated.
+            ValueError: if there is no sequence, or the numbers of sequences, targets and values of `prompted` differ.
         """
+        if not sequences:
+            raise ValueError("`sequences` is empty; pass at least one sequence.")
         flags = [prompted] * len(sequences) if isinstance(prompted, bool) else prompted
         targets = [None] * len(sequences) if targets is None else targets
         if not len(sequences) == len(flags) == len(targets):
             raise ValueError(
                 f"{len(sequences)} sequences, but {len(targets)} targets and {len(flags)} values of `prompted`."
             )
+        prompts = self._embedding_prompts if self.embedding_position == "prompt" else None
         rows = [
-            self._render(index, sequence, target, flag, sentence_ends)
+            self._renderer.render(index, sequence, target, prompts if flag else None, sentence_ends)
             for index, (sequence, target, flag) in enumerate(zip(sequences, targets, flags, strict=True))
         ]
-        texts, images, continuations, text_ends = map(list, zip(*rows, strict=True))
 
         bos_token = self.tokenizer.bos_token
-        add_special_tokens = not (bos_token and texts[0].startswith(bos_token))
+        add_special_tokens = not (bos_token and rows[0].prompt.startswith(bos_token))
+        images = [row.images for row in rows]
         batch = self.vlm_processor(
-            text=list(texts),
+            text=[row.prompt for row in rows],
             images=images if any(images) else None,
             add_special_tokens=add_special_tokens,
             padding=True,
@@ -177,7 +200,7 @@ class UniGDProcessor(ProcessorMixin):
             return_tensors="pt",
         )
         lengths = batch["attention_mask"].sum(1).tolist()
-        answers = [self._continuation(text, more)[0] for text, more in zip(texts, continuations, strict=True)]
+        answers = [self._tokenize_answer(row.prompt, row.answer)[0] for row in rows]
         for index, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
             if max_length is not None and length + len(answer) > max_length:
                 raise SequenceError(
@@ -188,20 +211,18 @@ class UniGDProcessor(ProcessorMixin):
         at_last_slice = self.embedding_position == "last_slice"
         slices: list[list[tuple[int, int]]] = [[] for _ in rows]
         if at_last_slice or sentence_ends is not None:
-            for index, (ids, length) in enumerate(zip(batch["input_ids"], lengths, strict=True)):
-                text, continuation, ends = texts[index], continuations[index], text_ends[index]
-                slices[index] = self._slice_spans(
-                    index, ids[:length].tolist(), text, continuation, ends, add_special_tokens
-                )
+            for index, (row, ids, length) in enumerate(zip(rows, batch["input_ids"], lengths, strict=True)):
+                slices[index] = self._slice_spans(index, row, ids[:length].tolist(), add_special_tokens)
+
         side = padding_side or self.tokenizer.padding_side
         fill = {"input_ids": self.tokenizer.pad_token_id}
         per_token = [name for name, value in batch.items() if _shape(value) == batch["input_ids"].shape]
         for name in per_token:
-            rows_of_name = []
+            answered = []
             for values, length, answer in zip(batch[name], lengths, answers, strict=True):
                 more = {"input_ids": answer, "attention_mask": [1] * len(answer)}.get(name, [0] * len(answer))
-                rows_of_name.append(torch.cat([values[:length], torch.tensor(more, dtype=values.dtype)]))
-            batch[name] = pad_sequence(rows_of_name, True, fill.get(name, 0), side)
+                answered.append(torch.cat([values[:length], torch.tensor(more, dtype=values.dtype)]))
+            batch[name] = pad_sequence(answered, True, fill.get(name, 0), side)
 
         width = batch["input_ids"].shape[1]
         spans, slice_spans = [], []
@@ -227,16 +248,19 @@ class UniGDProcessor(ProcessorMixin):
 
     def add_soft_prompts(self) -> dict[str, list[int]]:
         """
-        Reserves one token for each token of each hand-written prompt, and uses them instead of it from now on.
+        Reserves a token for each token of the hand-written prompts. From now on, the reserved tokens are the prompts.
 
         Returns:
-            `dict[str, list[int]]`: `soft_prompt_tokens`, as [`UniGDPreTrainedModel.add_soft_prompts`] takes them.
+            `dict[str, list[int]]`: [`soft_prompt_tokens`], the arguments of [`UniGDPreTrainedModel.add_soft_prompts`].
 
         Raises:
-            ValueError: there are soft prompts already.
+            ValueError: if the processor already has soft prompts.
         """
         if self.soft_prompts is not None:
-            raise ValueError("This processor has soft prompts already; a second set would orphan the trained ones.")
+            raise ValueError(
+                "This processor already has soft prompts. New ones would replace them, and what was trained would be "
+                "lost."
+            )
         soft_prompts = {
             modality: [f"<|unigd_{modality}_{place}|>" for place in range(len(self._prompt_ids(modality)))]
             for modality in self.prompts
@@ -247,7 +271,7 @@ class UniGDProcessor(ProcessorMixin):
 
     @property
     def soft_prompt_tokens(self) -> dict[str, list[int]]:
-        """For the model's `add_soft_prompts`: ids of the reserved tokens, and of those that they replace."""
+        """`token_ids`, the ids of the reserved tokens, and `source_ids`, the ids of the tokens that they replace."""
         source_ids = [token for modality in self.soft_prompts or {} for token in self._prompt_ids(modality)]
         return {"token_ids": self.soft_prompt_ids, "source_ids": source_ids}
 
@@ -256,105 +280,41 @@ class UniGDProcessor(ProcessorMixin):
 
     @property
     def soft_prompt_ids(self) -> list[int]:
-        """Ids of the reserved tokens of every modality, in the order of `soft_prompts`; empty without soft prompts."""
+        """Ids of the reserved tokens of all modalities, in the order of `soft_prompts`. Empty without soft prompts."""
         tokens = [token for tokens in (self.soft_prompts or {}).values() for token in tokens]
         return self.tokenizer.convert_tokens_to_ids(tokens)
 
-    def _render(self, index, sequence, target, prompted, sentence_ends):
-        """The rendered prompt, its images in order, the text that continues it (empty without a target), and where in
-        both of them together text slices end."""
-        messages, images = self._to_messages(index, sequence, sentence_ends)
-        if prompted and self.embedding_position == "prompt":
-            modality = "image" if images else "text"
-            prompt = "".join(self.soft_prompts[modality]) if self.soft_prompts else self.prompts[modality]
-            *earlier, last = messages
-            separator = "" if last["content"].endswith(self._image_placeholder) else "\n"
-            messages = [*earlier, {**last, "content": last["content"] + separator + prompt}]
-        marked = self._apply_template(messages, add_generation_prompt=True)
-        continuation, wanted = "", sum(turn["content"].count(_SLICE_END) for turn in messages)
-        if target is not None:
-            if not target.strip():
-                raise SequenceError(index, "has an empty target.")
-            answer = _mark_ends(target, sentence_ends)
-            wanted += answer.count(_SLICE_END)
-            answered = self._apply_template([*messages, {"role": "assistant", "content": answer}])
-            if not answered.startswith(marked):
-                raise ValueError(
-                    "The chat template renders an answered conversation differently from the same conversation with "
-                    "`add_generation_prompt=True`, so that no answer can follow the prompt. Use another chat template."
-                )
-            continuation = answered[len(marked) :].rstrip()
-            eos_token = self.tokenizer.eos_token
-            continuation = continuation if continuation.endswith(eos_token) else continuation + eos_token
-        pieces = (marked + continuation).split(_SLICE_END)
-        if len(pieces) != wanted + 1:
-            raise SequenceError(
-                index, f"has {wanted} texts, but the chat template renders {len(pieces) - 1}. Use another template."
-            )
-        ends = list(accumulate(len(piece) for piece in pieces[:-1]))
-        return marked.replace(_SLICE_END, ""), images, continuation.replace(_SLICE_END, ""), ends
+    @property
+    def _embedding_prompts(self) -> dict[str, str]:
+        """The prompts that are in use, by modality: the soft ones if there are any."""
+        if not self.soft_prompts:
+            return self.prompts
+        return {modality: "".join(tokens) for modality, tokens in self.soft_prompts.items()}
 
-    def _to_messages(self, index, sequence, sentence_ends):
-        """Messages with string contents, a placeholder standing where each image was, and the images in order."""
-        slices = sequence if isinstance(sequence, (list, tuple)) else [sequence]
-        if not slices:
-            raise SequenceError(index, "is empty: it needs at least one text or image.")
-        if not isinstance(slices[0], dict):
-            slices = [{"role": "user", "content": list(slices)}]
-        if slices[-1]["role"] != "user":
-            raise SequenceError(index, f"ends with the role {slices[-1]['role']!r}; it must end with the user's turn.")
-        images: list[Image.Image] = []
-        messages = [
-            {**turn, "content": self._inline(index, turn["role"], turn["content"], images, sentence_ends)}
-            for turn in slices
-        ]
-        return messages, images
+    @property
+    def image_placeholder(self) -> str:
+        """What the chat template renders for an image."""
+        return self._renderer.image_placeholder
 
-    def _inline(self, index, role, content, images, sentence_ends):
-        """One string for a turn, each image replaced by its placeholder. Chat templates put all images first."""
-        text, previous = "", None
-        for part in [content] if isinstance(content, str) else content:
-            if isinstance(part, dict):
-                part = part.get("image", part.get("text"))
-            if isinstance(part, Image.Image):
-                images.append(part)
-                # Something must stand between two images, or nothing tells where the first one's tokens end.
-                touches = previous == "image" and self._image_placeholder.strip() == self._image_placeholder
-                text += ("\n" if previous == "text" or touches else "") + self._image_placeholder
-                previous = "image"
-            elif isinstance(part, str):
-                if not part.strip():
-                    raise SequenceError(index, "holds an empty text.")
-                for forbidden, name in ((self.vlm_processor.image_token, "image placeholder"), (_SLICE_END, "marker")):
-                    if forbidden in part:
-                        raise SequenceError(
-                            index,
-                            f"holds the {name} {forbidden!r} inside a text. Pass images themselves at their places, "
-                            "and remove it from the text.",
-                        )
-                marked = part if role == "system" else _mark_ends(part, sentence_ends)
-                text += (" " if previous == "text" else "") + marked
-                previous = "text"
-            else:
-                raise SequenceError(index, f"holds a {type(part).__name__}; a part is a text or a PIL image.")
-        if previous is None:
-            raise SequenceError(index, "holds an empty turn: it needs at least one text or image.")
-        return text
+    def _slice_spans(self, index, row: RenderedSequence, ids: list[int], add_special_tokens: bool):
+        """Start and end of every slice of a row, in order. They count the tokens of its prompt and answer.
 
-    def _slice_spans(self, index, ids, text, continuation, ends, add_special_tokens):
-        """Start and end of every slice of one row, in order, in the tokens of its prompt and continuation.
-
-        `ids` holds the prompt's tokens as the backbone's processor made them, each image's placeholder repeated.
+        `ids` are the tokens of the prompt as the backbone's processor returns them, where the image token is repeated
+        for each image.
         """
-        image_id = self.tokenizer.convert_tokens_to_ids(self.vlm_processor.image_token)
-        rendered = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        rendered = self.tokenizer(row.prompt, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         is_image = [token == image_id for token in rendered["input_ids"]]
         runs = [len(list(run)) for is_run, run in groupby(ids, lambda token: token == image_id) if is_run]
         lengths = iter(runs)
         repeats = [next(lengths, 0) if image else 1 for image in is_image]
         expanded = [token for token, count in zip(rendered["input_ids"], repeats, strict=True) for _ in range(count)]
         if expanded != ids:
-            raise SequenceError(index, "has tokens that cannot be told apart by slice with this backbone's processor.")
+            raise SequenceError(
+                index,
+                "cannot be divided into slices: the backbone's processor changes more of its tokens than the number "
+                "of image tokens.",
+            )
         token_ends = list(accumulate(repeats))
 
         spans = [
@@ -362,50 +322,29 @@ class UniGDProcessor(ProcessorMixin):
             for end, count, image in zip(token_ends, repeats, is_image, strict=True)
             if image
         ]
-        more_ids, more_offsets = self._continuation(text, continuation)
-        offsets = [end for _, end in rendered["offset_mapping"]] + [len(text) + end for end in more_offsets]
-        token_ends += [len(ids) + place + 1 for place in range(len(more_ids))]
-        for end in ends:
+        answer_ids, answer_offsets = self._tokenize_answer(row.prompt, row.answer)
+        offsets = [end for _, end in rendered["offset_mapping"]] + [len(row.prompt) + end for end in answer_offsets]
+        token_ends += [len(ids) + place + 1 for place in range(len(answer_ids))]
+        for end in row.slice_ends:
             # The token that holds the slice's last character.
             place = next(place for place, offset in enumerate(offsets) if offset >= end)
             spans.append((token_ends[place] - 1, token_ends[place]))
         return sorted(spans)
 
-    def _apply_template(self, messages, add_generation_prompt=False) -> str:
-        messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        return self.vlm_processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-
-    @cached_property
-    def _image_placeholder(self) -> str:
-        """What the chat template renders for an image, found by rendering a turn with and without one."""
-        text = {"type": "text", "text": "@"}
-        rendered = [
-            self.vlm_processor.apply_chat_template([{"role": "user", "content": content}])
-            for content in ([{"type": "image"}, text], [text])
-        ]
-        start = len(os.path.commonprefix(rendered))  # noqa: RUF071
-        placeholder = rendered[0][start : start + len(rendered[0]) - len(rendered[1])]
-        if self.vlm_processor.image_token not in placeholder:
-            raise ValueError(
-                f"The chat template renders an image as {placeholder!r}, without the processor's image token "
-                f"{self.vlm_processor.image_token!r}."
-            )
-        return placeholder
-
-    def _continuation(self, text: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of `continuation` as it follows `text`, without changing a token of that, and where in it each ends."""
-        if not continuation:
+    def _tokenize_answer(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids of the tokens that continue those of `prompt`, and where each ends, in characters of `answer`."""
+        if not answer:
             return [], []
-        image_token = self.vlm_processor.image_token
-        tail = text[text.rfind(image_token) + len(image_token) :] if image_token in text else text
-        tokenized = self.tokenizer([tail, tail + continuation], add_special_tokens=False, return_offsets_mapping=True)
+        # The text after the last image is enough, and free of image tokens, which the processor would repeat.
+        *_, tail = prompt.rpartition(self.image_token)
+        tokenized = self.tokenizer([tail, tail + answer], add_special_tokens=False, return_offsets_mapping=True)
         tail_ids, joint_ids = tokenized["input_ids"]
         start, offsets = len(tail), tokenized["offset_mapping"][1]
         if joint_ids[: len(tail_ids)] == tail_ids:
             joint_ids, offsets = joint_ids[len(tail_ids) :], offsets[len(tail_ids) :]
         else:
-            # The tokenizer would merge across the border; the prompt has to stay as it is when embedded alone.
-            alone = self.tokenizer(continuation, add_special_tokens=False, return_offsets_mapping=True)
+            # The tokenizer would merge the end of the prompt with the answer, and change the tokens of the prompt.
+            alone = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
             start, joint_ids, offsets = 0, alone["input_ids"], alone["offset_mapping"]
         return joint_ids, [end - start for _, end in offsets]
 
@@ -426,12 +365,23 @@ class UniGDProcessor(ProcessorMixin):
         }
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """Saves the backbone's processor, the prompts and this code in one folder. A probe that is there and was made
-        with another processor is removed, with a warning: it would refuse this one."""
+        """Saves the backbone's processor, the prompts and this code in one folder.
+
+        If the folder has a probe of another processor, the probe is removed with a warning, because loading compares
+        the processor with it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Also push the folder to the Hub.
+            kwargs: Arguments of [`~ProcessorMixin.push_to_hub`]. `repo_id` defaults to the name of the folder.
+
+        Returns:
+            `list[str]`: The files of the backbone's processor.
+        """
         probe_file = Path(save_directory) / PROBE_NAME
         if probe_file.is_file() and processor_differences(self, load_probe(probe_file)):
             logger.warning(
-                "Removed %s: it was made with another processor. Save the model to get a new one.", probe_file
+                "Removed %s, which belongs to another processor. Save the model to get a new probe.", probe_file
             )
             probe_file.unlink()
         files = self.vlm_processor.save_pretrained(save_directory)
@@ -446,21 +396,24 @@ class UniGDProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Loads what [`save_pretrained`] saved, locally or from the Hub.
+        Loads a processor that [`save_pretrained`] saved.
 
         Args:
-            check_probe (`bool`, *optional*, defaults to `True`): Process the checkpoint's probe and compare.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
+            check_probe (`bool`, *optional*, defaults to `True`): Check that the processor still returns the inputs
+                that are saved in the checkpoint's probe.
+            kwargs: Arguments of [`~ProcessorMixin.from_pretrained`].
 
         Raises:
-            ValueError: the folder holds a plain processor; use [`from_vlm_pretrained`]. Or prompts, chat template,
-                tokenizer or image processor are no longer those that were saved.
+            ValueError: if the checkpoint has a plain processor (use [`from_vlm_pretrained`]), or the processor returns
+                other inputs than it did when it was saved.
         """
         check_probe = kwargs.pop("check_probe", True)
         config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "vlm_processor_class" not in config:
             raise ValueError(
-                f"No processor with embedding prompts is found in {pretrained_model_name_or_path}. "
-                f"`{cls.__name__}.from_vlm_pretrained(...)` adds them to it."
+                f"The processor of {pretrained_model_name_or_path} has no embedding prompts. "
+                f"`{cls.__name__}.from_vlm_pretrained(...)` loads it and adds them."
             )
         vlm_processor_class = getattr(transformers, config["vlm_processor_class"])
         vlm_processor = vlm_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -475,9 +428,9 @@ class UniGDProcessor(ProcessorMixin):
         differences = [] if probe_file is None else processor_differences(self, load_probe(probe_file))
         if differences:
             raise ValueError(
-                f"{name} no longer makes the inputs that it made when it was saved: {'; '.join(differences)}. Its "
-                "prompts, chat template, tokenizer or image processor have changed. `check_probe=False` loads it all "
-                "the same; `hf-unigd doctor` says more."
+                f"The processor of {name} no longer makes the inputs that it made when it was saved: "
+                f"{'; '.join(differences)}. Its prompts, chat template, tokenizer or image processor have changed. "
+                "`hf-unigd doctor` tells more, and `check_probe=False` loads it without this check."
             )
 
     @classmethod
@@ -489,17 +442,16 @@ class UniGDProcessor(ProcessorMixin):
         image_pooling="mean",
         **kwargs,
     ):
-        """Loads the processor of a plain vision-language model and adds what is embedded of a sequence."""
+        """
+        Loads the processor of a plain vision-language model, and adds embedding prompts to it.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
+            prompts, embedding_position, image_pooling: Arguments of [`UniGDProcessor`].
+            kwargs: Arguments of `AutoProcessor.from_pretrained`.
+        """
         vlm_processor = AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(vlm_processor, prompts, embedding_position=embedding_position, image_pooling=image_pooling)
-
-
-def _mark_ends(text: str, sentence_ends) -> str:
-    """`text` with a mark after each sentence; a text is one slice where there is no splitter."""
-    ends = [len(text.rstrip())] if sentence_ends is None else sentence_ends(text)
-    starts = [0, *ends]
-    pieces = [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True)]
-    return _SLICE_END.join(pieces)
 
 
 def _shape(value):
@@ -508,4 +460,4 @@ def _shape(value):
 
 UniGDProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["SequenceError", "UniGDProcessor"]
+__all__ = ["SequenceError", "UniGDFeatureExtractionPipeline", "UniGDProcessor"]

@@ -13,7 +13,7 @@ from PIL import Image
 from ..data import load_icons
 from ..data.icons import HELD_OUT
 from ..evaluation import rank_candidates
-from ..evaluation.pictures import draw_retrieval
+from ..evaluation.figures import draw_retrieval
 from ..hub import make_model_card
 from ..hub.cards import RETRIEVAL_NAME
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
@@ -101,7 +101,7 @@ def run(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         logging_steps=25,
         report_to=[],
     )
-    trainer = UniGDTrainer(model, training_args, train, test, processor)
+    trainer = UniGDTrainer(model, training_args, train_dataset=train, eval_dataset=test, processing_class=processor)
     before = measure(trainer)
     trainer.train()
     after = measure(trainer)

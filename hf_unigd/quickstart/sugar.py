@@ -156,7 +156,7 @@ def make_trainer(
         **vars(teachers),
         **objective,
     )
-    return UniGDTrainer(model, training_args, train, test, processor)
+    return UniGDTrainer(model, training_args, train_dataset=train, eval_dataset=test, processing_class=processor)
 
 
 def measure(trainer: UniGDTrainer, test) -> dict[str, float]:

@@ -8,7 +8,7 @@ from datasets import Features, Image, List, Value
 from PIL import Image as PILImage
 
 from ..data import Example
-from ..data.example import Messages
+from ..data.example import Messages, iter_parts
 
 
 Part = str | PILImage.Image
@@ -73,7 +73,7 @@ def make_hit(entry: dict[str, Any], score: float) -> Hit:
 
 def _parts(messages: Messages, store_images: bool) -> list[dict[str, Any]]:
     parts = []
-    for part in (part for turn in messages for part in turn["content"]):
+    for _, part in iter_parts(messages):
         if part["type"] == "text":
             parts.append({"text": part["text"], "image": None})
         elif store_images:

@@ -3,12 +3,13 @@
 from .adapters import add_adapter
 from .arguments import UniGDModelConfig, UniGDScriptArguments, UniGDTrainingArguments
 from .collator import UniGDDataCollator
-from .losses import InfoNCELoss
+from .losses import InfoNCELoss, StructureLoss
 from .trainer import UniGDTrainer
 
 
 __all__ = [
     "InfoNCELoss",
+    "StructureLoss",
     "UniGDDataCollator",
     "UniGDModelConfig",
     "UniGDScriptArguments",

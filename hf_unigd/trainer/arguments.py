@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
@@ -11,7 +12,25 @@ from ..data import load_rows
 from ..data.teachers import TeacherArguments
 
 
-LOSS_WEIGHTS = ("contrastive_weight", "alignment_weight", "causal_lm_weight")
+LOSSES = ("contrastive", "alignment", "causal_lm")
+
+# Arguments of `TrainingArguments` that would have no effect here: the only value that is accepted, and the reason.
+WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "average_tokens_across_devices": (True, "the next-token loss is always normalised over all processes"),
+    "batch_eval_metrics": (False, "retrieval is measured over the whole evaluation set, not per batch"),
+    "bf16_full_eval": (False, "it would round the weights in place; `bf16=True` evaluates in bfloat16 without that"),
+    "enable_jit_checkpoint": (False, "every run already saves a checkpoint when it receives SIGTERM"),
+    "eval_accumulation_steps": (None, "embeddings move to the CPU after every block of rows"),
+    "eval_do_concat_batches": (True, "predictions are always returned as whole arrays"),
+    "fp16_full_eval": (False, "it would round the weights in place; `fp16=True` evaluates in float16 without that"),
+    "include_for_metrics": ([], "`compute_metrics` receives embeddings, keys and rankings, not inputs or losses"),
+    "label_names": (None, "the collator builds the labels"),
+    "length_column_name": ("length", "lengths are measured from the rows themselves"),
+    "liger_kernel_config": (None, "`use_liger_kernel` is not supported"),
+    "remove_unused_columns": (False, "it would remove every column: rows are parsed whole"),
+    "use_cache": (False, "training never uses the key-value cache"),
+    "use_liger_kernel": (False, "Liger patches model types that it knows, and does nothing to a composed model"),
+}
 
 
 @dataclass
@@ -37,11 +56,16 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             Contrast the rows of all accumulation steps with each other, by the gradient cache with an accumulation
             step's anchors or candidates as a chunk unless that is smaller. By default each step is contrasted in
             itself.
-        loss_gradient_norm_steps (`int`, *optional*, defaults to 100):
-            Log the norm of each weighted loss's gradient over the whole accumulated global batch every so many steps,
-            at the cost of running that step once more for each loss. 0 never does.
+        loss_gradient_norm_steps (`int`, *optional*, defaults to 0):
+            Log the norm of each weighted loss's gradient over the whole accumulated global batch every this many
+            steps. Each time, the step runs once more per loss. 0 turns it off.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Train neither the vision tower nor its projector.
+
+        eval_block_size (`int`, *optional*, defaults to 64):
+            Number of rows that are compared with each other in `eval_loss`. Evaluation computes the contrastive and
+            the structure loss over consecutive blocks of this many rows, so `eval_loss` does not depend on
+            `per_device_eval_batch_size` or the number of processes. At most this many rows run at a time.
 
         > Parameters of the structure loss
 
@@ -86,7 +110,8 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
 
     Defaults that differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-4 and a cosine schedule (both
     papers), `logging_steps` 10, `dataloader_drop_last` `True` (a last, smaller batch would have fewer negatives), and
-    `remove_unused_columns` `False`.
+    `remove_unused_columns` `False`. Arguments that would have no effect are refused ([`WITHOUT_EFFECT`]).
+    `label_smoothing_factor` applies to the next-token loss in training; evaluation reports it without smoothing.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -131,7 +156,10 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         default=False, metadata={"help": "Contrast the rows of all accumulation steps with each other."}
     )
     loss_gradient_norm_steps: int = field(
-        default=100, metadata={"help": "Log the gradient norm of each loss every so many steps; 0 never does."}
+        default=0, metadata={"help": "Log the gradient norm of each loss every this many steps; 0 turns it off."}
+    )
+    eval_block_size: int = field(
+        default=64, metadata={"help": "Number of rows that are compared with each other in `eval_loss`."}
     )
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Train neither the vision tower nor its projector."}
@@ -160,7 +188,7 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         if precision in ("bf16", "fp16") and not (self.bf16 or self.fp16):
             setattr(self, precision, True)
         super().__post_init__()
-        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
+        weights = {f"{name}_weight": getattr(self, f"{name}_weight") for name in LOSSES}
         listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())
         if min(weights.values()) < 0:
             raise ValueError(f"Loss weights must not be negative: {listing}.")
@@ -178,10 +206,59 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
                 "`dataloader_persistent_workers=True` keeps the first epoch's positions, which `alignment_weight` "
                 "chooses anew in each. Leave it out."
             )
-        if self.remove_unused_columns:
+        if self.eval_block_size < 2:
             raise ValueError(
-                "`remove_unused_columns=True` would remove every column: rows are parsed by the collator."
+                f"`eval_block_size={self.eval_block_size}` must be at least 2: a row alone has nothing to be compared "
+                "with."
             )
+        self._refuse_arguments_without_effect()
+
+    def _refuse_arguments_without_effect(self) -> None:
+        for name, (accepted, reason) in WITHOUT_EFFECT.items():
+            if (value := getattr(self, name)) != accepted:
+                raise ValueError(
+                    f"`{name}={value!r}` would have no effect: {reason}. Leave it at its default, {accepted!r}."
+                )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "`train_sampling_strategy='batch_rebalance'` needs tokenized rows, and rows are processed by the "
+                "collator. Use 'group_by_length'."
+            )
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"`{name}` of `accelerator_config` is not supported: it would cut a batch, whose rows are "
+                    "compared with each other, into pieces. Leave it out."
+                )
+        parallelism = self.parallelism_config
+        if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
+            raise ValueError(
+                "`parallelism_config` with tensor, context or sequence parallelism is not supported: spans and labels "
+                "refer to whole sequences. Use data parallelism, or FSDP2."
+            )
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments | None) -> "UniGDTrainingArguments":
+        """Our arguments with the values of plain ones, as TRL's trainers convert theirs.
+
+        Args:
+            args (`TrainingArguments`, *optional*): Arguments of any kind; ours are returned as they are. The defaults
+                by default.
+
+        Raises:
+            TypeError: `args` is something else.
+            ValueError: `args` sets an argument that would have no effect.
+        """
+        if args is None:
+            return cls()
+        if isinstance(args, cls):
+            return args
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(f"`args` must be UniGDTrainingArguments or TrainingArguments, got {type(args).__name__}.")
+        values = args.to_dict()
+        values |= {"hub_token": args.hub_token, "parallelism_config": args.parallelism_config}  # `to_dict` hides them
+        values["remove_unused_columns"] = False  # True is the default of plain arguments
+        return cls(**values)
 
     def __getstate__(self):
         # Trainer pickles the arguments into the folder that it pushes.

@@ -3,6 +3,9 @@
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from .arguments import UniGDTrainingArguments
 
 
 Batch = dict[str, Any]
@@ -11,6 +14,45 @@ Batch = dict[str, Any]
 def count_targets(batch: Batch) -> int:
     """Labelled tokens, each predicted from the token before it."""
     return sum(int((chunk["labels"][:, 1:] != -100).sum()) for chunk in batch["chunks"])
+
+
+def count_tokens(batch: Batch, with_padding: bool) -> int:
+    """Tokens of all chunks, with or without those that fill rows up."""
+    name = "input_ids" if with_padding else "attention_mask"
+    return sum(chunk[name].numel() if with_padding else int(chunk[name].sum()) for chunk in batch["chunks"])
+
+
+def check_batch_size(dataset: Dataset, batch_size: int, args: UniGDTrainingArguments) -> None:
+    """
+    Refuses batches that cannot train.
+
+    Args:
+        dataset: The examples.
+        batch_size: Rows per batch over all processes.
+        args: The training arguments.
+
+    Raises:
+        ValueError: a batch has no negatives, or the rows make no batch.
+    """
+    if args.contrastive_weight and batch_size == 1:
+        raise ValueError(
+            "A batch of one row has no negatives, so the contrastive loss cannot train. Raise "
+            "`per_device_train_batch_size` (`gradient_cache_chunk_size` bounds its memory), or set "
+            "`contrastive_weight=0`."
+        )
+    if isinstance(dataset, IterableDataset):
+        return
+    rows = len(dataset)  # type: ignore[arg-type]
+    if args.dataloader_drop_last and rows < batch_size:
+        raise ValueError(
+            f"{rows} rows make no batch of {batch_size}, and `dataloader_drop_last` drops the rest. Lower "
+            "`per_device_train_batch_size`, or give more rows."
+        )
+    if args.contrastive_weight and not args.dataloader_drop_last and rows % batch_size == 1:
+        raise ValueError(
+            f"The last of {rows} rows would be a batch of its own (there are {batch_size} per batch), without "
+            "negatives. Set `dataloader_drop_last=True`, or choose another batch size."
+        )
 
 
 def idle_chunk(chunk: Batch) -> Batch:

@@ -51,7 +51,7 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         # What a run leaves behind is opened again after saving; for every checkpoint that would cost too much.
         unwrapped = self._unwrapped_model
-        unwrapped.verify_saves = False
+        verifies, unwrapped.verify_saves = unwrapped.verify_saves, False
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
@@ -63,7 +63,7 @@ class CheckpointingTrainer(Trainer):
                 "are whole. Is the disk full?"
             ) from error
         finally:
-            unwrapped.verify_saves = True
+            unwrapped.verify_saves = verifies
 
     @property
     def _unwrapped_model(self) -> UniGDForConditionalGeneration:

@@ -1,5 +1,6 @@
 """Batches of examples, in chunks that go through the model one after the other."""
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import torch
 
 from ..data import Example, RowError
-from ..data.example import content_key
+from ..data.example import content_key, iter_images
 from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..modeling import SequenceError, UniGDProcessor
+from .arguments import UniGDTrainingArguments
 from .prefixes import PrefixSampler
 from .vision import image_key
 
@@ -28,6 +30,7 @@ class UniGDDataCollator:
             their targets, then candidates (the positives of the embedded anchors, and negatives);
         places: by name, where in the embeddings of all chunks, one below the other, are those of the `anchors` `(n,)`,
             their `positives` `(n,)`, the `negatives` `(m,)`, and the `slices` that the structure loss looks at;
+        anchor_rows `(n,)`: rows of the embedded anchors in the dataset;
         anchor_keys, positive_keys `(n,)`, negative_keys `(m,)`: content keys for masking duplicates;
         structure: inputs of [`StructureLoss`] but for its embeddings, where examples have slices;
         rows `(batch_size,)`: indices in the dataset, for messages.
@@ -90,6 +93,7 @@ class UniGDDataCollator:
             wanted["slices"], batch["structure"] = self.prefixes(examples, slice_spans)
 
         matched = [example for example, flag in zip(examples, embedded.tolist(), strict=True) if flag]
+        batch["anchor_rows"] = torch.tensor([example.row for example in matched], dtype=torch.long)
         owners = matched + [example for example in matched for _ in example.negatives]
         sequences = [example.positive or [] for example in matched]
         sequences += [negative for example in matched for negative in example.negatives]
@@ -133,9 +137,7 @@ class UniGDDataCollator:
             if "labels" not in inputs or not self.causal_lm:
                 inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
             if self.with_image_keys and "pixel_values" in inputs:
-                turns = [turn for place in part for turn in sequences[place]]
-                images = [piece["image"] for turn in turns for piece in turn["content"] if piece["type"] == "image"]
-                inputs["image_keys"] = [image_key(image) for image in images]
+                inputs["image_keys"] = [image_key(image) for place in part for image in iter_images(sequences[place])]
             chunks.append(dict(inputs))
         none = torch.empty(0, 5, dtype=torch.long)
         spans, slice_spans = [torch.cat([none, *table]) for table in tables.values()]
@@ -150,3 +152,26 @@ class UniGDDataCollator:
         lengths = [sequence_length(self.processor, *pair) for pair in zip(sequences, targets, strict=True)]
         places.sort(key=lambda place: -lengths[place])
         return [places[start : start + self.chunk_size] for start in range(0, len(places), self.chunk_size)]
+
+
+def collator_for_objective(collator: Any, args: UniGDTrainingArguments) -> UniGDDataCollator:
+    """The collator with those fields set that the arguments decide."""
+    if not isinstance(collator, UniGDDataCollator):
+        raise TypeError(
+            f"`data_collator` must be a UniGDDataCollator, got {type(collator).__name__}: a batch holds chunks of "
+            "model inputs, spans and keys. Subclass UniGDDataCollator, or override `UniGDTrainer.get_data_collator`."
+        )
+    for name in ("max_length", "skip_bad_rows"):
+        if getattr(args, name) not in (None, False, getattr(collator, name)):
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)!r} in `args` and {getattr(collator, name)!r} in `data_collator`. "
+                "Give both the same value."
+            )
+    collator = copy.copy(collator)
+    collator.splitter = args.splitter if args.alignment_weight else None
+    keeps_all = args.alignment_similarity == "kernel"
+    collator.prefixes = PrefixSampler(args.alignment_positions, args.seed, keep_all=keeps_all)
+    collator.chunk_size = args.gradient_cache_chunk_size
+    collator.contrastive, collator.causal_lm = bool(args.contrastive_weight), bool(args.causal_lm_weight)
+    collator.with_image_keys = args.vision_cache is not None
+    return collator

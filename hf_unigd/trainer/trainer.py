@@ -2,150 +2,183 @@
 
 import math
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
+from ..data.dataset import Rows
 from ..data.lengths import sequence_length
-from ..evaluation import retrieval_metrics
-from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.modeling_unigd import UniGDHead
-from .adapters import add_adapter
+from ..modeling import UniGDProcessor
 from .arguments import UniGDTrainingArguments
-from .batches import count_targets, idle_batch, idle_chunk, join_batches
+from .batches import check_batch_size, count_targets, count_tokens, idle_chunk, join_batches
 from .callbacks import ClampLogitScale, SetEpoch
-from .checkpoints import CheckpointingTrainer
-from .collator import UniGDDataCollator
+from .collator import UniGDDataCollator, collator_for_objective
+from .dataloaders import stream_loader
+from .evaluating import EvaluatingTrainer
 from .gradient_cache import RandomState, embed_chunks
+from .loading import prepare_model, resolve_model
 from .losses import InfoNCELoss, StructureLoss
-from .prefixes import PrefixSampler
 from .sampler import EpochLengthGroupedSampler
-from .vision import VisionFeatureCache, tower_key, vision_parameters, with_image_features
+from .sharding import prepare_fsdp2
+from .vision import VisionFeatureCache, is_frozen, tower_key, with_image_features
 
 
-class UniGDTrainer(CheckpointingTrainer):
+class UniGDTrainer(EvaluatingTrainer):
     r"""
     Trains embeddings and generation together:
 
         L = contrastive_weight · InfoNCE + alignment_weight · structure + causal_lm_weight · next-token
 
-    An anchor (an image, its prompt, then its long caption) is run once: causal attention lets its embedding be read at
-    the last prompt token and its caption be scored in the same forward. The sequences that it is contrasted with are
-    the second forward. The next-token loss is normalised by the labelled tokens of the whole accumulated global batch,
-    the contrastive loss takes its negatives from all processes, and so does the structure loss its positions: ends of
-    slices of the anchors and their captions, read in the same forward.
+    An anchor (an image, its prompt, then its long caption) runs once: causal attention lets its embedding be read at
+    the last prompt token while its caption is scored in the same forward pass. The sequences that it is contrasted
+    with are the second forward pass. The next-token loss is normalised by the labelled tokens of the whole accumulated
+    global batch. The contrastive loss takes its negatives from all processes, and the structure loss its positions:
+    the ends of slices of the anchors and their captions, which are read in the same forward pass.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+
+    from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
+
+    model = UniGDForConditionalGeneration.from_vlm_pretrained("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+    processor = UniGDProcessor.from_vlm_pretrained("llava-hf/llava-1.5-7b-hf")
+    trainer = UniGDTrainer(
+        model=model,
+        args=UniGDTrainingArguments(output_dir="vladva", per_device_train_batch_size=32, bf16=True),
+        train_dataset=load_dataset("you/captions", split="train"),
+        processing_class=processor,
+        peft_config=LoraConfig(r=16, lora_alpha=16),
+    )
+    trainer.train()
+    ```
 
     Args:
-        model ([`UniGDForConditionalGeneration`]): The model.
-        args ([`UniGDTrainingArguments`]): The arguments.
-        train_dataset, eval_dataset (`Dataset` or `IterableDataset`, *optional*): Rows of any accepted format
-            ([`~hf_unigd.data.RowParser`]). Evaluation reports recall at 1, 5 and 10 both ways over examples with a
-            positive, and the perplexity of the targets.
-        processing_class ([`UniGDProcessor`]): The processor, with its prompts.
-        peft_config (`LoraConfig`, *optional*): Trains an adapter ([`add_adapter`]) instead of the whole model.
-        kwargs: Anything else that [`~transformers.Trainer`] takes.
+        model (`UniGDForConditionalGeneration`, `PeftModel` or `str`, *optional*):
+            The model; an adapter on one that holds the embedding head and the soft prompts; or the Hub id or folder of
+            a checkpoint or of a plain vision-language model, which gets a new head.
+        args ([`UniGDTrainingArguments`] or `TrainingArguments`, *optional*):
+            The arguments. Plain arguments are converted, and the defaults are used without any.
+        data_collator ([`UniGDDataCollator`], *optional*):
+            A collator of your own. The trainer sets those of its fields that the objective decides (`chunk_size`,
+            `contrastive`, `causal_lm`, `splitter`, `prefixes`, `with_image_keys`). [`get_data_collator`] makes one by
+            default.
+        train_dataset (`Dataset`, `IterableDataset`, torch `Dataset` or `list[dict]`, *optional*):
+            Rows of any accepted format ([`~hf_unigd.data.RowParser`]).
+        eval_dataset (the same, or a `dict` or `DatasetDict` of them, *optional*):
+            Rows to evaluate. Evaluation reports `eval_loss` (the objective over blocks of `eval_block_size` rows),
+            each of its losses, the perplexity of the targets, and recall at 1, 5 and 10 both ways for rows with a
+            positive.
+        processing_class ([`UniGDProcessor`], *optional*):
+            The processor, with its prompts. By default the model's own.
+        model_init (`Callable`, *optional*):
+            Makes the model at the start of every training, as [`~transformers.Trainer`] has it; needs
+            `processing_class`.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            Makes further metrics of an evaluation's embeddings, keys and rankings, which
+            [`~hf_unigd.trainer.evaluation.retrieval_prediction`] describes; [`predict`] returns the same.
+        callbacks, optimizers, optimizer_cls_and_kwargs:
+            As in [`~transformers.Trainer`].
+        compute_loss_func, preprocess_logits_for_metrics:
+            Refused: the objective has several losses, which [`batch_losses`] computes, and evaluation makes no logits.
+        peft_config (`PeftConfig`, *optional*):
+            Trains an adapter ([`add_adapter`]) instead of the whole model.
 
     Raises:
-        ValueError: arguments that cannot train: no negatives in a batch of one, fewer rows than a batch.
+        TypeError, ValueError: an argument of another kind or without effect here, or arguments that cannot train: no
+            negatives in a batch of one, fewer rows than a batch, nothing that is trained.
         RowError: a bad row, before training starts where rows can be read twice.
         FloatingPointError: a loss is not finite. A checkpoint is saved first.
     """
 
-    # The two losses are normalised differently over accumulation steps; `compute_loss` does both.
+    train_dataset: Any
+    # The losses are normalised differently over accumulation steps; `compute_loss` does both.
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        model: UniGDForConditionalGeneration,
-        args: UniGDTrainingArguments,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: UniGDDataCollator | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: UniGDProcessor | None = None,
+        model_init: Callable[..., Any] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
         peft_config: PeftConfig | None = None,
-        **kwargs,
     ):
-        if not isinstance(processing_class, UniGDProcessor):
+        args = UniGDTrainingArguments.from_training_arguments(args)
+        if compute_loss_func is not None:
             raise ValueError(
-                f"`processing_class` must be a UniGDProcessor, got {type(processing_class).__name__}. "
-                "`UniGDProcessor.from_vlm_pretrained(...)` makes one from a model's own processor."
+                "`compute_loss_func` is not supported: the objective has several losses, of embeddings and of tokens. "
+                "Subclass UniGDTrainer and override `batch_losses`."
             )
-        if args.freeze_vision_tower:
-            for parameter in vision_parameters(model):
-                parameter.requires_grad_(False)
-        model.processor = processing_class  # saved with the model
-        if peft_config is not None:
-            model = add_adapter(model, processing_class, peft_config)
-        vision_is_frozen = not any(parameter.requires_grad for parameter in vision_parameters(model))
-        if args.vision_cache is not None and not vision_is_frozen:
+        if preprocess_logits_for_metrics is not None:
             raise ValueError(
-                "`vision_cache` keeps what a frozen vision tower computes, and this one is trained. Set "
-                "`freeze_vision_tower=True`, keep LoRA out of it, or leave `vision_cache` out."
+                "`preprocess_logits_for_metrics` is not supported: evaluation makes embeddings, not logits. "
+                "`compute_metrics` receives them."
             )
-        if args.ddp_find_unused_parameters is None:  # a process without pictures does not use the tower
-            args.ddp_find_unused_parameters = not vision_is_frozen
-        parser = RowParser(
-            lambda text: len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"]),
-            # Without a contrastive loss a short caption would be read by none.
-            short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
-            long_caption_max_tokens=args.long_caption_max_tokens,
-            image_folder=args.image_folder,
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would split batches whose rows are compared with each other. Start "
+                "a process per GPU (`accelerate launch`, `torchrun`), or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        self._peft_config = peft_config
+        if model_init is None:
+            resolved, processing_class = resolve_model(model, processing_class, args, peft_config)
+            model = prepare_model(resolved, processing_class, args, peft_config)
+        elif not isinstance(processing_class, UniGDProcessor):
+            raise ValueError("`model_init` needs `processing_class`, the UniGDProcessor of the models that it makes.")
+        self.processing_class = processing_class  # `call_model_init` uses it before Trainer has set it
+        if args.ddp_find_unused_parameters is None:  # a process without images does not use the tower
+            args.ddp_find_unused_parameters = not (
+                is_frozen(model) if model_init is None else args.freeze_vision_tower
+            )
+        self.slice_features = (
+            SliceFeatures.load(args.slice_features, args) if args.alignment_weight and args.slice_features else None
         )
-        splitter, slice_features = None, None
-        self.teachers: Teachers | None = None
-        if args.alignment_weight:
-            splitter = args.splitter
-            if args.slice_features:
-                slice_features = SliceFeatures.load(args.slice_features, args)
-                self._modality_columns = slice_features.modality_columns(args.triple_kernel)
-            else:
-                self.teachers = Teachers(args, args.device)
-                self._modality_columns = self.teachers.modality_columns(args.triple_kernel)
-
-        def examples_of(rows, parser=parser, slice_features=None, length_of=None):
-            if isinstance(rows, dict):
-                return {name: examples_of(part) for name, part in rows.items()}
-            if rows is None:
-                return None
-            return make_examples(rows, parser, args.skip_bad_rows, args.check_rows, slice_features, length_of)
-
-        length_of = None
-        if args.train_sampling_strategy == "group_by_length":
-
-            def length_of(example):
-                return sequence_length(processing_class, example.anchor, example.target)
-
-        prefixes = PrefixSampler(args.alignment_positions, args.seed, keep_all=args.alignment_similarity == "kernel")
-        collator = UniGDDataCollator(
-            processing_class,
-            args.max_length,
-            args.skip_bad_rows,
-            splitter,
-            prefixes,
-            with_image_keys=args.vision_cache is not None,
-        )
-        kwargs.setdefault("data_collator", collator)
+        if train_dataset is not None:
+            train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_dataset(rows, processing_class, args, name) for name, rows in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+        if data_collator is None:
+            data_collator = self.get_data_collator(args, processing_class)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=examples_of(train_dataset, replace(parser, splitter=splitter), slice_features, length_of),
-            eval_dataset=examples_of(eval_dataset),
+            data_collator=collator_for_objective(data_collator, args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **kwargs,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
         self.add_callback(ClampLogitScale())
         self._epoch_sampler: EpochLengthGroupedSampler | None = None
         self.add_callback(SetEpoch(self))
-        self.contrastive_loss = InfoNCELoss(model.config.matryoshka_dims)
+        self.contrastive_loss = InfoNCELoss(self.model.config.matryoshka_dims)
         self.structure_loss = StructureLoss(
             target=args.alignment_target,
             normalization=args.alignment_normalization,
@@ -155,7 +188,6 @@ class UniGDTrainer(CheckpointingTrainer):
         )
         self._vision_features: VisionFeatureCache | None = None
         self._logged: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        self._vision_is_frozen = vision_is_frozen
         if self.is_deepspeed_enabled and self._uses_gradient_cache:
             raise ValueError(
                 "The gradient cache (`gradient_cache_chunk_size`, `negatives_across_accumulation`) does not combine "
@@ -163,51 +195,77 @@ class UniGDTrainer(CheckpointingTrainer):
                 "without the cache."
             )
         if self.accelerator.is_fsdp2:
-            self._prepare_fsdp()
-        self._check_batches()
+            if model_init is not None:
+                raise ValueError("`model_init` does not combine with FSDP2. Pass `model`.")
+            prepare_fsdp2(self.accelerator, self.model)
+        if self.train_dataset is not None:
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                raise ValueError(
+                    "No parameter of `model` is trained. Load an adapter with `is_trainable=True`, or pass "
+                    "`peft_config`."
+                )
+            self._check_batch_size()
+            if args.alignment_weight and self.slice_features is None:
+                _ = self.teachers  # a teacher that cannot be loaded fails here, not in the first step
 
-    def _prepare_fsdp(self) -> None:
-        plugin = self.accelerator.state.fsdp_plugin
-        if plugin.cpu_ram_efficient_loading:
-            raise ValueError(
-                "`fsdp_cpu_ram_efficient_loading: true` shards a frozen vision tower, which has to stay whole on each "
-                "process. Set it to false, as in examples/accelerate/fsdp2.yaml."
-            )
-        # By itself, and so in float32; whole until the backward pass, as the temperature is read after it has run.
-        for head in [module for module in self.model.modules() if isinstance(module, UniGDHead)]:
-            fully_shard(head, reshard_after_forward=False)
-        if plugin.mixed_precision_policy is not None:
-            # accelerate rounds what the model returns and adds gradients up in bfloat16, which DDP does not.
-            plugin.mixed_precision_policy = replace(
-                plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
-            )
-        if self._vision_is_frozen:
-            # Kept whole on every process, outside FSDP: it runs by itself, and only where there are pictures.
-            decoder = {type(module).__name__ for module in self.model.vlm.get_decoder().modules()}
-            plugin.ignored_modules = [torch.nn.ParameterList(vision_parameters(self.model))]
-            plugin.transformer_cls_names_to_wrap = sorted(decoder & set(self.model._no_split_modules))
+    def _check_batch_size(self) -> None:
+        check_batch_size(self.train_dataset, self._train_batch_size * self.args.world_size, self.args)
 
-    def _check_batches(self) -> None:
-        """Refuses, before training, batches that cannot train."""
-        batch_size = self.args.train_batch_size * self.args.world_size
-        if self.args.contrastive_weight and self.train_dataset is not None and batch_size == 1:
-            raise ValueError(
-                "A batch of one row has no negatives, so the contrastive loss cannot train. Raise "
-                "`per_device_train_batch_size`, or set `contrastive_weight=0`."
-            )
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset) or self.train_dataset is None:
-            return
-        rows = len(self.train_dataset)
-        if self.args.dataloader_drop_last and rows < batch_size:
-            raise ValueError(
-                f"{rows} rows make no batch of {batch_size}, and `dataloader_drop_last` drops the rest. Lower "
-                "`per_device_train_batch_size`, or give more rows."
-            )
-        if self.args.contrastive_weight and not self.args.dataloader_drop_last and rows % batch_size == 1:
-            raise ValueError(
-                f"The last of {rows} rows would be a batch of its own ({batch_size} a batch), without negatives. Set "
-                "`dataloader_drop_last=True`, or choose another batch size."
-            )
+    def call_model_init(self, trial=None):
+        made = super().call_model_init(trial)
+        model, processor = resolve_model(made, self.processing_class, self.args, self._peft_config)
+        return prepare_model(model, processor, self.args, self._peft_config)
+
+    def _prepare_dataset(
+        self, dataset: Rows, processing_class: UniGDProcessor, args: UniGDTrainingArguments, dataset_name: str
+    ) -> ExampleDataset | IterableExampleDataset:
+        """
+        Turns rows of any accepted format into examples; a hook for subclasses. Called for every dataset that the
+        constructor, [`evaluate`] and [`predict`] are given. Examples are returned as they are.
+
+        Args:
+            dataset: The rows.
+            processing_class: The processor.
+            args: The arguments.
+            dataset_name: `"train"`, `"eval"`, `"test"`, or the key of one of several evaluation datasets.
+
+        Raises:
+            TypeError, ValueError: the dataset is of another kind, or no accepted format.
+            RowError: a row is bad, and `skip_bad_rows` is off.
+        """
+        parser = RowParser(
+            lambda text: len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"]),
+            # Without a contrastive loss nothing would read a short caption.
+            short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
+            long_caption_max_tokens=args.long_caption_max_tokens,
+            image_folder=args.image_folder,
+            splitter=args.splitter if args.alignment_weight else None,
+        )
+        is_training, length_of = dataset_name == "train", None
+        if is_training and args.train_sampling_strategy == "group_by_length":
+
+            def length_of(example):
+                return sequence_length(processing_class, example.anchor, example.target)
+
+        slice_features = self.slice_features if is_training else None
+        try:
+            return make_examples(dataset, parser, args.skip_bad_rows, args.check_rows, slice_features, length_of)
+        except TypeError as error:
+            raise TypeError(f"`{dataset_name}_dataset`: {error}") from error
+
+    def get_data_collator(self, args: UniGDTrainingArguments, processing_class: UniGDProcessor) -> UniGDDataCollator:
+        """Makes the collator; a hook for subclasses. The trainer then sets what the objective decides."""
+        return UniGDDataCollator(processing_class, args.max_length, args.skip_bad_rows)
+
+    @cached_property
+    def teachers(self) -> Teachers:
+        """The encoders of the structure loss, loaded where the slices' features were not written down before."""
+        return Teachers(self.args, self.args.device)
+
+    @cached_property
+    def _modality_columns(self):
+        source = self.teachers if self.slice_features is None else self.slice_features
+        return source.modality_columns(self.args.triple_kernel)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -235,7 +293,8 @@ class UniGDTrainer(CheckpointingTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Does all of a step but the last backward pass, whose loss it returns, with the value of the whole step's."""
+        """Runs the step up to its last backward pass. Returns the loss for that backward pass; its value is the loss
+        of the full step."""
         if return_outputs:
             raise ValueError("`return_outputs=True` is not supported: a step has several forward passes.")
         scales = self._scales
@@ -270,7 +329,11 @@ class UniGDTrainer(CheckpointingTrainer):
         chunks = self._prepare_chunks(inner, inputs["chunks"])
 
         def forward(model, chunks):
-            return model(batches=chunks, num_items_in_batch=num_items_in_batch)
+            return model(
+                batches=chunks,
+                num_items_in_batch=num_items_in_batch,
+                label_smoothing=self.args.label_smoothing_factor,
+            )
 
         def batch_loss(embeddings, inverse_temperature):
             parts, metrics = self.batch_losses(embeddings, inverse_temperature, inputs)
@@ -309,7 +372,7 @@ class UniGDTrainer(CheckpointingTrainer):
 
     def _prepare_chunks(self, model, chunks):
         """What is done once a step: frozen vision features, and under FSDP chunks as many as on any process."""
-        if self._vision_is_frozen:
+        if is_frozen(model):
             with self.accelerator.autocast():
                 chunks = [with_image_features(model, chunk, self._vision_cache(model)) for chunk in chunks]
         if not self.is_fsdp_enabled:
@@ -363,7 +426,7 @@ class UniGDTrainer(CheckpointingTrainer):
             metrics = {**contrastive, "temperature": 1 / inverse_temperature}
         if self.args.alignment_weight:
             structure = dict(batch["structure"])
-            if self.teachers is not None:
+            if "slices" in structure:
                 before = self.teachers.truncated
                 structure["features"] = self.teachers(structure.pop("slices"))
                 metrics["truncated_texts"] = embeddings.new_tensor(self.teachers.truncated - before)
@@ -423,23 +486,21 @@ class UniGDTrainer(CheckpointingTrainer):
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+    def _track_num_input_tokens(self, inputs):
+        if self.args.include_num_input_tokens_seen != "no" and inputs:
+            tokens = count_tokens(inputs, with_padding=self.args.include_num_input_tokens_seen == "all")
+            count = torch.tensor(tokens, device=self.args.device)
+            self.state.num_input_tokens_seen += self.accelerator.reduce(count, reduction="sum").item()
+
+    def floating_point_ops(self, inputs):
+        return sum(super(UniGDTrainer, self).floating_point_ops(chunk) for chunk in inputs.get("chunks", []))
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
         if not isinstance(dataset, IterableExampleDataset):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
-        # Each process reads a part of its own. Left to accelerate it would read all of the stream for it.
-        loader = DataLoader(
-            dataset.shard(self.args.world_size, self.args.process_index, endless=is_training),
-            batch_size=batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        # Not dispatched, which is accelerate's default for streams: the first process would read for all.
-        return prepare_data_loader(
-            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-        )
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        return stream_loader(dataset, self.args, self.data_collator, batch_size, endless=is_training)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -450,89 +511,8 @@ class UniGDTrainer(CheckpointingTrainer):
         self._epoch_sampler = EpochLengthGroupedSampler(batch_size, dataset.lengths or [], seed)
         return self._epoch_sampler
 
-    @property
-    def train_collator(self) -> UniGDDataCollator:
-        """The collator, for what this training needs of a row."""
-        return replace(
-            self.data_collator,
-            chunk_size=self.args.gradient_cache_chunk_size,
-            contrastive=bool(self.args.contrastive_weight),
-            causal_lm=bool(self.args.causal_lm_weight),
-        )
-
     def get_train_dataloader(self):
-        collator = self.data_collator
-        self.data_collator: UniGDDataCollator = self.train_collator
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        # Evaluation leaves no row out (`dataloader_drop_last` is about negatives in training), and repeats none.
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        even_batches, self.accelerator.even_batches = self.accelerator.even_batches, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last, self.accelerator.even_batches = drop_last, even_batches
-
-    def _evaluated(self, dataloader):
-        """The batches; under FSDP, where all processes have to take part, as many as on any of them."""
-        batch = None
-        batches = iter(dataloader)
-        while True:
-            previous, batch = batch, next(batches, None)
-            if self.is_fsdp_enabled and not any(gather_object([batch is not None])):
-                return
-            if batch is None:
-                if not self.is_fsdp_enabled:
-                    return
-                if previous is None:
-                    raise ValueError("Under FSDP every process needs a row to evaluate. Give more rows.")
-                batch = idle_batch(previous)
-            yield batch
-
-    @torch.no_grad()
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        """Recall at 1, 5 and 10 both ways, and perplexity of the targets."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.to(self.args.device).eval()
-        gathered: dict[str, list] = defaultdict(list)
-        for batch in self._evaluated(dataloader):
-            batch = self._prepare_inputs(batch)
-            gathered["rows"].append(batch["rows"].cpu())
-            with self.accelerator.autocast():
-                outputs = model(batches=self._prepare_chunks(model, batch["chunks"]), num_items_in_batch=1)
-            if tokens := count_targets(batch):
-                gathered["tokens"].append(tokens)
-                gathered["loss"].append(outputs.loss.double().cpu())
-            if len(batch["anchor_keys"]):
-                for name in ("anchors", "positives"):
-                    gathered[name].append(outputs.embeddings[batch["places"][name]].cpu())
-                for name in ("anchor_keys", "positive_keys"):
-                    gathered[name].append(batch[name].cpu())
-            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-        # One list an item, so that a process without any still takes part in the exchange.
-        everywhere = {
-            name: gather_object(gathered[name])
-            for name in ("rows", "loss", "tokens", "anchors", "positives", "anchor_keys", "positive_keys")
-        }
-        metrics = {}
-        if everywhere["tokens"]:
-            loss = torch.stack(everywhere["loss"]).sum().item() / sum(everywhere["tokens"])
-            metrics["causal_lm_loss"], metrics["perplexity"] = loss, math.exp(min(loss, 700.0))
-        if everywhere["anchors"]:
-            metrics |= retrieval_metrics(
-                torch.cat(everywhere["anchors"]),
-                torch.cat(everywhere["positives"]),
-                torch.cat(everywhere["anchor_keys"]),
-                torch.cat(everywhere["positive_keys"]),
-            )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=metrics, num_samples=sum(map(len, everywhere["rows"]))
-        )
+        if self.train_dataset is not None:
+            self.train_dataset = self._prepare_dataset(self.train_dataset, self.processing_class, self.args, "train")
+            self._check_batch_size()  # again, as `auto_find_batch_size` makes it smaller
+        return super().get_train_dataloader()

@@ -24,6 +24,11 @@ def vision_parameters(model: UniGDForConditionalGeneration) -> list[torch.nn.Par
     return [parameter for parameter in model.vlm.parameters() if id(parameter) not in language]
 
 
+def is_frozen(model: UniGDForConditionalGeneration) -> bool:
+    """Whether no part of the vision tower and its projector is trained."""
+    return not any(parameter.requires_grad for parameter in vision_parameters(model))
+
+
 @torch.no_grad()
 def with_image_features(
     model: UniGDForConditionalGeneration, chunk: Chunk, cache: "VisionFeatureCache | None" = None

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tiny_teachers import save_teachers
 
 from hf_unigd.cli.main import main
 from tiny_models import make_vlm
+from tiny_teachers import save_teachers
 
 
 def test_features_are_written_once_and_train(tmp_path, capsys):

@@ -6,13 +6,13 @@ import re
 import pytest
 import torch
 from PIL import Image
-from tiny_teachers import save_teachers
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.cli.main import main
 from hf_unigd.data import ExampleDataset, RowParser, Teachers, load_rows
 from hf_unigd.trainer.losses import StructureLoss
 from tiny_models import make_image, make_vlm
+from tiny_teachers import save_teachers
 
 
 @pytest.fixture(scope="module")

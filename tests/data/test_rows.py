@@ -1,6 +1,7 @@
-"""Every accepted row format, and every kind of bad row."""
+"""Every accepted row format, every kind of bad row, and the parts and keys of sequences."""
 
 import io
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_unigd.data import RowError, RowParser, make_examples
-from hf_unigd.data.example import content_key
+from hf_unigd.data.example import content_key, iter_images, iter_parts
 from hf_unigd.data.rows import check_columns
 from tiny_models import make_image
 
@@ -24,11 +25,11 @@ def parse(row, **kwargs):
 
 
 def texts(messages):
-    return [part["text"] for turn in messages for part in turn["content"] if part["type"] == "text"]
+    return [part["text"] for _, part in iter_parts(messages) if part["type"] == "text"]
 
 
 def kinds(messages):
-    return [part["type"] for turn in messages for part in turn["content"]]
+    return [part["type"] for _, part in iter_parts(messages)]
 
 
 IMAGE = make_image(1)
@@ -108,29 +109,30 @@ def test_images_in_every_form(tmp_path):
         tmp_path / "a.png",
         {"bytes": encoded(IMAGE), "path": None},
     ]
-    keys = {content_key(parse({"image": form, "caption": "a cat"}).anchor) for form in forms}
-    assert len(keys) == 1
-    assert parse({"image": "a.png", "caption": "a cat"}, image_folder=tmp_path).anchor
+    images = [image for form in forms for image in iter_images(parse({"image": form, "caption": "a cat"}).anchor)]
+    images += iter_images(parse({"image": "a.png", "caption": "a cat"}, image_folder=tmp_path).anchor)
+    assert len(images) == 6
+    assert all((image.mode, image.tobytes()) == ("RGB", IMAGE.convert("RGB").tobytes()) for image in images)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"image": IMAGE, "caption": "  "}, "Row 7 has an empty `caption`"),
-        ({"image": IMAGE, "short_caption": ""}, "empty `short_caption`"),
-        ({"image": IMAGE, "caption": ["a", "b"]}, "list of 2 texts in `caption`"),
-        ({"image": IMAGE, "caption": 3}, "int in `caption`"),
+        ({"image": IMAGE, "caption": "  "}, "an empty `caption`"),
+        ({"image": IMAGE, "short_caption": ""}, "an empty `short_caption`"),
+        ({"image": IMAGE, "caption": ["a", "b"]}, "a list of 2 texts in `caption`"),
+        ({"image": IMAGE, "caption": 3}, "a `caption` of type int"),
         ({"image": IMAGE, "long_caption": "word " * 501}, "`long_caption` of 501 tokens.*long_caption_max_tokens=500"),
-        ({"image": IMAGE, "caption": "word " * 501}, "501 tokens"),
-        ({"image": IMAGE}, "without `short_caption`"),
+        ({"image": IMAGE, "caption": "word " * 501}, "`long_caption` of 501 tokens"),
+        ({"image": IMAGE}, "an image without `short_caption`"),
         ({"image": None, "caption": "a cat"}, r"no usable columns, only \['caption'\]"),
-        ({"image": "/nowhere/a.png", "caption": "a cat"}, "missing image: there is no file /nowhere/a.png"),
-        ({"image": b"no picture", "caption": "a cat"}, "corrupt image"),
-        ({"image": encoded(IMAGE)[:200], "caption": "a cat"}, "corrupt image"),
-        ({"image": 3.5, "caption": "a cat"}, "float where an image"),
-        ({"anchor": "", "positive": "a"}, "empty `anchor`"),
-        ({"anchor": [], "positive": "a"}, "empty `anchor`"),
-        ({"messages": []}, "empty `messages`"),
+        ({"image": "/nowhere/a.png", "caption": "a cat"}, "a missing image: there is no file /nowhere/a.png"),
+        ({"image": b"no image", "caption": "a cat"}, "a corrupt image: cannot identify"),
+        ({"image": encoded(IMAGE)[:200], "caption": "a cat"}, "a corrupt image: .*truncated"),
+        ({"image": 3.5, "caption": "a cat"}, "an image of type float"),
+        ({"anchor": "", "positive": "a"}, "an empty `anchor`"),
+        ({"anchor": [], "positive": "a"}, "an empty `anchor`"),
+        ({"messages": []}, "an empty `messages`"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "nothing to learn"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "without a user's turn"),
         (
@@ -138,7 +140,7 @@ def test_images_in_every_form(tmp_path):
                 "messages": [{"role": "user", "content": "<image> <image>"}, {"role": "assistant", "content": "a"}],
                 "images": [IMAGE],
             },
-            "2 image placeholders in `messages`, but 1 images",
+            "2 image placeholders in `messages`, but the number of images is 1",
         ),
         (
             {
@@ -147,7 +149,7 @@ def test_images_in_every_form(tmp_path):
             },
             "images in the last answer",
         ),
-        ({"conversations": [{"from": "robot", "value": "a"}]}, "'robot'"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "a turn from 'robot'.*'gpt', 'human', 'system'"),
         (
             {
                 "messages": [{"role": "user", "content": "a"}],
@@ -159,9 +161,15 @@ def test_images_in_every_form(tmp_path):
     ],
 )
 def test_bad_rows_name_themselves_and_the_reason(row, message):
-    with pytest.raises(RowError, match=f"(?s)Row 7 .*{message}|{message}") as error:
+    with pytest.raises(RowError, match=f"(?s)^Row 7 has .*{message}") as error:
         parse(row)
     assert error.value.row == 7
+
+
+def test_a_row_error_survives_pickling():
+    error = RowError(3, "has an empty `caption`.")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.row, copy.reason, str(copy)) == (RowError, 3, error.reason, str(error))
 
 
 def test_unknown_columns_are_refused_by_name():
@@ -211,15 +219,33 @@ def test_no_row_left_is_an_error(rows_with_bad_ones):
         make_examples(rows_with_bad_ones.select([]), RowParser(len))
 
 
-def test_content_keys_tell_content_apart():
+def test_parts_come_in_order_with_their_roles():
+    other = make_image(2)
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": IMAGE}]},
+        {"role": "user", "content": []},
+        {"role": "assistant", "content": [{"type": "image", "image": other}, {"type": "text", "text": "b"}]},
+    ]
+    assert [(role, part["type"]) for role, part in iter_parts(messages)] == [
+        ("system", "text"),
+        ("system", "image"),
+        ("assistant", "image"),
+        ("assistant", "text"),
+    ]
+    assert texts(messages) == ["a", "b"]
+    assert [id(image) for image in iter_images(messages)] == [id(IMAGE), id(other)]
+
+
+def test_content_keys_differ_where_content_differs():
     keys = {
         content_key([{"role": "user", "content": content}])
         for content in (
             [{"type": "text", "text": "a"}],
             [{"type": "text", "text": "b"}],
             [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            [{"type": "text", "text": "ab"}],
             [{"type": "image", "image": Image.new("RGB", (2, 3))}],
             [{"type": "image", "image": Image.new("RGB", (3, 2))}],
         )
     }
-    assert len(keys) == 5
+    assert len(keys) == 6

@@ -1,4 +1,4 @@
-"""The teachers, and what they saw of a dataset written to disk."""
+"""The teachers, and their features of a dataset on disk."""
 
 import json
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_teachers import save_teachers
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
@@ -23,6 +22,7 @@ from hf_unigd.data.encoders import Encoder
 from hf_unigd.data.example import IMAGE, TEXT, Slice
 from hf_unigd.data.slice_features import SliceFeatures
 from tiny_models import make_image, make_tokenizer
+from tiny_teachers import save_teachers
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def teacher_args(tmp_path_factory):
 
 
 def make_examples(count=10, **kwargs):
-    """Every third story has the picture and sentences of the one before it."""
+    """Every third row has the image and the sentences of the row before it."""
     places = [place - (place % 3 == 2) for place in range(count)]
     rows = Dataset.from_dict(
         {
@@ -44,7 +44,7 @@ def make_examples(count=10, **kwargs):
     return ExampleDataset(rows, RowParser(len, splitter=SentenceSplitter()), **kwargs)
 
 
-def test_features_are_those_of_the_encoders_themselves(teacher_args):
+def test_features_equal_the_outputs_of_the_encoders(teacher_args):
     teachers = Teachers(teacher_args)
     image, text = make_image(1), "Two blue dogs."
     features = teachers([Slice(image), Slice(text)])
@@ -66,20 +66,24 @@ def test_features_are_those_of_the_encoders_themselves(teacher_args):
     torch.testing.assert_close(features[1, teachers.own_width :], outputs.text_embeds[0])
 
 
-def test_mean_pooling_leaves_padding_out(teacher_args):
+def test_mean_pooling_ignores_padding(teacher_args):
     encoder = Encoder(teacher_args.text_teacher, "mean")
-    alone, together = encoder(["a cat"]), encoder(["a cat", "two blue dogs on the green grass"])
-    torch.testing.assert_close(alone[0], together[0])
+    ids = AutoTokenizer.from_pretrained(teacher_args.text_teacher)("a cat", return_tensors="pt")
+    hidden = BertModel.from_pretrained(teacher_args.text_teacher)(**ids).last_hidden_state
+    expected = F.normalize(hidden.mean(1), dim=1)
+    torch.testing.assert_close(encoder(["a cat"]), expected)
+    torch.testing.assert_close(encoder(["a cat", "two blue dogs on the green grass"])[:1], expected)
 
 
-def test_texts_that_are_too_long_are_cut_and_counted(teacher_args):
+def test_texts_that_are_too_long_are_truncated_and_counted(teacher_args):
     teachers = Teachers(teacher_args)
     teachers([Slice("a red cat. " * 5), Slice("a cat")])
-    assert teachers.truncated == 1  # CLIP takes 16 tokens, BERT 64
+    assert teachers.truncated == 1  # the limit of CLIP is 16 tokens, that of BERT 64
     assert torch.isfinite(teachers([Slice("a red cat. " * 100)])).all()
+    assert teachers.truncated == 3  # the last text is too long for both
 
 
-def test_a_sentence_transformers_folder_is_taken(teacher_args, tmp_path):
+def test_a_sentence_transformers_folder_is_encoded_as_the_library_does(teacher_args, tmp_path):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
@@ -96,7 +100,7 @@ def test_a_sentence_transformers_folder_is_taken(teacher_args, tmp_path):
     assert encoder.truncated == 1
 
 
-def test_written_features_are_those_computed_on_the_fly_and_distinct(teacher_args, tmp_path):
+def test_written_features_equal_computed_ones_and_are_stored_once(teacher_args, tmp_path):
     examples = make_examples()
     written = write_slice_features(examples, teacher_args, tmp_path / "f", batch_size=3, rows_per_part=4)
     teachers = Teachers(teacher_args)
@@ -104,13 +108,13 @@ def test_written_features_are_those_computed_on_the_fly_and_distinct(teacher_arg
     for place in range(len(examples)):
         slices = examples[place].slices
         assert [part.modality for part in slices] == [IMAGE, TEXT, TEXT, IMAGE]
-        torch.testing.assert_close(written.of_row(place, slices).float(), teachers(slices), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(written.read_row(place, slices).float(), teachers(slices), atol=1e-3, rtol=1e-3)
         distinct |= {part.key for part in slices}
     assert len(written.features) == len(distinct) < 4 * len(examples)
     assert written.features.features["features"].feature.dtype == "float16"
 
 
-def test_an_interrupted_run_goes_on_without_encoding_anything_twice(teacher_args, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_without_encoding_anything_twice(teacher_args, tmp_path, monkeypatch):
     whole = write_slice_features(make_examples(), teacher_args, tmp_path / "whole", rows_per_part=3)
 
     calls = []
@@ -148,6 +152,9 @@ def test_other_teachers_pooling_or_language_make_features_stale(teacher_args, tm
         with pytest.raises(ValueError, match="stale"):
             write_slice_features(make_examples(4), other, tmp_path / "f")
     write_slice_features(make_examples(4), other, tmp_path / "f", overwrite=True)
+    assert len(SliceFeatures.load(tmp_path / "f", other).rows) == 4
+    with pytest.raises(ValueError, match="stale"):
+        SliceFeatures.load(tmp_path / "f", teacher_args)
 
 
 def test_a_teacher_retrained_in_its_folder_makes_features_stale(tmp_path):
@@ -158,34 +165,34 @@ def test_a_teacher_retrained_in_its_folder_makes_features_stale(tmp_path):
         SliceFeatures.load(tmp_path / "f", args)
 
 
-def test_rows_that_changed_or_are_new_are_refused_by_number(teacher_args, tmp_path):
+def test_changed_and_new_rows_raise_an_error_that_names_them(teacher_args, tmp_path):
     features = write_slice_features(make_examples(4), teacher_args, tmp_path / "f")
     examples = make_examples(6, slice_features=features)
     assert examples[3].slice_features.shape == (4, features.width)
     with pytest.raises(RowError, match=r"Row 4 has no slice features: they end at row 3"):
         examples[4]
     examples.rows = examples.rows.select([3])
-    with pytest.raises(RowError, match="Row 0 has changed since its slice features were made"):
+    with pytest.raises(RowError, match="Row 0 has changed since its slice features were computed"):
         examples.parse(0)
-    with pytest.raises(ValueError, match="a dataset of 4 rows, this one has 6"):
+    with pytest.raises(ValueError, match="a dataset of 4 rows, but this dataset has 6"):
         write_slice_features(make_examples(6), teacher_args, tmp_path / "f")
 
 
-def test_columns_of_another_width_are_refused(teacher_args, tmp_path):
+def test_features_of_another_width_raise(teacher_args, tmp_path):
     examples = make_examples(2)
     write_slice_features(examples, teacher_args, tmp_path)
     description = json.loads((tmp_path / "teachers.json").read_text())
     (tmp_path / "teachers.json").write_text(json.dumps({**description, "own_width": 3}))
-    with pytest.raises(ValueError, match=r"slice features of width 28, 15 is needed"):
-        SliceFeatures.load(tmp_path, teacher_args).of_row(0, examples[0].slices)
+    with pytest.raises(ValueError, match=r"slice features of width 28, but `teachers.json` says 15"):
+        SliceFeatures.load(tmp_path, teacher_args).read_row(0, examples[0].slices)
 
 
-def test_a_folder_without_features_is_refused(teacher_args, tmp_path):
+def test_a_folder_without_features_raises(teacher_args, tmp_path):
     with pytest.raises(ValueError, match="holds no slice features"):
         SliceFeatures.load(tmp_path, teacher_args)
 
 
-def test_a_siglip_reads_a_text_as_it_was_trained_to_whatever_stands_beside_it(tmp_path):
+def test_siglip_pads_texts_to_its_limit_whatever_else_is_in_the_batch(tmp_path):
     config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = make_tokenizer([], bos="<s>")
     tokenizer.model_max_length = 16

@@ -1,4 +1,4 @@
-"""Cutting sequences into slices."""
+"""Splitting sequences into slices."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ def test_no_character_of_a_text_is_lost(text):
     assert all(sentence.strip() for sentence in sentences)
 
 
-def test_abbreviations_and_other_scripts_are_known():
+def test_the_splitter_knows_abbreviations_and_other_scripts():
     assert SentenceSplitter().split("Dr. Smith ate 3.5 apples! Why?\nNobody knows.") == [
         "Dr. Smith ate 3.5 apples!",
         "Why?",
@@ -66,6 +66,6 @@ def test_slices_and_the_processors_spans_agree(name):
     assert found == modalities
 
 
-def test_a_sequence_without_slices_is_refused():
+def test_a_sequence_without_slices_raises():
     with pytest.raises(ValueError, match="no slices"):
         slices_of([{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}], None, SentenceSplitter())

@@ -1,4 +1,4 @@
-"""Stories told with icons."""
+"""The stories that are told with icons."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def stories():
     return load_stories("test", 20, cast=10)
 
 
-def test_a_story_has_five_sentences_and_five_pictures_in_turn(stories):
+def test_a_story_has_five_sentences_and_five_images_in_turn(stories):
     parser = RowParser(len, splitter=SentenceSplitter())
     for place in range(len(stories)):
         row = stories[place]
@@ -32,18 +32,18 @@ def test_pairs_share_subjects_and_colours_but_end_differently(stories):
         assert one["messages"][1]["content"] != other["messages"][1]["content"]
 
 
-def test_the_last_picture_is_new_and_shows_what_the_answer_says(stories):
+def test_the_last_image_is_new_and_the_answer_describes_it(stories):
     for place in range(len(stories)):
         row = stories[place]
         earlier = {image.tobytes() for image in row["images"][:-1]}
         assert row["images"][-1].tobytes() not in earlier
         colour, name = row["messages"][1]["content"].removesuffix(".").split("It shows the ")[1].split(" ", 1)
         assert row["captions"][-1].endswith(f"turns {colour}.")
-        # "the first" is the one that the first sentence names
+        # "the first" in the last sentence is the subject that the first sentence names
         assert f" {name}." in row["captions"][0]
 
 
-def test_training_has_whole_stories_stories_with_one_picture_and_pictures_alone():
+def test_training_has_whole_stories_stories_with_one_image_and_single_images():
     rows = load_stories("train", 8, cast=4)
     shown = [len(rows[place]["images"]) for place in range(len(rows))]
     assert shown == [5, 5, 1, 1, 5, 5, 1, 1] + [1] * 4 * 8
@@ -51,7 +51,7 @@ def test_training_has_whole_stories_stories_with_one_picture_and_pictures_alone(
     assert len(rows[2]["captions"]) == 5
 
 
-def test_test_stories_are_other_stories_and_seeds_tell_others():
+def test_splits_and_seeds_tell_different_stories():
     def told(rows):
         return {" ".join(rows[place]["captions"]) for place in range(20)}
 
@@ -61,7 +61,7 @@ def test_test_stories_are_other_stories_and_seeds_tell_others():
     assert told(test) == told(load_stories("test", 20))
 
 
-def test_it_is_a_source_by_name():
+def test_stories_are_a_source_by_name():
     assert len(load_rows("stories", split="test")) == 4000
     with pytest.raises(ValueError, match="not 'validation'"):
         load_stories("validation")

@@ -1,4 +1,4 @@
-"""Explained alignments, against path enumeration and against the pixels of their picture."""
+"""Explained alignments, compared with path enumeration and with the pixels of their figure."""
 
 import math
 
@@ -17,7 +17,7 @@ from hf_unigd.data.example import IMAGE, TEXT
 from hf_unigd.data.slices import slices_of
 from hf_unigd.data.teachers import slice_columns
 from hf_unigd.evaluation.alignment import align_slices, embed_slices
-from hf_unigd.evaluation.pictures import draw_alignment
+from hf_unigd.evaluation.figures import draw_alignment
 from tiny_models import make_image
 
 
@@ -25,7 +25,7 @@ OWN, CROSS = 4, 3
 
 
 def make_slices(length, seed):
-    """Features as the teachers give them, two unit vectors side by side, and modalities."""
+    """Features as the teachers compute them, two unit vectors side by side, and modalities."""
     draw = torch.Generator().manual_seed(seed)
     parts = [torch.randn(length, width, generator=draw, dtype=torch.float64) for width in (OWN, CROSS)]
     features = torch.cat([F.normalize(part, dim=-1) for part in parts], 1)
@@ -33,14 +33,14 @@ def make_slices(length, seed):
 
 
 def local_kernel(a, b, a_modality, b_modality, sigma):
-    """exp(-phi_sigma) of the paper's equation 2, the slices compared as in equation 4."""
+    """exp(-phi_sigma) of equation 2 of the paper, with slices compared as in equation 4."""
     columns = slice(0, OWN) if a_modality == b_modality else slice(OWN, None)
     s = math.exp(-float((a[columns] - b[columns]).square().sum()) / (2 * sigma**2))
     return s / (2 - s)
 
 
 def alignments(n, m):
-    """Every path from the first cell to the last, as lists of cells."""
+    """Every path from the first cell to the last, as a list of cells."""
 
     def walk(path):
         i, j = path[-1]
@@ -54,7 +54,7 @@ def alignments(n, m):
 
 
 def brute_force(x, y, bandwidth):
-    """Posterior, kernel and number of alignments."""
+    """The posterior, the kernel and the number of alignments, by enumeration."""
     (a, a_modalities), (b, b_modalities) = x, y
     sigma = bandwidth * math.sqrt((len(a) + len(b)) / 2)
     kappa = [
@@ -88,15 +88,18 @@ def test_posterior_and_similarity_equal_path_enumeration(normalization, n, m, se
 
 
 def test_the_similarity_is_limited_to_one():
-    # Two unlike images that CLIP finds equal to each of two sentences: nearer to these than to themselves.
+    # CLIP finds two unlike images equal to both sentences, so that they are closer to these than to each other.
     own, cross = torch.eye(OWN), torch.eye(CROSS)[:1].expand(2, CROSS)
     images, texts = torch.cat([own[:2], cross], 1), torch.cat([own[2:3].expand(2, OWN), cross], 1)
     modalities = torch.tensor([IMAGE, IMAGE]), torch.tensor([TEXT, TEXT])
+    x, y = (images, modalities[0]), (texts, modalities[1])
+    kernel, *selves = (brute_force(*pair, 1.0)[1] for pair in ((x, y), (x, x), (y, y)))
+    assert kernel > 1.1 * math.sqrt(math.prod(selves))
     _, similarity = align_slices(images, texts, *modalities, slice_columns(OWN, CROSS))
     assert similarity == 1.0
 
 
-def test_an_empty_sequence_is_refused():
+def test_an_empty_sequence_raises():
     x, _ = make_slices(2, 0)
     with pytest.raises(ValueError, match="`x` must not be empty"):
         align_slices(x[:0], x)
@@ -113,14 +116,14 @@ def user(*parts):
     return [{"role": "user", "content": contents}]
 
 
-def test_a_models_slices_are_embedded_in_the_context_of_those_before(llava):
+def test_a_model_embeds_slices_in_the_context_of_the_slices_before(llava):
     model, processor = llava
     splitter, image = SentenceSplitter(), make_image(1)
     sequence = ["A red cat.", image, "Two dogs. Blue.", make_image(2)]
     example = Example(row=0, anchor=user(*sequence), slices=slices_of(user(*sequence), None, splitter))
     embeddings = embed_slices(model, processor, example, splitter)
     assert [one.modality for one in example.slices] == [TEXT, IMAGE, TEXT, TEXT, IMAGE]
-    # The embedding of a sequence is that of its last slice: attention is causal, what follows changes nothing.
+    # The embedding of a prefix is that of its last slice. Attention is causal, so later slices change nothing.
     prefixes = [sequence[:1], sequence[:2], [*sequence[:2], "Two dogs."], sequence[:3], sequence]
     at_end = UniGDProcessor(processor.vlm_processor, embedding_position="last_slice")
     for prefix, embedding in zip(prefixes, embeddings, strict=True):
@@ -134,13 +137,13 @@ ACROSS = [(255, 0, 255), (128, 0, 64), (0, 255, 255), (255, 255, 0)]
 
 
 def centre_of(pixels, colour):
-    """Row, column and number of the pixels of a colour."""
+    """Mean row, mean column and number of the pixels of a colour."""
     rows, columns = np.nonzero((pixels == np.array(colour)).all(-1))
     return (rows.mean(), columns.mean(), len(rows)) if len(rows) else (None, None, 0)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (300, 100)])
-def test_the_picture_shows_every_slice_and_the_posterior_of_every_pair(tmp_path, size):
+def test_the_figure_shows_every_slice_and_the_posterior_of_every_pair(tmp_path, size):
     posterior = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
     down = [Image.new("RGB", size, colour) for colour in DOWN]
     across = [Image.new("RGB", size, colour) for colour in ACROSS]
@@ -160,7 +163,7 @@ def test_the_picture_shows_every_slice_and_the_posterior_of_every_pair(tmp_path,
     widths = [found[colour][1] for colour in ACROSS]
     assert heights == sorted(heights) and widths == sorted(widths)
 
-    # A cell lies beside its row's picture and below its column's.
+    # A cell is in the row of its left image and in the column of its top image.
     shades = matplotlib.colormaps["Blues"](np.linspace(0, 1, 256))[:, :3] * 255
     for i, height in zip((0, 2, 4), heights, strict=True):
         for j, width in zip((0, 1, 3, 5), widths, strict=True):

@@ -1,4 +1,4 @@
-"""Recall, against brute force and as an `evaluate` module of its own."""
+"""Recall, compared with brute force and loaded as an `evaluate` module."""
 
 import evaluate
 import pytest
@@ -18,7 +18,7 @@ def unit(n, d, seed):
 @given(
     n=st.integers(1, 30), m=st.integers(1, 30), k=st.integers(1, 12), chunk=st.integers(1, 7), seed=st.integers(0, 99)
 )
-def test_ranking_equals_a_full_sort(n, m, k, chunk, seed):
+def test_the_ranking_equals_a_full_sort(n, m, k, chunk, seed):
     queries, candidates = unit(n, 6, seed), unit(m, 6, seed + 100)
     expected = (queries @ candidates.T).argsort(dim=1, descending=True)[:, :k]
     assert torch.equal(rank_candidates(queries, candidates, k, chunk_size=chunk), expected)
@@ -28,17 +28,21 @@ def test_ranking_equals_a_full_sort(n, m, k, chunk, seed):
 @given(
     items=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=20), seed=st.integers(0, 99)
 )
-def test_recall_equals_brute_force_with_several_captions_an_image(items, seed):
+def test_recall_equals_brute_force_with_several_captions_per_image(items, seed):
     image_of, caption_of = unit(6, 4, seed), unit(6, 4, seed + 100)
     images, captions = (torch.tensor(column) for column in zip(*items, strict=True))
     metrics = retrieval_metrics(image_of[images], caption_of[captions], images, captions, ks=(1, 2))
-    pairs = set(items)
-    for k in (1, 2):
-        hits = []
-        for image in {image for image, _ in items}:
-            pool = sorted({caption for _, caption in items}, key=lambda c: -float(image_of[image] @ caption_of[c]))
-            hits.append(any((image, caption) in pairs for caption in pool[:k]))
-        assert metrics[f"anchor_to_positive_recall_at_{k}"] == pytest.approx(sum(hits) / len(hits))
+    for name, vectors, others, pairs in (
+        ("anchor_to_positive", image_of, caption_of, set(items)),
+        ("positive_to_anchor", caption_of, image_of, {(caption, image) for image, caption in items}),
+    ):
+        pool = {other for _, other in pairs}
+        for k in (1, 2):
+            hits = []
+            for query in {query for query, _ in pairs}:
+                best = sorted(pool, key=lambda other: -float(vectors[query] @ others[other]))[:k]
+                hits.append(any((query, other) in pairs for other in best))
+            assert metrics[f"{name}_recall_at_{k}"] == pytest.approx(sum(hits) / len(hits))
 
 
 def test_perfect_and_hopeless_retrieval():
@@ -49,7 +53,7 @@ def test_perfect_and_hopeless_retrieval():
     assert set(hopeless.values()) == {0.0}
 
 
-def test_the_metric_loads_from_the_package_by_itself():
+def test_the_metric_script_loads_with_evaluate():
     metric = evaluate.load(METRIC_SCRIPT)
     result = metric.compute(predictions=[[3, 1, 2], [0, 2, 1]], references=[[1, 9], [1]], ks=[1, 2, 3])
     assert result == {"recall_at_1": 0.0, "recall_at_2": 0.5, "recall_at_3": 1.0}

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from datasets import Dataset, load_from_disk
 from safetensors import safe_open
-from tiny_teachers import save_teachers
 
 from hf_unigd.cli.main import main
 from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter
 from tiny_models import make_image, make_vlm
+from tiny_teachers import save_teachers
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "sugar"
@@ -126,7 +126,7 @@ def test_rows_become_the_slices_of_their_kind(folder, monkeypatch):
 
 def test_other_columns_are_refused():
     script = runpy.run_path(str(EXAMPLES / "train_sugar.py"))
-    with pytest.raises(ValueError, match=r"\['picture', 'text'\] are neither MMC4's"):
+    with pytest.raises(ValueError, match=r"\['picture', 'text'\] are not those of MMC4"):
         script["sugar_rows"](Dataset.from_dict({"picture": ["a.png"], "text": ["a"]}))
 
 

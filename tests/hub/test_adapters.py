@@ -10,9 +10,9 @@ from peft import AutoPeftModel, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from adapters import SEQUENCES, answers, make_adapter
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.hub import examine, load_checkpoint, report
+from tiny_adapters import SEQUENCES, answers, make_adapter
 from tiny_models import make_vlm
 
 

@@ -54,7 +54,7 @@ def run(tmp_path_factory):
     )
     model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
     model.processor = processor
-    trainer = UniGDTrainer(model, args, rows, rows, processor)
+    trainer = UniGDTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=processor)
     trainer.hub_model_id = args.hub_model_id
     trainer.train()
     trainer.save_model()

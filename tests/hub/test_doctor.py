@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import make_adapter
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.cli.main import main
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.hub.doctor import SENTENCE_MODULE
 from hf_unigd.modeling.probe_unigd import PROBE_NAME
+from tiny_adapters import make_adapter
 from tiny_models import make_vlm
 
 
@@ -282,5 +282,5 @@ def test_a_plain_model_is_no_checkpoint_of_ours(tmp_path):
 
 def test_a_newer_format_is_refused(checkpoint):
     change_json(checkpoint, "config.json", lambda config: config.update(checkpoint_format=99))
-    with pytest.raises(ValueError, match="format 99, and this code knows formats up to 1"):
+    with pytest.raises(ValueError, match="format 99, but this version of hf-unigd reads formats up to 1"):
         UniGDModel.from_pretrained(checkpoint)

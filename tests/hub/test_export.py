@@ -9,10 +9,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from adapters import SEQUENCES, answers, make_adapter
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.cli.main import main
 from hf_unigd.hub import export_checkpoint, load_checkpoint
+from tiny_adapters import SEQUENCES, answers, make_adapter
 from tiny_models import make_image, make_vlm
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.hub_client import TOKENS, run_client
-from hub.hub_server import running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from loopback_hub import TOKENS, run_client, running_hub
 from tiny_models import make_vlm
 
 

@@ -1,8 +1,8 @@
 """A run that pushes while it trains: each commit is a whole checkpoint, and nothing but that."""
 
 import pytest
-from hub.hub_client import TOKENS, run_client
-from hub.hub_server import running_hub
+
+from loopback_hub import TOKENS, run_client, running_hub
 
 
 TRAIN = """
@@ -31,7 +31,7 @@ def train(name, model, processor, peft_config=None, waits=True, prepare=None, **
     (logs / "events.out.tfevents.1").write_text(str(logs.resolve()))
     for left_from_before in ("model-00001-of-00002.safetensors", "probe.safetensors", "adapter_model.safetensors"):
         Path(name, left_from_before).write_bytes(b"another model")
-    trainer = UniGDTrainer(model, args, rows, None, processor, peft_config=peft_config)
+    trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     on_save = trainer._push_from_checkpoint
     def push_and_embed(folder):
         on_save(folder)

@@ -1,14 +1,14 @@
-"""The Triton kernels in their interpreter.
+"""The Triton kernels in Triton's interpreter.
 
-Run by test_alignment_triton.py with TRITON_INTERPRET=1, in a process of its own: Triton's library is decorated when it
-is imported, for the interpreter or not.
+test_alignment_triton.py runs this file in its own process with TRITON_INTERPRET=1: Triton decides at import whether to
+use the interpreter.
 """
 
 import pytest
 import torch
-from kernel_cases import assert_close, packed, values_and_gradients
 
 from hf_unigd.kernels import triton_backend
+from kernel_cases import assert_close, packed, values_and_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -23,7 +23,7 @@ from hf_unigd.kernels import triton_backend
     ],
 )
 def test_against_the_reference(options, dtype):
-    """More than one group of lanes, and both Gram matrices."""
+    """Covers more than one group of lanes, and Gram matrices of one side and of two sides."""
     x, x_offsets = packed([3, 7, 1, 5], 6, dtype=dtype)
     y, y_offsets = packed([2, 4, 1] * 12, 6, seed=1, dtype=dtype)
     values, gradients = (1e-12, 1e-9) if dtype == torch.float64 else (2e-5, 1e-3)
@@ -32,7 +32,7 @@ def test_against_the_reference(options, dtype):
         actual = values_and_gradients(x, x_offsets, *other, backend="triton", **options)
         expected = values_and_gradients(x.double(), x_offsets, *wide, backend="reference", **options)
         assert_close(actual[0], expected[0], values)
-        rounding = 20 * torch.finfo(torch.float64).eps * expected[0].abs().max().item()  # of a path's sums
+        rounding = 20 * torch.finfo(torch.float64).eps * expected[0].abs().max().item()  # of the sums along a path
         for a, e in zip(actual[1:], expected[1:], strict=True):
             assert_close(a, e, gradients + rounding)
 

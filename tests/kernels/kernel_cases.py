@@ -1,4 +1,4 @@
-"""Inputs, and what the library is held to: path enumeration and the reference."""
+"""Inputs of the kernel tests, and independent implementations to compare the library with."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hf_unigd.kernels import alignment_kernel, compiled
 
 
-# `auto` where there is no compiler.
+# Without a compiler, `auto` is eager.
 FAST_BACKENDS = ["eager", "compiled"] if compiled.is_available() else ["eager"]
 
 
@@ -26,13 +26,13 @@ def sequences(x, offsets):
 
 
 def log_kappa(a, b, sigma, local="gaussian"):
-    """Written again from the paper, by differences."""
+    """An independent implementation from the paper, with distances computed from differences."""
     u = (a[:, None] - b[None]).square().sum(-1) / (2 * sigma**2)
     return -u - torch.log(2 - torch.exp(-u)) if local == "gaussian" else -u
 
 
 def enumerate_alignments(matrix):
-    """log of the sum over all alignments of the product of exp(matrix), one path after the other."""
+    """Returns the log of the sum over all alignments of the product of exp(matrix), and the number of alignments."""
     n, m = matrix.shape
     totals = []
 
@@ -51,8 +51,8 @@ def enumerate_alignments(matrix):
 
 
 def values_and_gradients(x, x_offsets, y=None, y_offsets=None, *, bandwidth, backend, seed=0, **options):
-    """log K and the gradients to x, y and the bandwidth of a random weighing of it."""
-    # Eager's many small steps crawl when other processes hold the cores that its threads wait for.
+    """Returns log K and the gradients of a random weighted sum of it to x, y and the bandwidth."""
+    # Eager takes many small steps, which become very slow if other processes hold the cores that its threads wait for.
     torch.set_num_threads(1 if backend == "eager" else 2)
     leaves = [x.detach().clone().requires_grad_()]
     if y is not None:
@@ -67,7 +67,7 @@ def values_and_gradients(x, x_offsets, y=None, y_offsets=None, *, bandwidth, bac
 
 
 def assert_close(actual, expected, tolerance, absolute=0.0):
-    """Within `tolerance` of the largest entry (at least 1): log K's own scale."""
+    """Checks that errors are at most `tolerance` times the largest expected entry (or 1), plus `absolute`."""
     assert torch.isfinite(actual).all()
     scale = max(1.0, expected.abs().max().item())
     error = max(0.0, (actual.double() - expected.double()).abs().max().item() - absolute) / scale

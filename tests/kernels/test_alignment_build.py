@@ -1,4 +1,4 @@
-"""Building the C++ backend: nothing at import, once between processes, and never in the way."""
+"""The build of the C++ backend: not at import, once for all processes, and with eager if it fails."""
 
 import os
 import subprocess
@@ -58,15 +58,15 @@ def test_processes_that_start_together_build_once(compiled_backend, tmp_path):
     assert [path.suffix for path in sorted((tmp_path / "unigd").iterdir())] == [".lock", ".so"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="one thread without OpenMP")
+@pytest.mark.skipif(sys.platform != "linux", reason="built without OpenMP")
 def test_the_build_uses_threads(compiled_backend):
-    """at::parallel_for, compiled without OpenMP, runs on one thread, and every result is still right."""
+    """Without OpenMP, at::parallel_for runs on one thread and every result is still right, so no other test fails."""
     library = compiled._build(sorted(compiled.SOURCES.glob("*.cpp"))).read_bytes()
     assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
 
 
-def test_the_cache_knows_what_it_was_built_from(monkeypatch):
-    """Another flag, torch or source is another library: nothing stale is ever loaded."""
+def test_other_flags_build_another_library(monkeypatch):
+    """The name depends on flags, torch version and sources, so that no stale library is loaded."""
     names = set()
     for flags in (compiled.FLAGS, [*compiled.FLAGS, "-DX"]):
         monkeypatch.setattr(compiled, "FLAGS", flags)

@@ -1,4 +1,4 @@
-"""The folder as a repository of Hugging Face's `kernels` library."""
+"""The export of the folder as a repository for Hugging Face's `kernels` library."""
 
 import json
 import re
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import assert_close, packed
 
 from hf_unigd import kernels as ours
 from hf_unigd.cli.kernels import main
 from hf_unigd.kernels.export import export
+from kernel_cases import assert_close, packed
 
 
 def test_loads_with_the_kernels_library_beside_our_own(tmp_path, capsys):

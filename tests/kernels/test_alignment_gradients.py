@@ -1,11 +1,11 @@
-"""The explicit backward: gradcheck, the posterior's own laws, and the certificate that guards linear arithmetic."""
+"""The explicit backward: gradcheck, properties of the posterior, and the certificate for linear arithmetic."""
 
 import pytest
 import torch
-from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, packed, values_and_gradients
 
 from hf_unigd.kernels import alignment_kernel, alignment_posterior, compiled, mean_slice_similarity, ops, soft_dtw
 from hf_unigd.kernels.reference import expected_alignment, log_alpha
+from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, packed, values_and_gradients
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_gradcheck(backend, options):
 
 @pytest.mark.parametrize("how", ["eager", "compile"])
 def test_the_median_bandwidth_is_detached(how):
-    """The gradient is that of the same bandwidth given as a number."""
+    """The gradient equals that of the same bandwidth given as a number."""
     x, offsets = packed([2, 5, 3], 4)
     sigma = ops.median_bandwidth(x, offsets, None, []).item()
 
@@ -63,12 +63,12 @@ def test_gradcheck_of_the_other_functions(backend):
 @pytest.mark.parametrize("sizes", [[64, 60], [64, 7], [3, 1]])
 @pytest.mark.parametrize("bandwidth", [0.1, 0.3, 1.0, 4.0, 30.0])
 def test_float32_gradients(backend, sizes, bandwidth):
-    """The forward hides what the backward shows (kernels.md 2.4): all regimes of u times length."""
+    """The backward shows errors that the forward hides. Covers all regimes of u times length."""
     x, offsets = packed(sizes, 16, dtype=torch.float32)
     x = torch.nn.functional.normalize(x, dim=-1)
     actual = values_and_gradients(x, offsets, bandwidth=bandwidth, backend=backend, normalize="none")
     expected = values_and_gradients(x.double(), offsets, bandwidth=bandwidth, backend="eager", normalize="none")
-    # At u = 100 a cell, rounding the distances alone moves the posterior by this much.
+    # At u = 100 per cell, rounding the distances alone changes the posterior by this much.
     tolerance = 1e-3 if bandwidth == 0.1 else 2e-4
     assert_close(actual[0], expected[0], 2e-5)
     for a, e in zip(actual[1:], expected[1:], strict=True):
@@ -78,7 +78,7 @@ def test_float32_gradients(backend, sizes, bandwidth):
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("bandwidth", [0.1, 0.05, 0.01])
 def test_float32_gradients_where_log_k_is_large(backend, bandwidth):
-    """log K is -1e6 to -1e9: in float32 the recursion's own rounding would be of the size of the posterior."""
+    """log K is -1e6 to -1e9. In float32, rounding in the recursion would be as large as the posterior."""
     x, offsets = packed([32, 32], 64, dtype=torch.float32)
     pairs = torch.tensor([[0, 1]])
     options = {"bandwidth": bandwidth, "pairs": pairs, "normalize": "none"}
@@ -93,7 +93,7 @@ def test_float32_gradients_where_log_k_is_large(backend, bandwidth):
 
 
 def test_the_certificate_catches_what_the_bound_lets_through(compiled_backend, monkeypatch):
-    """With the bound switched off, linear arithmetic underflows: the forward is lost, the backward notices."""
+    """Without the bound, linear arithmetic underflows. The forward is not finite, and the backward detects this."""
     x, offsets = packed([40, 50, 33], 8)
     options = {"bandwidth": 0.4, "normalize": "none", "backend": "compiled"}
     expected = values_and_gradients(x, offsets, **options)
@@ -127,7 +127,7 @@ def test_deterministic_on_request(compiled_backend):
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_do_not_disturb_each_other(compiled_backend, dtype, paired):
-    """More threads than cores, against one."""
+    """Results with more threads than cores equal those with one thread."""
     x, offsets = packed([12, 30, 9, 22] * 20, 24, dtype=dtype)
     pairs = torch.randint(80, (1000, 2), generator=torch.Generator().manual_seed(0)) if paired else None
     runs = []
@@ -144,7 +144,7 @@ def test_threads_do_not_disturb_each_other(compiled_backend, dtype, paired):
 
 
 def test_reference_posterior_is_the_derivative():
-    """The reference's alpha and beta against automatic differentiation of the recursion, which uses neither."""
+    """alpha and beta of the reference agree with automatic differentiation of the recursion, which uses neither."""
     x, _ = packed([9], 3)
     matrix = log_kappa(x[:4], x[4:], 1.1)
 

@@ -1,17 +1,17 @@
-"""The Triple Kernel, and where positive definiteness holds and where it does not (papers.md 1.5)."""
+"""The Triple Kernel, and when the kernel is positive definite."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, offsets_of, packed, sequences, values_and_gradients
 
 from hf_unigd.kernels import alignment_kernel, alignment_posterior, mean_slice_similarity
 from hf_unigd.kernels.reference import log_alpha
+from kernel_cases import FAST_BACKENDS, assert_close, log_kappa, offsets_of, packed, sequences, values_and_gradients
 
 
-# [DINOv2 or BGE | CLIP], modality 0 images and 1 texts.
+# Features are [DINOv2 or BGE | CLIP]. Modality 0 is images and 1 is texts.
 SUGAR = {(0, 0): (0, 5), (1, 1): (0, 5), (0, 1): (5, 12)}
-# Each encoder in columns of its own.
+# Each encoder has its own columns.
 APART = {(0, 0): (0, 4), (1, 1): (4, 8), (0, 1): (8, 12)}
 
 
@@ -22,7 +22,7 @@ def inputs(sizes, seed, dtype=torch.float64):
 
 @pytest.mark.parametrize("modality_columns", [SUGAR, APART])
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
-def test_the_pair_of_modalities_chooses_the_space(backend, modality_columns):
+def test_the_pair_of_modalities_selects_the_columns(backend, modality_columns):
     x, offsets, modalities = inputs([3, 6, 1], 0)
     log_k = alignment_kernel(
         x,
@@ -76,7 +76,7 @@ def test_values_and_gradients(backend, dtype, paired):
     )
 
 
-def test_a_pair_of_modalities_without_a_space():
+def test_a_pair_of_modalities_without_columns():
     x, offsets, modalities = inputs([3, 6], 0)
     options = {"bandwidth": 1.0, "modality_columns": {(0, 0): (0, 5), (1, 1): (0, 5)}}
     with pytest.raises(ValueError, match=r"`modality_columns` has no columns for the modality pair \(0, 1\)"):
@@ -118,7 +118,7 @@ def test_positive_definite_for_one_modality():
 
 
 def test_triple_kernel_is_not_promised_positive_definite():
-    """Two images as far apart as can be in DINOv2, both at their caption's place in CLIP (papers.md 1.5)."""
+    """A counterexample: two images that are orthogonal in DINOv2, both equal to their caption in CLIP."""
     images = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0]], dtype=torch.float64)
     caption = torch.tensor([[1.0, 0, 1, 0]], dtype=torch.float64)
     log_k = alignment_kernel(

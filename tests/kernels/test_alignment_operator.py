@@ -1,15 +1,15 @@
-"""The operator in torch's machinery: opcheck, torch.compile, autocast, vmap, DDP; and every refusal of bad input."""
+"""The operators under opcheck, torch.compile, autocast, vmap and DDP, and the errors for bad input."""
 
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_cases import FAST_BACKENDS, assert_close, offsets_of, packed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_unigd.kernels import alignment_kernel, alignment_posterior, mean_slice_similarity, ops, soft_dtw
+from kernel_cases import FAST_BACKENDS, assert_close, offsets_of, packed
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -35,8 +35,8 @@ def test_opcheck(backend, paired):
     torch.library.opcheck(ops.median_bandwidth, (x, x_offsets, None, []))
 
 
-def test_a_gradients_layout_is_known_before_it_is_computed():
-    """Of inputs that are not contiguous too, which the default compiler relies on."""
+def test_the_fake_backward_predicts_the_layout_of_gradients():
+    """The default compiler relies on this, also for inputs that are not contiguous."""
     x, offsets = torch.randn(4, 7).T.requires_grad_(), offsets_of([3, 4])
     y, settings = torch.randn(4, 5).T, (None, torch.tensor(1.5, dtype=torch.float64), [], "gaussian", False, "eager")
     for sides in ((x, offsets, None, None, None, None), (x, offsets, None, y, offsets_of([2, 3]), None)):
@@ -56,7 +56,7 @@ def test_an_estimated_bandwidth_is_detached():
 
 
 @pytest.mark.parametrize("normalize", ["cosine", "content"])
-def test_compiles_without_a_break(normalize):
+def test_compiles_without_a_graph_break(normalize):
     def loss(x, offsets, y, y_lengths, sigma):
         similarity = alignment_kernel(x, offsets, bandwidth=sigma, normalize=normalize)
         other = alignment_kernel(y, x_lengths=y_lengths, bandwidth="median", normalize=normalize)
@@ -121,7 +121,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_distributed_data_parallel_hooks(tmp_path):
-    """The operator's gradient goes through DDP's buckets and a communication hook like any other."""
+    """The gradient of the operator passes through DDP's buckets and a communication hook."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         torch.manual_seed(0)
@@ -141,7 +141,7 @@ def test_distributed_data_parallel_hooks(tmp_path):
 
 X, OFFSETS = packed([2, 3], 4)
 OTHER = X.float()
-SPACES = {(0, 0): (0, 4)}
+COLUMNS = {(0, 0): (0, 4)}
 IDS = torch.zeros(5, dtype=torch.long)
 
 
@@ -171,9 +171,9 @@ IDS = torch.zeros(5, dtype=torch.long)
         ({"bandwidth": torch.tensor(-2.0)}, r"`bandwidth` must be positive and finite, but is -2.0"),
         ({"bandwidth": torch.ones(2)}, r"`bandwidth` must be one floating-point number.*\(2,\)"),
         ({"bandwidth": "mean"}, r"`bandwidth` must be one of 'median', but is 'mean'"),
-        ({"y": OTHER, "y_offsets": OFFSETS}, r"`x` and `y` must have one dtype and device.*float64.*float32"),
-        ({"y": X.to("meta"), "y_offsets": OFFSETS}, r"`x` and `y` must have one dtype and device.*cpu.*meta"),
-        ({"y": X[:, :3], "y_offsets": OFFSETS}, r"`x` and `y` must have as many features, but have 4 and 3"),
+        ({"y": OTHER, "y_offsets": OFFSETS}, r"`x` and `y` must have the same dtype and device.*float64.*float32"),
+        ({"y": X.to("meta"), "y_offsets": OFFSETS}, r"`x` and `y` must have the same dtype and device.*cpu.*meta"),
+        ({"y": X[:, :3], "y_offsets": OFFSETS}, r"`x` and `y` must have the same number of features .* have 4 and 3"),
         ({"y_offsets": OFFSETS}, r"`y_offsets`.*describe `y`, but `y` is None"),
         ({"y": X, "y_offsets": torch.tensor([0, 0, 5])}, r"`y_offsets` must increase"),
         ({"pairs": torch.tensor([0, 1])}, r"`pairs` must be an integer tensor of shape \(p, 2\)"),
@@ -183,8 +183,8 @@ IDS = torch.zeros(5, dtype=torch.long)
         ({"backend": "cuda"}, r"`backend` must be one of"),
         ({"backend": "triton"}, r"`backend=\"triton\"` needs the `triton` package and a CUDA input"),
         (
-            {"modality_columns": SPACES},
-            r"`x_modalities` must be an integer tensor of shape \(5,\), one id a slice, but is None",
+            {"modality_columns": COLUMNS},
+            r"`x_modalities` must be an integer tensor of shape \(5,\), one id per slice, but is None",
         ),
         ({"x_modalities": IDS}, r"`x_modalities` was given without `modality_columns`"),
         ({"modality_columns": {}, "x_modalities": IDS}, r"`modality_columns` must name at least one"),
@@ -196,7 +196,7 @@ IDS = torch.zeros(5, dtype=torch.long)
             {"modality_columns": {(0, 1): (0, 2), (1, 0): (2, 4)}, "x_modalities": IDS},
             r"`modality_columns` must be symmetric",
         ),
-        ({"modality_columns": SPACES, "x_modalities": IDS + 1}, r"no columns for the modality pair \(1, 1\)"),
+        ({"modality_columns": COLUMNS, "x_modalities": IDS + 1}, r"no columns for the modality pair \(1, 1\)"),
     ],
 )
 def test_bad_input_is_refused_by_name(arguments, message):
@@ -224,7 +224,7 @@ def test_the_other_functions_refuse_too():
         soft_dtw(X, OFFSETS, gamma=torch.tensor(-1.0))
 
 
-def test_every_pair_of_modalities_may_have_a_space_of_its_own():
+def test_every_pair_of_modalities_may_have_its_own_columns():
     ids = torch.arange(4)
     pairs = [(a, b) for a in range(4) for b in range(a, 4)]
     modality_columns = {pair: (2 * k, 2 * k + 2) for k, pair in enumerate(pairs)}
@@ -243,4 +243,4 @@ def test_half_precision_and_int32_offsets():
     assert log_k.dtype == torch.float32
     log_k.sum().backward()
     assert x.grad.dtype == torch.float16
-    assert os.environ.get("TRITON_INTERPRET") is None  # the Triton tests clean up after themselves
+    assert os.environ.get("TRITON_INTERPRET") is None  # the Triton tests have not changed this process

@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: run in the interpreter, and compiled ahead of time for three generations."""
+"""The Triton backend without a GPU: in the interpreter, and compiled ahead of time for three GPU generations."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def test_the_interpreter():
 
 
 def test_not_on_amd(monkeypatch):
-    """Which torch calls "cuda" too."""
+    """torch calls AMD devices "cuda" as well."""
     device = torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert triton_backend.is_available(device)
@@ -52,7 +52,7 @@ KERNELS = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_compiles_ahead_of_time(name, capability):
-    """The interpreter accepts type errors that compilation refuses."""
+    """Compilation finds type errors that the interpreter accepts."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -1,10 +1,12 @@
-"""log K against path enumeration, tslearn and the float64 reference, and the invariances it must have."""
+"""log K compared with path enumeration, tslearn and the float64 reference, and its invariances."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hf_unigd.kernels import alignment_kernel, compiled, ops, soft_dtw
 from kernel_cases import (
     FAST_BACKENDS,
     assert_close,
@@ -15,8 +17,6 @@ from kernel_cases import (
     sequences,
     values_and_gradients,
 )
-
-from hf_unigd.kernels import alignment_kernel, compiled, ops, soft_dtw
 
 
 BACKENDS = ["reference", *FAST_BACKENDS]
@@ -35,7 +35,7 @@ def test_every_alignment_is_counted(backend, local):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_slices_count_the_alignments(backend):
-    """kappa = 1 everywhere: Delannoy numbers, 1, 3, 13, 63, 321 on the diagonal (papers.md 1.3)."""
+    """With kappa = 1 everywhere, K is a Delannoy number: 1, 3, 13, 63, 321 on the diagonal."""
     log_k = alignment_kernel(
         torch.ones(15, 2), offsets_of([1, 2, 3, 4, 5]), bandwidth=1.0, normalize="none", backend=backend
     )
@@ -91,7 +91,7 @@ def test_agrees_with_the_reference(
 ):
     x, x_offsets = packed(x_lengths, d, dtype=dtype)
     x = x + torch.tensor(offset, dtype=dtype)
-    if duplicates:  # ties: slices that are the same, within and between sequences
+    if duplicates:  # equal slices, within and between sequences
         x = x[torch.randint(len(x), (len(x),), generator=torch.Generator().manual_seed(1)) // 2]
     y = y_offsets = None
     if y_lengths is not None:
@@ -119,7 +119,7 @@ def test_agrees_with_the_reference(
     }[dtype]
     assert_close(actual[0], expected[0], values)
     eps = torch.finfo(actual[0].dtype).eps
-    # The alignments' weights are exponentials of sums of the size of log K, which are rounded to double.
+    # The weights of alignments are exponentials of sums of the size of log K, which are rounded to double.
     gradients += 2 * torch.finfo(torch.float64).eps * expected[0].abs().max().item()
     # The gradient is a difference of terms of the size of the features over sigma squared.
     terms = 20 * eps * x.double().abs().max().item() / options["bandwidth"] ** 2
@@ -139,7 +139,7 @@ def test_gradients_in_float32_at_small_bandwidths(backend, bandwidth):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_close_slices_far_from_the_origin(backend, dtype):
-    """Their distances are taken again, and may then be too large for linear arithmetic."""
+    """Their distances are recomputed, and may then be too large for linear arithmetic."""
     far = [[1024.0, 0.0], [1024.0, 0.1]]
     x = torch.tensor([far[place % 2] for place in range(16) for _ in range(2)] + [[-2048.0, 0.0]] * 16).to(dtype)
     offsets = offsets_of([2] * 16 + [1] * 16)
@@ -152,7 +152,7 @@ def test_close_slices_far_from_the_origin(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bandwidth", [2.0, 0.05])  # linear and logarithmic arithmetic
 def test_every_instruction_set(compiled_backend, monkeypatch, instruction_set, dtype, bandwidth):
-    """A higher one than the processor has means its best."""
+    """An instruction set that the processor lacks selects its best one."""
     monkeypatch.setattr(compiled, "INSTRUCTION_SET", instruction_set)
     x, offsets = packed([13, 30, 7, 22] * 9, 40, dtype=dtype)
     actual = values_and_gradients(x, offsets, bandwidth=bandwidth, backend="compiled")
@@ -215,11 +215,11 @@ def test_normalizations():
     n = offsets.diff().double()
     expected = cosine / ((n[:, None] + n) / 2)
     assert_close(alignment_kernel(x, offsets, normalize="length", **options), expected, 1e-14)
-    # Content alone: zero where nothing tells two sequences apart but their lengths.
+    # "content" is zero for sequences that differ only in length.
     same = alignment_kernel(torch.ones(9, 3), offsets_of([2, 6, 1]), normalize="content", **options)
     assert_close(same, torch.zeros(3, 3), 1e-6)
     assert alignment_kernel(torch.ones(9, 3), offsets_of([2, 6, 1]), normalize="cosine", **options)[0, 1] < -1
-    # The three other ways to name the same pairs.
+    # The same pairs through `pairs` and through `y`.
     for normalize in ("cosine", "length", "content"):
         gram = alignment_kernel(x, offsets, normalize=normalize, **options)
         pairs = torch.tensor([[0, 1], [2, 2], [1, 0]])
@@ -245,7 +245,7 @@ def test_median_bandwidth():
 
 
 def test_lengths_alone_explain_the_cosine_score_at_the_textbook_bandwidth():
-    """kernels.md 5.2, and what `normalize="content"` is for."""
+    """This is the reason for `normalize="content"`."""
     sizes = torch.randint(1, 40, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     x, offsets = packed(sizes, 32)
     x = torch.nn.functional.normalize(x, dim=-1)
@@ -276,10 +276,10 @@ def test_finite_for_any_finite_input(backend, dtype, scale, bandwidth):
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_cancelled_distances_too_large_for_linear_arithmetic(backend, dtype):
-    """The expanded square rounds |a - b|^2 to 0: what is put in its place must count for the arithmetic's bound."""
+    """The expanded square rounds |a - b|^2 to 0. The recomputed value must count in the bound of the arithmetic."""
     near = torch.tensor([[1024.0, 0], [1024.0, 0.1]], dtype=dtype)
     x, sizes = near, [1, 1]
-    if dtype == torch.float32:  # float32 is centred, so some weight on the other side keeps the norms large
+    if dtype == torch.float32:  # float32 features are centred, so slices on the other side keep the norms large
         x = torch.cat([near.repeat_interleave(2, 0).repeat(8, 1), torch.tensor([[-2048.0, 0]]).repeat(16, 1)])
         sizes = [2] * 16 + [1] * 16
     options = {"bandwidth": 0.005, "normalize": "none"}
@@ -287,7 +287,7 @@ def test_cancelled_distances_too_large_for_linear_arithmetic(backend, dtype):
     expected = alignment_kernel(x.double(), offsets_of(sizes), backend="reference", **options)
     assert expected[0, 1] < -200
     assert_close(actual, expected, 2e-5)
-    assert_close(actual[0, 1], expected[0, 1], 2e-5)  # by its own scale, not that of the far ones
+    assert_close(actual[0, 1], expected[0, 1], 2e-5)  # relative to its own scale, not to that of the distant slices
 
 
 @pytest.mark.parametrize("d", [1, 4096])
@@ -298,7 +298,7 @@ def test_few_and_many_features(d):
 
 
 def test_long_sequences(compiled_backend):
-    """Too large to hold: in parts, forward and backward."""
+    """Such a pair is too large to hold, so the forward and the backward process it in parts."""
     x, offsets = packed([530, 600, 90], 4)
     expected = values_and_gradients(x, offsets, bandwidth=3.0, backend="eager")
     for a, e in zip(values_and_gradients(x, offsets, bandwidth=3.0, backend="compiled"), expected, strict=True):
@@ -311,4 +311,4 @@ def test_2048_slices(compiled_backend):
     n = torch.tensor([2048, 5])
     assert_close(log_k.detach(), ops.log_path_count(n[:, None], n[None]), 1e-6)
     (gradient,) = torch.autograd.grad(log_k.sum(), x)
-    assert gradient.abs().max() < 1e-3  # equal slices pull no way
+    assert gradient.abs().max() < 1e-3  # the gradients of equal slices cancel

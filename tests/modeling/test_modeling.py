@@ -153,17 +153,15 @@ def test_next_token_loss_meets_the_head_at_labelled_positions_only():
     torch.manual_seed(0)
     hidden = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(4, 9, bias=False, dtype=torch.float64)
-    labels = torch.full((2, 6), -100)
-    labels[0, 3:5], labels[1, 1] = torch.tensor([2, 7]), 8
+    targets = torch.full((2, 6), -100)
+    targets[0, 3:5], targets[1, 1] = torch.tensor([2, 7]), 8
     seen = []
     head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[0]))
-    loss = next_token_loss(hidden, labels, head)
+    loss = next_token_loss(hidden, targets, head)
     assert seen == [3]
-    expected = torch.nn.functional.cross_entropy(
-        head(hidden[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
+    expected = torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), ignore_index=-100)
     torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(next_token_loss(hidden, labels, head, num_items_in_batch=6), loss / 2)
+    torch.testing.assert_close(next_token_loss(hidden, targets, head, num_items_in_batch=6), loss / 2)
     assert next_token_loss(hidden, torch.full((2, 6), -100), head).item() == 0
 
 
@@ -195,7 +193,7 @@ def test_temperature_is_clamped(llava):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"head_type": "deep"}, "head_type"),
+        ({"head_type": "deep"}, "`head_type` must be one of 'none', 'linear', 'mlp', got 'deep'"),
         ({"embedding_dim": 7}, "needs a head"),
         ({"head_type": "linear", "embedding_dim": 0}, "positive integer"),
         ({"head_type": "linear", "head_hidden_dim": 4}, "head_hidden_dim"),

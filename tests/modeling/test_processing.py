@@ -109,6 +109,11 @@ def test_bad_sequences_name_their_place(sequence, message):
     assert error.value.index == 1
 
 
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="`sequences` is empty"):
+        UniGDProcessor(make_vlm("llava").processor).process_sequences([])
+
+
 def test_rows_longer_than_max_length_are_refused_not_cut(processor):
     with pytest.raises(SequenceError, match=r"Sequence 1 has .* more than `max_length=40`"):
         processor.process_sequences(["a cat", "a red cat " * 30], max_length=40)
@@ -196,9 +201,9 @@ def test_the_last_token_of_an_image_can_stand_for_it(processor):
 
 def test_an_unknown_choice_is_refused():
     vlm_processor = make_vlm("llava").processor
-    with pytest.raises(ValueError, match="`embedding_position` must be one of"):
+    with pytest.raises(ValueError, match="`embedding_position` must be one of 'prompt', 'last_slice', got 'first'"):
         UniGDProcessor(vlm_processor, embedding_position="first")
-    with pytest.raises(ValueError, match="`image_pooling` must be one of"):
+    with pytest.raises(ValueError, match="`image_pooling` must be one of 'mean', 'last', got 'max'"):
         UniGDProcessor(vlm_processor, image_pooling="max")
 
 

@@ -8,56 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowError
 from hf_unigd.retrieval import EmbeddingIndex, build_index, embed_sequences
 from hf_unigd.retrieval.probe import probes_differ
-from tiny_models import make_image, make_vlm
-
-
-IMAGES = [make_image(place) for place in range(4)]
-KNOWLEDGE = [
-    {"images": [], "messages": [("user", "who sees the red cat"), ("assistant", "three people")]},
-    {"images": [IMAGES[0]], "messages": [("user", "a car seen from <image> the left")]},
-    {"images": [IMAGES[1]], "messages": [("user", "<image>what is it"), ("assistant", "a yellow car")]},
-    {"images": IMAGES[2:], "messages": [("user", "one <image> two <image> three"), ("assistant", "dogs")]},
-    {"images": [], "messages": [("user", "two blue dogs"), ("assistant", "on the green grass")]},
-]
-
-
-def knowledge(repeat=1, **columns):
-    """Interleaved chats, of which one has no answer."""
-    rows = {
-        "images": [entry["images"] for entry in KNOWLEDGE] * repeat,
-        "messages": [
-            [{"role": role, "content": f"{content} {turn}" if role == "user" and turn else content}
-             for role, content in entry["messages"]]
-            for turn in range(repeat)
-            for entry in KNOWLEDGE
-        ],
-        **columns,
-    }  # fmt: skip
-    features = {"images": List(Image()), "messages": List({"role": Value("string"), "content": Value("string")})}
-    return Dataset.from_dict(rows, Features(features))
-
-
-def questions():
-    """The sequences that are embedded: what users say, with pictures at their places."""
-    return [
-        "who sees the red cat",
-        ["a car seen from", IMAGES[0], "the left"],
-        [IMAGES[1], "what is it"],
-        ["one", IMAGES[2], "two", IMAGES[3], "three"],
-        "two blue dogs",
-    ]
-
-
-def build(llava, folder, rows=None, **kwargs):
-    rows = knowledge() if rows is None else rows
-    return build_index(*llava, rows, folder, model_name="some/model", show_progress=False, batch_size=2, **kwargs)
+from index_cases import IMAGES, build, knowledge, questions
+from tiny_models import make_vlm
 
 
 def another_model():
@@ -147,7 +106,7 @@ def test_one_batch_of_pictures_is_in_memory(llava, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
-from test_index import build, knowledge
+from index_cases import build, knowledge
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from tiny_models import make_vlm
 tiny = make_vlm()

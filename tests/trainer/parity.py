@@ -20,7 +20,6 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig
-from test_structure_loss import Reference
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -33,6 +32,7 @@ from hf_unigd.data.teachers import slice_columns
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.prefixes import PrefixSampler
 from tiny_models import make_image, make_vlm
+from trainer_cases import Reference
 
 
 TOLERANCE = 1e-6
@@ -195,7 +195,7 @@ class ParityTrainer(UniGDTrainer):
     def __init__(self, case: Case, model, args, processor, **kwargs):
         self.case = case
         self.ignores_cache = False
-        super().__init__(model, args, None, None, processor, **kwargs)
+        super().__init__(model, args, processing_class=processor, **kwargs)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -209,7 +209,7 @@ class ParityTrainer(UniGDTrainer):
         parse = make_parser(self.processing_class, self.args)
         layout = LAYOUTS[self.case.layout][self.args.process_index]
         examples = [[parse(rows()[row], row) for row in step] for step in layout]
-        return DataLoader(examples, batch_size=None, collate_fn=self.train_collator)
+        return DataLoader(examples, batch_size=None, collate_fn=self.data_collator)
 
     @property
     def _uses_gradient_cache(self):

@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from test_trainer import make_rows, make_trainer
 from torch.utils.data import DataLoader
 
 from hf_unigd import UniGDProcessor
 from hf_unigd.data import RowParser, make_examples
 from hf_unigd.data.lengths import sequence_length
 from tiny_models import FAMILIES, make_image, make_vlm
-
-
-def stream(rows=24, shards=4):
-    columns = {"anchor": [f"question {n}" for n in range(rows)], "positive": [f"answer {n}" for n in range(rows)]}
-    return Dataset.from_dict(columns).to_iterable_dataset(num_shards=shards)
+from trainer_cases import make_rows, make_trainer, stream
 
 
 def text_of(example):
@@ -83,7 +77,7 @@ def test_a_resumed_stream_goes_on_where_it_stopped_past_its_first_end(tmp_path):
 STREAM_OF_A_PROCESS = """
 import json, sys
 sys.path[:0] = {path!r}
-from test_batching import make_trainer, stream
+from trainer_cases import make_trainer, stream
 trainer = make_trainer("out", stream(), per_device_train_batch_size=4, max_steps=3, ddp_backend="gloo")
 loader = iter(trainer.get_train_dataloader())
 batches = [next(loader)["chunks"][0]["input_ids"] for _ in range(3)]
@@ -153,7 +147,7 @@ def test_batches_by_length_spare_padding_for_pictures_of_unequal_sizes(tmp_path)
     assert padding(trainer)[0] == order != padding(trainer, epoch=1)[0]
     settings = {"family": "qwen2_vl", "gradient_cache_chunk_size": 4, "per_device_train_batch_size": 16}
     chunks = make_trainer(tmp_path, rows, **settings)
-    batch = chunks.train_collator([chunks.train_dataset[place] for place in range(16)])
+    batch = chunks.data_collator([chunks.train_dataset[place] for place in range(16)])
     masks = [chunk["attention_mask"] for chunk in batch["chunks"][:4]]
     widths = [mask.shape[1] for mask in masks]
     assert widths == sorted(widths, reverse=True) and widths[0] > 1.5 * widths[-1]

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_trainer import make_rows, make_trainer
 from torch.profiler import ProfilerActivity, profile
 
 from hf_unigd.modeling.modeling_unigd import next_token_loss
 from tiny_models import make_image
+from trainer_cases import make_rows, make_trainer
 
 
 def peak_of_allocations(function, folder):
@@ -29,7 +29,7 @@ def step_peak(folder, batch_size, chunk_size):
     rows = make_rows(batch_size, image=[make_image(place % 50) for place in range(batch_size)], long_caption=captions)
     settings = {"gradient_cache_chunk_size": chunk_size, "per_device_train_batch_size": batch_size}
     trainer = make_trainer(folder, rows, check_rows=False, gradient_accumulation_steps=1, **settings)
-    batch = trainer.train_collator([trainer.train_dataset[place] for place in range(batch_size)])
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in range(batch_size)])
     trainer.create_optimizer()
     model = trainer.model
 
@@ -52,7 +52,7 @@ def test_bfloat16_autocast_gives_the_gradients_of_the_plain_step_and_ends_with_i
     for chunk_size in (None, 4):
         AcceleratorState._reset_state()  # which would keep the precision of the first trainer of all
         trainer = make_trainer(tmp_path, max_steps=1, bf16=True, gradient_cache_chunk_size=chunk_size)
-        batch = trainer.train_collator([trainer.train_dataset[place] for place in range(4)])
+        batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
         model = trainer.accelerator.prepare_model(trainer.model)
         trainer.training_step(model, batch, torch.tensor(60))
         assert trainer.accelerator.mixed_precision == "bf16"
@@ -68,15 +68,15 @@ def test_bfloat16_autocast_gives_the_gradients_of_the_plain_step_and_ends_with_i
 
 def test_logits_of_a_large_vocabulary_never_stand_in_memory_whole(monkeypatch):
     hidden = torch.randn(3, 12, 8, dtype=torch.double, requires_grad=True)
-    labels = torch.randint(0, 50, (3, 12))
-    labels[:, :4] = -100
+    targets = torch.randint(0, 50, (3, 12))
+    targets[:, :4] = -100
     head = torch.nn.Linear(8, 50).double()
-    expected = next_token_loss(hidden, labels, head)
+    expected = next_token_loss(hidden, targets, head)
     expected_gradients = torch.autograd.grad(expected, [hidden, head.weight])
     sizes = []
     head.register_forward_hook(lambda _module, _args, output: sizes.append(output.numel()))
     monkeypatch.setattr("hf_unigd.modeling.modeling_unigd.MAX_LOGITS", 5 * 50)
-    loss = next_token_loss(hidden, labels, head)
+    loss = next_token_loss(hidden, targets, head)
     gradients = torch.autograd.grad(loss, [hidden, head.weight])
     assert max(sizes) == 5 * 50 and len(sizes) == 2 * 5  # 24 positions, forward and again in the backward pass
     torch.testing.assert_close(loss, expected)

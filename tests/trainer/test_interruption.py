@@ -4,11 +4,11 @@ import os
 import signal
 
 import pytest
-from test_trainer import make_trainer
 from transformers import TrainerCallback
 
 from hf_unigd import UniGDForConditionalGeneration
 from hf_unigd.trainer.interruption import last_whole_checkpoint
+from trainer_cases import make_trainer
 
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}

@@ -3,9 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-import parity
 import pytest
 from accelerate.state import AcceleratorState
+
+import parity
 from parity import RECIPES, Case, ParityTrainer, cases, check, is_good, make_args, make_model, run_group
 
 

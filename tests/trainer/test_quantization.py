@@ -32,7 +32,7 @@ def test_lora_trains_on_four_bit_weights(tmp_path):
     args = UniGDTrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True
     )
-    trainer = UniGDTrainer(model, args, rows, None, processor, peft_config=peft_config)
+    trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     before = [parameter.clone() for parameter in trainer.model.parameters() if parameter.requires_grad]
     trainer.train()
     after = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]

@@ -8,69 +8,11 @@ from torch.nn import functional as F
 
 from hf_unigd.data.teachers import slice_columns
 from hf_unigd.trainer.losses import StructureLoss
+from trainer_cases import Reference
 
 
 OWN, CROSS = 5, 4
 IMAGE, TEXT = 0, 1
-
-
-def alignments(n, m):
-    """Every alignment of n with m slices: paths from (0, 0) to (n-1, m-1) by steps right, down or both."""
-    if (n, m) == (1, 1):
-        yield [(0, 0)]
-        return
-    for dn, dm in ((1, 0), (0, 1), (1, 1)):
-        if n > dn and m > dm:
-            for path in alignments(n - dn, m - dm):
-                yield [*path, (n - 1, m - 1)]
-
-
-class Reference:
-    """Equations 2 to 4 for sequences of (modality, own vector, cross vector), in Python's float64."""
-
-    def __init__(self, delta=1.0, normalization="cosine", one_slice="cosine", target="kernel", triple=True):
-        self.delta, self.normalization, self.one_slice = delta, normalization, one_slice
-        self.target_kind, self.triple = target, triple
-
-    def parts(self, a, b):
-        return (1, 1) if self.triple and a[0] == b[0] else (2, 2)
-
-    def cosine(self, a, b):
-        i, j = self.parts(a, b)
-        return float(a[i] @ b[j])
-
-    def kernel(self, x, y, constant=False):
-        """Equation 2: the sum over all alignments."""
-        sigma = self.delta * math.sqrt((len(x) + len(y)) / 2)
-        total = 0.0
-        for path in alignments(len(x), len(y)):
-            product = 1.0
-            for i, j in path:
-                if not constant:
-                    phi = (2 - 2 * self.cosine(x[i], y[j])) / (2 * sigma**2)
-                    product *= math.exp(-(phi + math.log(2 - math.exp(-phi))))
-            total += product
-        return total
-
-    def target(self, x, y):
-        if self.target_kind == "mean_slice":
-            return sum(self.cosine(a, b) for a in x for b in y) / (len(x) * len(y))
-        if len(x) == len(y) == 1 and self.one_slice == "cosine":
-            return self.cosine(x[0], y[0])
-        value = self.kernel(x, y) / math.sqrt(self.kernel(x, x) * self.kernel(y, y))
-        if self.normalization == "content":
-            count = [self.kernel(a, b, constant=True) for a, b in ((x, y), (x, x), (y, y))]
-            value /= count[0] / math.sqrt(count[1] * count[2])
-        return min(value, 1.0)
-
-    def loss(self, embeddings, prefixes, samples):
-        n = len(prefixes)
-        total = 0.0
-        for i in range(n):
-            for j in range(n):
-                target = 1.0 if samples[i] == samples[j] else self.target(prefixes[i], prefixes[j])
-                total = total + (embeddings[i] @ embeddings[j] - target) ** 2
-        return total / n
 
 
 @pytest.fixture
@@ -225,5 +167,5 @@ def test_a_batch_without_positions_has_a_loss_of_zero():
 
 @pytest.mark.parametrize("name", ["target", "normalization", "one_slice", "similarity"])
 def test_an_unknown_choice_is_refused(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be one of"):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of '.*', '.*', but is 'other'"):
         StructureLoss(**{name: "other"})

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny_teachers import save_teachers
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter, Teachers, write_slice_features
@@ -12,6 +11,7 @@ from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.losses import StructureLoss
 from hf_unigd.trainer.prefixes import PrefixSampler
 from tiny_models import make_image, make_vlm
+from tiny_teachers import save_teachers
 
 
 def make_stories(count=12):
@@ -35,7 +35,9 @@ def teacher_args(tmp_path_factory):
     return save_teachers(tmp_path_factory.mktemp("teachers"))
 
 
-def make_trainer(folder, teacher_args, rows=None, position="last_slice", head_type="mlp", **kwargs):
+def make_trainer(
+    folder, teacher_args, rows=None, position="last_slice", head_type="mlp", trainer_kwargs=None, **kwargs
+):
     tiny = make_vlm("llava")
     torch.manual_seed(0)
     model = UniGDForConditionalGeneration.from_vlm(
@@ -60,7 +62,13 @@ def make_trainer(folder, teacher_args, rows=None, position="last_slice", head_ty
         }
     )
     processor = UniGDProcessor(tiny.processor, embedding_position=position)
-    return UniGDTrainer(model, args, make_stories() if rows is None else rows, None, processor)
+    return UniGDTrainer(
+        model,
+        args,
+        train_dataset=make_stories() if rows is None else rows,
+        processing_class=processor,
+        **(trainer_kwargs or {}),
+    )
 
 
 def loss_of(trainer, batch):
@@ -109,7 +117,7 @@ def test_written_features_train_as_those_computed_in_training(teacher_args, tmp_
     losses = []
     for kwargs in ({}, {"slice_features": str(tmp_path / "features")}):
         trainer = make_trainer(tmp_path / "run", teacher_args, rows, **kwargs)
-        assert (trainer.teachers is None) == bool(kwargs)
+        assert ("teachers" not in vars(trainer)) == bool(kwargs)  # they are loaded only where they are needed
         batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
         losses.append(loss_of(trainer, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -208,3 +216,31 @@ def test_every_epoch_chooses_anew_however_batches_are_spread(teacher_args, tmp_p
     monkeypatch.setattr(trainer.train_dataset, "parse", lambda index: seen.append(parse(index)) or seen[-1])
     trainer.train()
     assert [{example.epoch for example in seen[start : start + 12]} for start in (0, 12, 24)] == [{0}, {1}, {2}]
+
+
+@torch.no_grad()
+def test_evaluation_reports_the_structure_loss_of_every_block(teacher_args, tmp_path):
+    """Also where the features of the training rows were written down: the teachers then run in evaluation alone."""
+    teachers, rows = Teachers(teacher_args), make_stories(6)
+    examples = ExampleDataset(make_stories(), RowParser(len, splitter=SentenceSplitter()))
+    write_slice_features(examples, teacher_args, tmp_path / "features")
+    settings = {"alignment_weight": 0.5, "causal_lm_weight": 2.0, "eval_block_size": 4, "alignment_positions": 99}
+    for slice_features in (None, str(tmp_path / "features")):
+        trainer = make_trainer(tmp_path, teacher_args, slice_features=slice_features, **settings)
+        metrics = trainer.evaluate(rows)
+        parsed = [RowParser(len, splitter=SentenceSplitter())(rows[place], place) for place in range(6)]
+        total, positions = 0.0, 0
+        for block in (parsed[:4], parsed[4:]):
+            batch = trainer.data_collator(block)
+            (inputs,) = batch["chunks"]
+            loss = StructureLoss()(
+                trainer.model.eval().embed(**inputs),
+                teachers([part for example in block for part in example.slices]),
+                **{name: batch["structure"][name] for name in ("modalities", "starts", "lengths", "sample_keys")},
+                modality_columns=teachers.modality_columns(),
+            )["loss"]
+            count = len(batch["structure"]["lengths"])
+            total, positions = total + loss.item() * count, positions + count
+        assert metrics["eval_alignment_loss"] == pytest.approx(total / positions, rel=1e-4)
+        expected = 0.5 * metrics["eval_alignment_loss"] + 2.0 * metrics["eval_causal_lm_loss"]
+        assert metrics["eval_loss"] == pytest.approx(expected)

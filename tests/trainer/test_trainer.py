@@ -5,54 +5,15 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowError, RowParser
 from hf_unigd.hub import load_checkpoint
-from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer
 from tiny_models import make_image, make_vlm
-
-
-COLOURS = ("red", "green", "blue", "yellow")
-
-
-def make_rows(n=16, **columns):
-    return Dataset.from_dict(
-        {
-            "image": [make_image(place) for place in range(n)],
-            "short_caption": [f"a {COLOURS[place % 4]} cat {place}" for place in range(n)],
-            "long_caption": [f"A {COLOURS[place % 4]} cat on the grass, seen {place} times." for place in range(n)],
-            **columns,
-        }
-    )
-
-
-def make_args(folder, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "loss_gradient_norm_steps": 0,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
-    return UniGDTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
-
-
-def make_trainer(folder, rows=None, family="llava", peft_config=None, soft_prompts=False, eval_rows=None, **kwargs):
-    tiny = make_vlm(family)
-    model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
-    if soft_prompts:
-        model.add_soft_prompts(**processor.add_soft_prompts())
-    rows = make_rows() if rows is None else rows
-    return UniGDTrainer(model, make_args(folder, **kwargs), rows, eval_rows, processor, peft_config=peft_config)
+from trainer_cases import make_args, make_rows, make_trainer
 
 
 LORA = LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM")
@@ -123,7 +84,7 @@ def test_four_accumulation_steps_normalise_by_the_tokens_of_all(tmp_path):
 def test_training_learns_the_captions_and_the_pairs(tmp_path, family, adapter):
     rows = make_rows(8)
     trainer = make_trainer(
-        tmp_path, rows, family, LORA if adapter else None, adapter, rows, max_steps=60, per_device_train_batch_size=8
+        tmp_path, rows, family, LORA if adapter else None, adapter, rows, max_steps=90, per_device_train_batch_size=8
     )
     before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
     assert after["eval_perplexity"] < before["eval_perplexity"] * (0.9 if adapter else 0.25)  # a random LM is frozen
@@ -221,7 +182,7 @@ def test_an_adapter_loads_on_its_base_to_the_same_vectors(tmp_path, family):
     processor = UniGDProcessor.from_vlm_pretrained(tmp_path / "base")
     model.add_soft_prompts(**processor.add_soft_prompts())
     args = make_args(tmp_path / "adapter", max_steps=3)
-    trainer = UniGDTrainer(model, args, make_rows(), None, processor, peft_config=LORA)
+    trainer = UniGDTrainer(model, args, train_dataset=make_rows(), processing_class=processor, peft_config=LORA)
     trainer.train()
     trainer.save_model()
     assert isinstance(trainer.model, PeftModel)
@@ -397,7 +358,7 @@ def test_bad_arguments(tmp_path):
     tiny = make_vlm()
     with pytest.raises(ValueError, match="UniGDProcessor, got LlavaProcessor"):
         UniGDTrainer(
-            UniGDForConditionalGeneration.from_vlm(tiny.model), make_args(tmp_path), None, None, tiny.processor
+            UniGDForConditionalGeneration.from_vlm(tiny.model), make_args(tmp_path), processing_class=tiny.processor
         )
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from test_trainer import make_rows, make_trainer
 
 from tiny_models import FAMILIES
+from trainer_cases import make_rows, make_trainer
 
 
 def train(folder, **kwargs):

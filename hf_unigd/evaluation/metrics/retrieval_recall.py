@@ -5,15 +5,15 @@ import evaluate
 
 
 _DESCRIPTION = """
-Share of queries for which at least one relevant candidate is among the first k, as CLIP reports it: any of an image's
-captions counts (MTEB calls this `cv_recall_at_k`).
+Share of the queries that have at least one relevant candidate among the first k, as CLIP reports it: any caption of an
+image counts as relevant (MTEB calls this `cv_recall_at_k`).
 """
 
 _INPUTS = """
 Args:
-    predictions: for each query, candidate indices in order, best first; at least `max(ks)` of them, or all there are.
+    predictions: for each query, indices of candidates, best first: at least `max(ks)` of them, or all candidates.
     references: for each query, indices of its relevant candidates.
-    ks: cut-offs, 1, 5 and 10 by default.
+    ks: the values of k; 1, 5 and 10 by default.
 Returns:
     `recall_at_1`, `recall_at_5`, ... between 0 and 1.
 """

@@ -1,4 +1,4 @@
-// C (+)= A B for row-major blocks, from inside a thread.
+// C = A B or C += A B for row-major blocks, called from inside a thread.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/native/CPUBlas.h>
@@ -8,7 +8,8 @@
 
 namespace unigd {
 
-// oneDNN's small-block products, where they have AVX-512 code for float: twice MKL's rate on AMD, level on Intel.
+// Whether oneDNN's small-block products have AVX-512 code for float. They run at twice MKL's rate on AMD and at the same
+// rate on Intel.
 inline bool has_block_products() {
 #if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(__x86_64__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -18,7 +19,7 @@ inline bool has_block_products() {
 }
 
 #ifdef CPUBLAS_BRGEMM_F32F32F32
-// The largest of 512, 256, ... 8 that fits, or all that is left: each shape costs a compilation by oneDNN.
+// The largest of 512, 256, ... 8 that fits, or the remainder. oneDNN compiles code for each shape, so there are few.
 inline int64_t block_of(int64_t left, int64_t largest) {
   int64_t block = largest;
   while (block > left && block > 8) block /= 2;
@@ -28,7 +29,7 @@ inline int64_t block_of(int64_t left, int64_t largest) {
 template <typename In>
 void block_gemm(int64_t m, int64_t n, int64_t k, const In* a, int64_t lda, const In* b, int64_t ldb, float* c,
                 int64_t ldc, bool accumulate) {
-  constexpr int64_t rows_of_b = sizeof(In) == 2 ? 2 : 1;  // 16-bit B holds two consecutive k side by side (VNNI)
+  constexpr int64_t rows_of_b = sizeof(In) == 2 ? 2 : 1;  // 16-bit B stores two consecutive k side by side (VNNI)
   for (int64_t j = 0, width; j < n; j += width) {
     width = std::min<int64_t>(64, n - j);
     for (int64_t i = 0, height; i < m; i += height) {
@@ -43,7 +44,7 @@ void block_gemm(int64_t m, int64_t n, int64_t k, const In* a, int64_t lda, const
 }
 #endif
 
-// Whether this processor multiplies bfloat16 (AVX-512 BF16 or AMX), found by trying: oneDNN refuses otherwise.
+// Whether this processor multiplies bfloat16 (AVX-512 BF16 or AMX). This is tried, because oneDNN throws if it cannot.
 inline bool has_bfloat16_products() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
   static const bool works = [] {

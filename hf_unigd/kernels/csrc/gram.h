@@ -1,4 +1,4 @@
-// All pairs: rows of x in blocks, each against every group of lanes.
+// All pairs: each block of rows of x against every group of lanes.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -9,7 +9,7 @@
 
 namespace unigd {
 
-// u = c d^2 with c of a pair: the scale, over the mean length where the bandwidth is per pair.
+// c in u = c d^2 for a pair: the scale, divided by the mean length if the bandwidth is per pair.
 struct Scale {
   double scale;
   bool per_pair;
@@ -20,21 +20,21 @@ struct Scale {
 };
 
 template <typename T> struct Gradients {
-  T *dx, *dy;  // as the sequences; the same for a symmetric problem
+  T *dx, *dy;  // in the order of the sequences; the same pointer for a symmetric problem
   double by_log_scale = 0;
 };
 
-// Cells of a block of several sequences: a block's u, kappa and gradient stay in the second-level cache.
+// Cells per block of several sequences, so that u, kappa and the gradient of a block stay in the L2 cache.
 constexpr int64_t kBlockCells = 1 << 17;
 
 template <typename T> class Gram {
  public:
-  Gram(const Side<T>& x, const Side<T>& y, bool symmetric, const Spaces& spaces, Scale scale,
+  Gram(const Side<T>& x, const Side<T>& y, bool symmetric, const ColumnRanges& ranges, Scale scale,
        const LaneKernels<T>& kernels, Settings settings, bool blocks, T* log_k, const T* grad)
       : x_(x),
         y_(y),
         symmetric_(symmetric),
-        spaces_(spaces),
+        ranges_(ranges),
         scale_(scale),
         kernels_(kernels),
         settings_(settings),
@@ -46,13 +46,13 @@ template <typename T> class Gram {
     const int64_t groups = (y_.count + kLanes - 1) / kLanes;
     groups_.resize(groups);
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; b++) groups_[b] = interleave(y_, b * kLanes, spaces_, grad_ != nullptr);
+      for (int64_t b = begin; b < end; b++) groups_[b] = interleave(y_, b * kLanes, ranges_, grad_ != nullptr);
     });
     if (grad_) {
       locks_ = std::make_unique<std::mutex[]>(groups);
       for (const LaneGroup<T>& group : groups_) {
         products_.push_back(at::zeros({y_.d, group.stride}, y_.tensor.options()));
-        sums_.emplace_back(spaces_.count() * group.stride, T(0));
+        sums_.emplace_back(ranges_.count() * group.stride, T(0));
       }
     }
     gradients_ = gradients;
@@ -73,7 +73,7 @@ template <typename T> class Gram {
   }
 
  private:
-  // Sequences of x in runs that fill a block, and at least some blocks a thread.
+  // Divides the sequences of x into blocks, with several blocks per thread if possible.
   std::vector<int64_t> block_starts() const {
     const int64_t fair = std::max<int64_t>(16, x_.total / (4 * at::get_num_threads()));
     const int64_t rows = std::min(fair, std::max<int64_t>(16, kBlockCells / (y_.length(0) * kLanes)));
@@ -84,7 +84,7 @@ template <typename T> class Gram {
     return starts;
   }
 
-  // One thread's work: a source of cells for the recursion, and the gradient of the block's rows.
+  // The work of one thread: fills the cells for the recursion and computes the gradient of the block's rows.
   class Block {
    public:
     explicit Block(Gram& gram) : g_(gram), recursion_(gram.kernels_, gram.settings_) {}
@@ -100,7 +100,7 @@ template <typename T> class Gram {
         for (int64_t r = 0; r < rows_; r++)
           for (int64_t k = 0; k < d; k++) transposed_[k * row_stride_ + r] = g_.x_.row(row0_ + r)[k];
         products_.assign((rows_ + 7) * d, T(0));
-        sums_.assign(g_.spaces_.count() * rows_, T(0));
+        sums_.assign(g_.ranges_.count() * rows_, T(0));
       }
       for (int64_t b = g_.symmetric_ ? first / kLanes : 0; b < int64_t(g_.groups_.size()); b++) align(b, last);
       if (g_.grad_) add_row_gradient();
@@ -109,16 +109,16 @@ template <typename T> class Gram {
     void fill(int64_t begin, int64_t end, T* cells, T* max_u) {
       const LaneGroup<T>& group = g_.groups_[b_];
       const int64_t rows = end - begin, width = group.columns * kLanes, from = row0_ + begin;
-      // In eights, over rows that are there to read: fewer shapes to compile.
+      // Rounded up to a multiple of 8, within the rows that exist, so that fewer shapes are compiled.
       const int64_t height = std::min((rows + 7) / 8 * 8, g_.x_.total - from);
       T* dots = cells;
-      if (!g_.spaces_.single) {
+      if (!g_.ranges_.single) {
         other_.resize((rows + 7) * group.stride);
         dots = other_.data();
         std::fill_n(cells, rows * group.stride, T(0));
       }
-      for (int64_t s = 0; s < g_.spaces_.count(); s++) {
-        const auto [start, stop] = g_.spaces_.ranges[s];
+      for (int64_t s = 0; s < g_.ranges_.count(); s++) {
+        const auto [start, stop] = g_.ranges_.bounds[s];
         multiply(height, width, from, start, stop, dots);
         const T* norms = group.norms.data() + s * group.stride;
         int64_t i = first_ + (std::upper_bound(g_.x_.offsets + first_, g_.x_.offsets + g_.x_.count, from) -
@@ -139,16 +139,16 @@ template <typename T> class Gram {
     void drain(int64_t begin, int64_t end, T* cells) {
       const LaneGroup<T>& group = g_.groups_[b_];
       const int64_t rows = end - begin, width = group.columns * kLanes, d = g_.x_.d;
-      column_sums_.assign(g_.spaces_.count() * group.stride, T(0));
-      for (int64_t s = 0; s < g_.spaces_.count(); s++) {
-        T* v = g_.spaces_.single ? cells : other_.data();
+      column_sums_.assign(g_.ranges_.count() * group.stride, T(0));
+      for (int64_t s = 0; s < g_.ranges_.count(); s++) {
+        T* v = g_.ranges_.single ? cells : other_.data();
         for (int64_t r = 0; r < rows; r++) {
           const T* mask = g_.x_.modalities ? group.mask(s, g_.x_.modalities[row0_ + begin + r]) : nullptr;
           sums_[s * rows_ + begin + r] +=
               g_.kernels_.sums(cells + r * group.stride, mask, v + r * group.stride, group.columns,
                                column_sums_.data() + s * group.stride);
         }
-        const auto [start, stop] = g_.spaces_.ranges[s];
+        const auto [start, stop] = g_.ranges_.bounds[s];
         gemm(g_.blocks_, (rows + 7) / 8 * 8, stop - start, width, v, group.stride,
              group.slices.template const_data_ptr<T>() + start, d, products_.data() + begin * d + start, d, true);
         std::lock_guard<std::mutex> lock(g_.locks_[b_]);
@@ -159,7 +159,7 @@ template <typename T> class Gram {
     }
 
    private:
-    // The products of rows of x with all lanes, in these columns.
+    // Multiplies rows of x with all lanes in the columns [start, stop).
     void multiply(int64_t height, int64_t width, int64_t from, int64_t start, int64_t stop, T* dots) {
       const LaneGroup<T>& group = g_.groups_[b_];
       const int64_t d = g_.x_.d, offset = start * group.stride;
@@ -211,9 +211,9 @@ template <typename T> class Gram {
 
     void refine(int64_t row, int64_t s, T norm, const T* norms, const T* mask, const T* scale, T* u, T* max_u) {
       const LaneGroup<T>& group = g_.groups_[b_];
-      const auto [start, stop] = g_.spaces_.ranges[s];
+      const auto [start, stop] = g_.ranges_.bounds[s];
       for (int64_t j = 0; j < group.columns * kLanes; j += kLanes) {
-        int any = 0;  // padding's norm is -inf: never close
+        int any = 0;  // the norm of padding is -inf, so it is never close
         for (int l = 0; l < kLanes; l++) any |= u[j + l] <= scale[l] * Limits<T>::cancellation * (norm + norms[j + l]);
         for (int64_t x = j; any && x < j + kLanes; x++) {
           const T c = scale[x - j];
@@ -225,7 +225,7 @@ template <typename T> class Gram {
       }
     }
 
-    // d d^2 / dx = 2 (x - y): the sum of V times x less V y.
+    // With d(d^2)/dx = 2 (x - y), the gradient is 2 (sum(V) x - V y).
     void add_row_gradient() {
       const int64_t d = g_.x_.d;
       for (int64_t r = 0; r < rows_; r++) {
@@ -233,9 +233,9 @@ template <typename T> class Gram {
         const T* product = products_.data() + r * d;
         T* dx = g_.gradients_->dx + (row0_ + r) * d;
         for (int64_t k = 0; k < d; k++) dx[k] = -2 * product[k];
-        for (int64_t s = 0; s < g_.spaces_.count(); s++) {
+        for (int64_t s = 0; s < g_.ranges_.count(); s++) {
           const T sum = sums_[s * rows_ + r];
-          const auto [start, stop] = g_.spaces_.ranges[s];
+          const auto [start, stop] = g_.ranges_.bounds[s];
           for (int64_t k = start; k < stop; k++) dx[k] += 2 * sum * x[k];
         }
       }
@@ -252,7 +252,7 @@ template <typename T> class Gram {
     std::vector<T> scales_, other_, transposed_, products_, sums_, column_sums_;
   };
 
-  // The gradient of the lanes' side, back from its interleaving.
+  // Adds the gradient of y, which is accumulated per group of lanes.
   void finish() {
     at::parallel_for(0, groups_.size(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++) {
@@ -263,9 +263,9 @@ template <typename T> class Gram {
           const T* y = y_.row(group.source[x]);
           T* dy = gradients_->dy + group.source[x] * y_.d;
           for (int64_t k = 0; k < y_.d; k++) dy[k] -= 2 * products[k * group.stride + x];
-          for (int64_t s = 0; s < spaces_.count(); s++) {
+          for (int64_t s = 0; s < ranges_.count(); s++) {
             const T sum = sums_[b][s * group.stride + x];
-            const auto [start, stop] = spaces_.ranges[s];
+            const auto [start, stop] = ranges_.bounds[s];
             for (int64_t k = start; k < stop; k++) dy[k] += 2 * sum * y[k];
           }
         }
@@ -275,7 +275,7 @@ template <typename T> class Gram {
 
   const Side<T>&x_, &y_;
   const bool symmetric_;
-  const Spaces& spaces_;
+  const ColumnRanges& ranges_;
   const Scale scale_;
   const LaneKernels<T> kernels_;
   const Settings settings_;
@@ -284,9 +284,9 @@ template <typename T> class Gram {
   const T* const grad_;
   Gradients<T>* gradients_ = nullptr;
   std::vector<LaneGroup<T>> groups_;
-  std::unique_ptr<std::mutex[]> locks_;  // one a group, for what follows
-  std::vector<at::Tensor> products_;     // V^T X, transposed: (d, stride)
-  std::vector<std::vector<T>> sums_;     // of V's columns, (spaces, stride)
+  std::unique_ptr<std::mutex[]> locks_;  // one per group, for the two vectors below
+  std::vector<at::Tensor> products_;     // X^T V, (d, stride)
+  std::vector<std::vector<T>> sums_;     // column sums of V, (ranges, stride)
 };
 
 }  // namespace unigd

@@ -1,4 +1,4 @@
-// What every processor of the architecture runs: SSE2 on x86-64, NEON on AArch64.
+// The baseline of the architecture: SSE2 on x86-64, NEON on AArch64.
 #define UNIGD_ISA baseline
 #define UNIGD_VECTOR_BYTES 16
 #include "lanes_impl.h"

@@ -1,4 +1,4 @@
-// The code of lanes.h for one instruction set: UNIGD_ISA names it, UNIGD_VECTOR_BYTES is its vector width.
+// Implements lanes.h for one instruction set. UNIGD_ISA is its name and UNIGD_VECTOR_BYTES its vector width.
 #include <cstring>
 
 #include "lanes.h"
@@ -15,7 +15,7 @@ template <> struct Types<float> {
   typedef int32_t Integers __attribute__((vector_size(UNIGD_VECTOR_BYTES)));
   typedef int32_t Integer;
   static constexpr int mantissa_bits = 23, bias = 127, exp_terms = 7, log_terms = 5;
-  static constexpr float shifter = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  static constexpr float shifter = 12582912.f;  // 1.5 * 2^23: adding it puts the rounded integer into the low bits
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440054690583e-4f, smallest = -87.3f;
 };
 template <> struct Types<double> {
@@ -30,7 +30,7 @@ template <> struct Types<double> {
 template <typename T> using Vector = typename Types<T>::Vector;
 template <typename T> using Integers = typename Types<T>::Integers;
 template <typename T> constexpr int kWidth = UNIGD_VECTOR_BYTES / sizeof(T);
-template <typename T> constexpr int kParts = kLanes / kWidth<T>;  // vectors that hold one value of every lane
+template <typename T> constexpr int kParts = kLanes / kWidth<T>;  // vectors that hold one value per lane
 
 template <typename T> UNIGD_INLINE Vector<T> load(const T* p) {
   Vector<T> v;
@@ -42,7 +42,7 @@ template <typename T> UNIGD_INLINE Vector<T> broadcast(T x) { return Vector<T>{}
 template <typename V> UNIGD_INLINE V larger(V a, V b) { return a > b ? a : b; }
 template <typename V> UNIGD_INLINE V smaller(V a, V b) { return a < b ? a : b; }
 
-// A vector of doubles from cells of either type, and back.
+// Load cells of either type as a vector of doubles, and store them.
 UNIGD_INLINE Vector<double> load_double(const double* p) { return load(p); }
 UNIGD_INLINE void store_double(double* p, Vector<double> v) { store(p, v); }
 typedef float HalfVector __attribute__((vector_size(UNIGD_VECTOR_BYTES / 2)));
@@ -56,7 +56,8 @@ UNIGD_INLINE void store_double(float* p, Vector<double> v) {
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
-// e^x for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, Taylor series in r, n into the exponent bits. 0 where not normal.
+// e^x for x <= 0. With x = n ln 2 + r and |r| <= ln 2 / 2, this is a Taylor series in r, and n goes into the exponent
+// bits. Results that are not normal numbers become 0.
 template <typename T> UNIGD_INLINE Vector<T> exp_of(Vector<T> x) {
   using C = Types<T>;
   Vector<T> clamped = larger(x, broadcast<T>(C::smallest));
@@ -68,13 +69,13 @@ template <typename T> UNIGD_INLINE Vector<T> exp_of(Vector<T> x) {
   Vector<T> series = broadcast<T>(1);
 #pragma GCC unroll 16
   for (int k = C::exp_terms; k >= 1; k--) series = series * r * (T(1) / k) + T(1);
-  Integers<T> scale_bits = (bits + C::bias) << C::mantissa_bits;  // the shifter's own bits are shifted out
+  Integers<T> scale_bits = (bits + C::bias) << C::mantissa_bits;  // the bits of the shifter are shifted out
   Vector<T> scale;
   std::memcpy(&scale, &scale_bits, sizeof scale);
   return x < C::smallest ? broadcast<T>(0) : series * scale;
 }
 
-// log x for normal x > 0: x = 2^n m, m around 1, log m = 2 artanh((m - 1) / (m + 1)).
+// log x for normal x > 0. With x = 2^n m and m around 1, log m = 2 artanh((m - 1) / (m + 1)).
 template <typename T> UNIGD_INLINE Vector<T> log_of(Vector<T> x) {
   using C = Types<T>;
   const T root_half = T(0.70710678118654752440);
@@ -95,7 +96,7 @@ template <typename T> UNIGD_INLINE Vector<T> log_of(Vector<T> x) {
 }
 
 UNIGD_INLINE Vector<double> log_sum_exp(Vector<double> a, Vector<double> b, Vector<double> c) {
-  // The largest of the three contributes exp(0): two exponentials.
+  // The largest of the three contributes exp(0) = 1, so two exponentials are enough.
   Vector<double> low = smaller(a, b), high = larger(a, b);
   Vector<double> top = larger(high, c), middle = larger(low, smaller(high, c)), bottom = smaller(low, c);
   return top + log_of<double>(1.0 + exp_of<double>(middle - top) + exp_of<double>(bottom - top));
@@ -149,12 +150,12 @@ template <typename T, bool logarithm>
 void forward_loop(const T* cells, int64_t stride, int64_t rows, int64_t columns, bool first, const double* before,
                   double* alpha, int64_t alpha_stride) {
   constexpr int parts = kParts<double>, width = kWidth<double>;
-  const double nothing = logarithm ? kNever : 0;
+  const double zero = logarithm ? kLogZero : 0;
   for (int64_t i = 0; i < rows; i++) {
     Vector<double> diagonal[parts], left[parts];
     for (int p = 0; p < parts; p++) {
-      diagonal[p] = broadcast(first && i == 0 ? (logarithm ? 0.0 : 1.0) : nothing);
-      left[p] = broadcast(nothing);
+      diagonal[p] = broadcast(first && i == 0 ? (logarithm ? 0.0 : 1.0) : zero);
+      left[p] = broadcast(zero);
     }
     for (int64_t x = 0; x < columns * kLanes; x += kLanes)
       for (int p = 0; p < parts; p++) {
@@ -179,12 +180,12 @@ template <typename T, bool gaussian, bool logarithm>
 void backward_loop(T* cells, const T* u, int64_t stride, int64_t rows, int64_t columns, const double* alpha,
                    int64_t alpha_stride, double* below, const double* seeds, const double* coefficient, double* by_u) {
   constexpr int parts = kParts<double>, width = kWidth<double>;
-  const Vector<double> nothing = broadcast(logarithm ? kNever : 0.0);
+  const Vector<double> zero = broadcast(logarithm ? kLogZero : 0.0);
   Vector<double> total[parts];
   for (int p = 0; p < parts; p++) total[p] = load(by_u + p * width);
   for (int64_t i = rows - 1; i >= 0; i--) {
     Vector<double> diagonal[parts], right[parts];
-    for (int p = 0; p < parts; p++) diagonal[p] = right[p] = nothing;
+    for (int p = 0; p < parts; p++) diagonal[p] = right[p] = zero;
     const bool seeded = seeds && i == rows - 1;
     for (int64_t x = (columns - 1) * kLanes; x >= 0; x -= kLanes)
       for (int p = 0; p < parts; p++) {
@@ -194,9 +195,9 @@ void backward_loop(T* cells, const T* u, int64_t stride, int64_t rows, int64_t c
         Vector<double> beta, expected;
         if (logarithm) {
           beta = log_sum_exp(down, diagonal[p], right[p]);
-          if (seeded) beta = larger(beta, load(seeds + x + p * width));  // nothing else starts where a seed lies
+          if (seeded) beta = larger(beta, load(seeds + x + p * width));  // a seed is the only start in its cell
           expected = exp_of<double>(smaller(a + beta, broadcast(0.0)));
-          right[p] = larger(k + beta, nothing);
+          right[p] = larger(k + beta, zero);
         } else {
           Vector<double> before = down + diagonal[p];
           if (seeded) before += load(seeds + x + p * width);

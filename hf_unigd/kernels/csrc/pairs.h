@@ -1,4 +1,4 @@
-// Given pairs: sixteen at a time, a small matrix product each.
+// Given pairs, sixteen at a time, with one small matrix product per pair.
 #pragma once
 #include "gram.h"
 
@@ -6,13 +6,13 @@ namespace unigd {
 
 template <typename T> class Pairs {
  public:
-  Pairs(const Side<T>& x, const Side<T>& y, const int64_t* pairs, int64_t count, const Spaces& spaces, Scale scale,
-        const LaneKernels<T>& kernels, Settings settings, T* log_k, const T* grad)
+  Pairs(const Side<T>& x, const Side<T>& y, const int64_t* pairs, int64_t count, const ColumnRanges& ranges,
+        Scale scale, const LaneKernels<T>& kernels, Settings settings, T* log_k, const T* grad)
       : x_(x),
         y_(y),
         pairs_(pairs),
         count_(count),
-        spaces_(spaces),
+        ranges_(ranges),
         scale_(scale),
         kernels_(kernels),
         settings_(settings),
@@ -68,17 +68,17 @@ template <typename T> class Pairs {
     void fill(int64_t begin, int64_t end, T* cells, T* max_u) {
       std::fill_n(cells, (end - begin) * stride_, T(0));
       for (int l = 0; l < kLanes; l++)
-        for (int64_t s = 0; s < p_.spaces_.count(); s++) {
+        for (int64_t s = 0; s < p_.ranges_.count(); s++) {
           const int64_t rows = std::min(end, p_.x_.length(i_[l])) - begin, columns = p_.y_.length(j_[l]);
           if (rows <= 0) continue;
-          const auto [start, stop] = p_.spaces_.ranges[s];
+          const auto [start, stop] = p_.ranges_.bounds[s];
           const int64_t r0 = p_.x_.offsets[i_[l]] + begin, c0 = p_.y_.offsets[j_[l]];
           const at::Tensor dots = p_.x_.tensor.narrow(0, r0, rows).narrow(1, start, stop - start).mm(
               p_.y_.tensor.narrow(0, c0, columns).narrow(1, start, stop - start).t());
           const T* dot = dots.template const_data_ptr<T>();
           for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < columns; c++) {
-              if (!meet(r0 + r, c0 + c, s)) continue;
+              if (!compared(r0 + r, c0 + c, s)) continue;
               const T norms = p_.x_.norms[s * p_.x_.total + r0 + r] + p_.y_.norms[s * p_.y_.total + c0 + c];
               T d2 = norms - 2 * dot[r * columns + c];
               if (d2 < Limits<T>::cancellation * norms)
@@ -92,16 +92,16 @@ template <typename T> class Pairs {
 
     void drain(int64_t begin, int64_t end, const T* cells) {
       for (int l = 0; l < used_; l++)
-        for (int64_t s = 0; s < p_.spaces_.count(); s++) {
+        for (int64_t s = 0; s < p_.ranges_.count(); s++) {
           const int64_t rows = std::min(end, p_.x_.length(i_[l])) - begin, columns = p_.y_.length(j_[l]);
           if (rows <= 0) continue;
-          const auto [start, stop] = p_.spaces_.ranges[s];
+          const auto [start, stop] = p_.ranges_.bounds[s];
           const int64_t width = stop - start, r0 = p_.x_.offsets[i_[l]] + begin, c0 = p_.y_.offsets[j_[l]];
           at::Tensor v = at::empty({rows, columns}, p_.x_.tensor.options());
           T* weights = v.template mutable_data_ptr<T>();
           for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < columns; c++)
-              weights[r * columns + c] = meet(r0 + r, c0 + c, s) ? cells[r * stride_ + c * kLanes + l] : T(0);
+              weights[r * columns + c] = compared(r0 + r, c0 + c, s) ? cells[r * stride_ + c * kLanes + l] : T(0);
           const at::Tensor x = p_.x_.tensor.narrow(0, r0, rows).narrow(1, start, width);
           const at::Tensor y = p_.y_.tensor.narrow(0, c0, columns).narrow(1, start, width);
           const at::Tensor to_x = (v.sum(1, true) * x - v.mm(y)) * 2, to_y = (v.sum(0).unsqueeze(1) * y - v.t().mm(x)) * 2;
@@ -112,8 +112,8 @@ template <typename T> class Pairs {
     }
 
    private:
-    bool meet(int64_t row, int64_t column, int64_t s) const {
-      return p_.spaces_.single || p_.spaces_.meet[s][p_.x_.modalities[row]][p_.y_.modalities[column]];
+    bool compared(int64_t row, int64_t column, int64_t s) const {
+      return p_.ranges_.single || p_.ranges_.compared[s][p_.x_.modalities[row]][p_.y_.modalities[column]];
     }
 
     Pairs& p_;
@@ -129,7 +129,7 @@ template <typename T> class Pairs {
   const Side<T>&x_, &y_;
   const int64_t* pairs_;
   const int64_t count_;
-  const Spaces& spaces_;
+  const ColumnRanges& ranges_;
   const Scale scale_;
   const LaneKernels<T> kernels_;
   const Settings settings_;

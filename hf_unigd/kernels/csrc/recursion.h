@@ -1,4 +1,4 @@
-// alpha and beta of sixteen pairs over cells that a source fills, and the weights of the gradient that it drains.
+// Computes alpha and beta of sixteen pairs. A source fills the cells and receives the weights of the gradient.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,14 +9,14 @@
 
 namespace unigd {
 
-// Rows of x against one group of lanes.
+// Rows of x, aligned with one group of lanes.
 struct Unit {
-  int64_t rows = 0, columns = 0;  // the longest lanes'
+  int64_t rows = 0, columns = 0;  // of the longest lane
   int64_t x_length[kLanes], y_length[kLanes];
   double log_k[kLanes];
   double scale[kLanes];         // c of u = c d^2
   double grad[kLanes] = {};     // dL/dlogK
-  double by_log_scale = 0;      // out: dL/dlog c
+  double by_log_scale = 0;      // output: dL/dlog c
 };
 
 struct Settings {
@@ -26,19 +26,19 @@ struct Settings {
 
 template <typename T> struct Limits;
 template <> struct Limits<float> {
-  static constexpr float cap = 1e30f, cancellation = 2e-2f, largest_u = 80;  // exp(-u) is normal
+  static constexpr float cap = 1e30f, cancellation = 2e-2f, largest_u = 80;  // up to here exp(-u) is normal
 };
 template <> struct Limits<double> {
   static constexpr double cap = 1e290, cancellation = 1e-3, largest_u = 700;
 };
 
-// Cells held at once for one unit; a longer unit goes through in runs of rows. 4 Mi cells: 16 MB of float.
+// Cells held at once for one unit: 4 Mi cells, 16 MB in float. A larger unit is processed in runs of rows.
 constexpr int64_t kMostCells = int64_t(1) << 22;
 
-// Plain double arithmetic is safe when nothing can leave its range. With l >= -log kappa for every cell, alpha lies in
-// [exp(-l max(n, m)), D(n, m)] and beta / K in [exp(-l max(n, m)) / D(n, m), exp(l max(n, m))], for the straightest
-// alignment has max(n, m) cells, kappa <= 1, and alpha beta <= K; D(n, m) <= (1 + sqrt 2)^(n + m) by induction on its
-// recursion. So the sum below bounds every |log|; doubles hold 708 nats.
+// Plain double arithmetic is safe if no value can leave its range. With l >= -log kappa for every cell, alpha lies in
+// [exp(-l max(n, m)), D(n, m)] and beta / K in [exp(-l max(n, m)) / D(n, m), exp(l max(n, m))], because the shortest
+// alignment has max(n, m) cells, kappa <= 1 and alpha beta <= K. D(n, m) <= (1 + sqrt 2)^(n + m) by induction on its
+// recursion. The sum below therefore bounds every |log|. Doubles hold 708 nats.
 template <typename T> bool linear_is_safe(const Settings& s, T max_u, int64_t n, int64_t m) {
   if (!(max_u <= Limits<T>::largest_u)) return false;
   const double u = max_u, l = s.gaussian ? u + std::log(2 - std::exp(-u)) : u;
@@ -49,8 +49,8 @@ template <typename T> class Recursion {
  public:
   Recursion(const LaneKernels<T>& kernels, Settings settings) : kernels_(kernels), settings_(settings) {}
 
-  // Source: fill(begin, end, cells, &max_u) writes u of these rows; drain(begin, end, cells) takes dL/dd^2.
-  // The units' rows follow one another; several come only where all fit.
+  // The source has fill(begin, end, cells, &max_u), which writes u of these rows, and drain(begin, end, cells), which
+  // receives dL/dd^2. The rows of the units are consecutive. Several units are given only if all of them fit.
   template <typename Source>
   void run(Source& source, std::vector<Unit>& units, int64_t stride, bool backward) {
     int64_t rows = 0, longest = 0;
@@ -58,7 +58,7 @@ template <typename T> class Recursion {
     const int64_t columns = units[0].columns;
     stride_ = stride;
     if (units.size() == 1 && rows * stride > kMostCells) return run_in_parts(source, units[0], backward);
-    cells_.resize((rows + 7) * stride);  // products work on rows in eights
+    cells_.resize((rows + 7) * stride);  // products use multiples of 8 rows
     for (bool logarithm = false;; logarithm = true) {
       T max_u = 0;
       source.fill(0, rows, cells_.data(), &max_u);
@@ -83,7 +83,8 @@ template <typename T> class Recursion {
   }
 
  private:
-  // A unit too large to hold: logarithms, forward keeping alpha at each part's start, then from the last part back.
+  // Processes a unit that is too large to hold, in logarithms. The forward keeps alpha at the start of each part, and
+  // the backward recomputes the parts from the last to the first.
   template <typename Source> void run_in_parts(Source& source, Unit& unit, bool backward) {
     const int64_t part = std::max<int64_t>(8, kMostCells / stride_ / 8 * 8), width = unit.columns * kLanes;
     cells_.resize(part * stride_);
@@ -119,16 +120,16 @@ template <typename T> class Recursion {
   // alpha_ holds the row before the first one, then `rows` rows.
   void start(int64_t columns, bool logarithm, int64_t rows) {
     alpha_.resize((rows + 1) * columns * kLanes);
-    std::fill_n(alpha_.begin(), (rows == 1 ? 2 : 1) * columns * kLanes, logarithm ? kNever : 0.0);
+    std::fill_n(alpha_.begin(), (rows == 1 ? 2 : 1) * columns * kLanes, logarithm ? kLogZero : 0.0);
   }
   void start_backward(Unit& unit, bool logarithm) {
-    below_.assign(unit.columns * kLanes, logarithm ? kNever : 0.0);
+    below_.assign(unit.columns * kLanes, logarithm ? kLogZero : 0.0);
     seeds_.resize(unit.columns * kLanes);
     unit.by_log_scale = 0;
   }
 
-  // Rows [begin, end), in runs that end where a lane's x does, to read its answer. Without `keep` only the last row of
-  // alpha is kept, in place.
+  // Rows [begin, end), in runs that end where the x of a lane ends, so that its result can be read. Without `keep` only
+  // the last row of alpha is kept, in place.
   void forward(Unit& unit, const T* cells, int64_t begin, int64_t end, bool logarithm, bool keep) {
     const int64_t width = unit.columns * kLanes;
     double* alpha = alpha_.data() + width;
@@ -149,7 +150,7 @@ template <typename T> class Recursion {
     }
   }
 
-  // Rows [begin, end) from the last back, in runs that end where a lane's x does, to seed it.
+  // Rows [begin, end) from last to first, in runs that end where the x of a lane ends, so that it can be seeded.
   void backward(Unit& unit, T* cells, const T* u, int64_t begin, int64_t end, bool logarithm) {
     const int64_t width = unit.columns * kLanes;
     const double* alpha = alpha_.data() + width;
@@ -163,7 +164,7 @@ template <typename T> class Recursion {
         seeded = seeded || length == stop;
       }
       if (seeded) {
-        std::fill(seeds_.begin(), seeds_.end(), logarithm ? kNever : 0.0);
+        std::fill(seeds_.begin(), seeds_.end(), logarithm ? kLogZero : 0.0);
         for (int l = 0; l < kLanes; l++)
           if (unit.x_length[l] == stop)
             seeds_[(unit.y_length[l] - 1) * kLanes + l] = logarithm ? -unit.log_k[l] : std::exp(-unit.log_k[l]);
@@ -177,7 +178,7 @@ template <typename T> class Recursion {
       if (unit.scale[l] > 0) unit.by_log_scale += by_u[l] / unit.scale[l];
   }
 
-  // All alignments start in cell (0, 0): there kappa beta / K, which the two sweeps reach apart, must be 1.
+  // All alignments start in cell (0, 0), so kappa beta / K must be 1 there. The two sweeps compute K and beta separately.
   bool certificate(bool logarithm) const {
     for (int l = 0; l < kLanes; l++)
       if (!logarithm && !(std::abs(below_[l] - 1) < 1e-3)) return false;

@@ -1,4 +1,4 @@
-// The two sides of a problem: sequences as they come, and interleaved in groups of lanes.
+// The two sides of a problem: the sequences as given, and interleaved in groups of lanes.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -11,26 +11,26 @@
 
 namespace unigd {
 
-// The distinct column ranges, and which of them two modalities are compared in.
-struct Spaces {
-  std::vector<std::pair<int64_t, int64_t>> ranges;
-  std::vector<std::array<std::array<bool, 32>, 32>> meet;
-  bool single = true;
+// The distinct column ranges, and whether two modalities are compared in each of them.
+struct ColumnRanges {
+  std::vector<std::pair<int64_t, int64_t>> bounds;
+  std::vector<std::array<std::array<bool, 32>, 32>> compared;
+  bool single = true;  // without modalities, all slices are compared in one range
 
-  int64_t count() const { return ranges.size(); }
+  int64_t count() const { return bounds.size(); }
 };
 
 template <typename T> struct Side {
   at::Tensor tensor;  // (total, d)
-  at::Tensor narrow;  // the same in bfloat16, where they come from it and the processor multiplies it
+  at::Tensor narrow;  // the same in bfloat16, if the input is bfloat16 and the processor multiplies it
   const T* slices;
   int64_t total, d, count;
   const int64_t* offsets;
-  const int32_t* modalities;  // nullptr: one space
-  std::vector<T> norms;       // (spaces, total)
+  const int32_t* modalities;  // nullptr without modalities
+  std::vector<T> norms;       // (ranges, total)
 
   Side(const at::Tensor& slices_, const at::Tensor& offsets_, const std::optional<at::Tensor>& modalities_,
-       const Spaces& spaces, bool bfloat16)
+       const ColumnRanges& ranges, bool bfloat16)
       : tensor(slices_),
         narrow(bfloat16 ? slices_.to(at::kBFloat16) : at::Tensor()),
         slices(slices_.const_data_ptr<T>()),
@@ -39,9 +39,9 @@ template <typename T> struct Side {
         count(offsets_.numel() - 1),
         offsets(offsets_.const_data_ptr<int64_t>()),
         modalities(modalities_ ? modalities_->const_data_ptr<int32_t>() : nullptr),
-        norms(spaces.count() * total) {
-    for (int64_t s = 0; s < spaces.count(); s++) {
-      const auto [start, stop] = spaces.ranges[s];
+        norms(ranges.count() * total) {
+    for (int64_t s = 0; s < ranges.count(); s++) {
+      const auto [start, stop] = ranges.bounds[s];
       at::from_blob(norms.data() + s * total, {total}, slices_.options())
           .copy_(slices_.narrow(1, start, stop - start).square().sum(1));
     }
@@ -50,8 +50,8 @@ template <typename T> struct Side {
   const T* row(int64_t r) const { return slices + r * d; }
 };
 
-// Row strides of interleaved blocks: few different ones, for each costs oneDNN a compilation, and no power of two from
-// 64 on, where rows would share cache sets. Narrow blocks, of short sequences, are padded less.
+// Row strides of interleaved blocks. There are few different ones, because oneDNN compiles code for each, and none is a
+// power of two from 64 on, because rows would then share cache sets. Blocks of short sequences are padded less.
 inline int64_t stride_of(int64_t elements) {
   const int64_t step = elements < 256 ? 32 : 256;
   return elements <= 16 ? 16 : (elements + step - 1) / step * step + 16;
@@ -60,25 +60,26 @@ inline int64_t stride_of(int64_t elements) {
 template <typename T> struct LaneGroup {
   int64_t columns = 0, stride = 0;
   int64_t length[kLanes];
-  std::vector<int64_t> source;  // (columns * lanes): the slice's row, -1 for padding
-  at::Tensor slices;            // (columns * lanes, d), for products with the gradient; only for a backward
-  at::Tensor transposed;        // (d, stride), for the slices' products; of bfloat16 (d / 2, stride, 2)
-  std::vector<T> norms;         // (spaces, stride), -inf for padding: its u becomes 0
-  std::vector<T> masks;         // (spaces, 32, stride): whether modality m of x meets the column; empty for one space
+  std::vector<int64_t> source;  // (columns * lanes): the row of the slice, or -1 for padding
+  at::Tensor slices;            // (columns * lanes, d), for products with the gradient; only in a backward
+  at::Tensor transposed;        // (d, stride), for products of slices; (d / 2, stride, 2) in bfloat16
+  std::vector<T> norms;         // (ranges, stride); -inf for padding, whose u becomes 0
+  std::vector<T> masks;         // (ranges, 32, stride): whether modality m of x is compared with the column in the
+                                // range; empty without modalities
 
-  const T* mask(int64_t space, int64_t modality) const {
-    return masks.empty() ? nullptr : masks.data() + (space * 32 + modality) * stride;
+  const T* mask(int64_t range, int64_t modality) const {
+    return masks.empty() ? nullptr : masks.data() + (range * 32 + modality) * stride;
   }
 };
 
 template <typename T>
-LaneGroup<T> interleave(const Side<T>& y, int64_t first, const Spaces& spaces, bool backward) {
+LaneGroup<T> interleave(const Side<T>& y, int64_t first, const ColumnRanges& ranges, bool backward) {
   LaneGroup<T> group;
   group.columns = y.length(first);  // sequences are sorted, longest first
   group.stride = stride_of(group.columns * kLanes);
   group.source.assign(group.columns * kLanes, -1);
-  group.norms.assign(spaces.count() * group.stride, -std::numeric_limits<T>::infinity());
-  if (!spaces.single) group.masks.assign(spaces.count() * 32 * group.stride, T(0));
+  group.norms.assign(ranges.count() * group.stride, -std::numeric_limits<T>::infinity());
+  if (!ranges.single) group.masks.assign(ranges.count() * 32 * group.stride, T(0));
   const bool narrow = y.narrow.defined();
   group.transposed = at::empty({y.d, group.stride}, narrow ? y.narrow.options() : y.tensor.options());
   if (backward) group.slices = at::empty({group.columns * kLanes, y.d}, y.tensor.options());
@@ -88,10 +89,10 @@ LaneGroup<T> interleave(const Side<T>& y, int64_t first, const Spaces& spaces, b
     for (int64_t j = 0; i < y.count && j < group.length[l]; j++) {
       const int64_t row = y.offsets[i] + j, x = j * kLanes + l;
       group.source[x] = row;
-      for (int64_t s = 0; s < spaces.count(); s++) {
+      for (int64_t s = 0; s < ranges.count(); s++) {
         group.norms[s * group.stride + x] = y.norms[s * y.total + row];
-        for (int m = 0; !spaces.single && m < 32; m++)
-          group.masks[(s * 32 + m) * group.stride + x] = spaces.meet[s][m][y.modalities[row]];
+        for (int m = 0; !ranges.single && m < 32; m++)
+          group.masks[(s * 32 + m) * group.stride + x] = ranges.compared[s][m][y.modalities[row]];
       }
     }
   }
@@ -117,7 +118,7 @@ LaneGroup<T> interleave(const Side<T>& y, int64_t first, const Spaces& spaces, b
   return group;
 }
 
-// The expanded square lost this distance's digits: take the difference itself.
+// A squared distance computed from the difference, for pairs where the expanded square loses too many digits.
 template <typename T> T exact_distance(const T* a, const T* b, int64_t start, int64_t stop) {
   T sum[8] = {};
   int64_t k = start;

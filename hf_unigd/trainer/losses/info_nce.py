@@ -18,8 +18,8 @@ class InfoNCELoss(nn.Module):
         L = mean_k [ -log softmax_j(s · q_k·c_j)[k] - log softmax_j(s · q_j·p_k)[k] ]
 
     with queries `q`, positives `p`, and candidates `c` = positives followed by hard negatives, which only the first
-    direction sees. Over several processes the rows of all of them are used, with exact gradients: averaged over
-    processes, as DDP does, the gradient is that of one process with the whole batch.
+    direction sees. In training mode the rows of all processes are used, with exact gradients: averaged over processes,
+    as DDP does, the gradient is that of one process with the whole batch. In eval mode each process uses its own rows.
 
     Two rows with the same content are not each other's negatives: such pairs are masked by equal keys.
 
@@ -60,8 +60,10 @@ class InfoNCELoss(nn.Module):
         """
         if negatives is None:
             negatives = queries.new_empty(0, queries.shape[1])
-        keys = [None if given is None else gather_rows(given) for given in (query_keys, positive_keys, negative_keys)]
-        queries, positives, negatives = gather_rows(queries), gather_rows(positives), gather_rows(negatives)
+        keys = [query_keys, positive_keys, negative_keys]
+        if self.training:
+            keys = [None if given is None else gather_rows(given) for given in keys]
+            queries, positives, negatives = gather_rows(queries), gather_rows(positives), gather_rows(negatives)
 
         count, candidates = len(queries), torch.cat([positives, negatives])
         if count == 0:

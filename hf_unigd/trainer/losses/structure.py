@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ...kernels import ModalityColumns, alignment_kernel, mean_slice_similarity
+from ...kernels import ModalityColumns, alignment_kernel, mean_slice_similarity, validation
 from .gather import gather_rows
 
 
@@ -17,8 +17,9 @@ class StructureLoss(nn.Module):
     similarities of the embeddings at these positions. `m^l` are the similarities of what the model has read up to
     there, prefixes of sequences of slices as frozen teachers see them: the normalised global alignment kernel
     (equation 2, section 3.2) with bandwidth `δ · sqrt((length_i + length_j) / 2)`, the cosine where both prefixes are
-    one slice (theorem 3), and 1 for two positions of one sample. No gradient flows into it. Over several processes the
-    positions of all of them are used, with exact gradients, as in [`InfoNCELoss`].
+    one slice (theorem 3), and 1 for two positions of one sample. No gradient flows into it. In training mode the
+    positions of all processes are used, with exact gradients, as in [`InfoNCELoss`]; in eval mode each process uses
+    its own.
 
     What the paper leaves open are arguments here. That the kernel is normalised at all is one: without, it exceeds 1.
 
@@ -50,14 +51,10 @@ class StructureLoss(nn.Module):
         similarity: str = "cosine",
     ):
         super().__init__()
-        for name, value, choices in (
-            ("target", target, ("kernel", "mean_slice")),
-            ("normalization", normalization, ("cosine", "content")),
-            ("one_slice", one_slice, ("cosine", "kernel")),
-            ("similarity", similarity, ("cosine", "kernel")),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        validation.choice(target, "target", ("kernel", "mean_slice"))
+        validation.choice(normalization, "normalization", ("cosine", "content"))
+        validation.choice(one_slice, "one_slice", ("cosine", "kernel"))
+        validation.choice(similarity, "similarity", ("cosine", "kernel"))
         self.target = target
         self.normalization = normalization
         self.bandwidth = bandwidth
@@ -92,10 +89,12 @@ class StructureLoss(nn.Module):
             `alignment_similarity` (means of `m^l` and `m^r`) and `alignment_correlation` (Pearson's, between them).
         """
         slices = _prefix_slices(starts, lengths)
+        gather = gather_rows if self.training else _keep
         # Gathered once, packed prefix by prefix: processes differ in their numbers of prefixes and slices.
-        lengths, sample_keys = gather_rows(lengths), gather_rows(sample_keys)
-        features = gather_rows(features[slices].to(torch.promote_types(features.dtype, torch.float32)))
-        modalities = gather_rows(modalities[slices])
+        ends = starts + lengths - 1
+        lengths, sample_keys = gather(lengths), gather(sample_keys)
+        features = gather(features[slices].to(torch.promote_types(features.dtype, torch.float32)))
+        modalities = gather(modalities[slices])
         if len(lengths) == 0:
             zero = embeddings.sum() * 0.0
             return dict.fromkeys(("loss", "alignment_target", "alignment_similarity", "alignment_correlation"), zero)
@@ -104,11 +103,11 @@ class StructureLoss(nn.Module):
             target = self._target(features, modalities, lengths, modality_columns)
             target = target.masked_fill(same_sample, 1.0).to(embeddings.dtype)
         if self.similarity == "cosine":
-            embeddings = gather_rows(embeddings)
+            embeddings = gather(embeddings)
             similarity = embeddings @ embeddings.T
         else:
-            similarity = self._kernel(gather_rows(embeddings[slices]), lengths)
-            similarity = self._one_slice_cosines(similarity, gather_rows(embeddings[starts + lengths - 1]), lengths)
+            similarity = self._kernel(gather(embeddings[slices]), lengths)
+            similarity = self._one_slice_cosines(similarity, gather(embeddings[ends]), lengths)
         loss = (similarity - target).square().sum() / len(lengths)
         return {"loss": loss, **self._metrics(similarity.detach(), target, ~same_sample)}
 
@@ -161,6 +160,10 @@ class StructureLoss(nn.Module):
             "alignment_similarity": pairs[0].mean(),
             "alignment_correlation": correlation,
         }
+
+
+def _keep(rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Retrieval and alignments as pictures."""
+"""Draws figures of retrieval results and of alignments."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,17 +9,18 @@ import torch
 from PIL import Image
 
 
-# A result: its picture, its text, and whether it is right (None where nobody knows).
+# A result of a query: its image if it has one, its text, and whether it is relevant (None if this is unknown).
 Result = tuple[Image.Image | None, str, bool | None]
 
 
 def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]], output: str | Path) -> None:
     """
-    One row a query: the query, then its results, best first, framed green where right and red where wrong.
+    Draws one row per query: the query, then its results, best first. Relevant results have a green frame, others a red
+    one, and results of unknown relevance a grey one.
 
     Args:
-        queries: Each a text or picture with its results.
-        output: The file to write.
+        queries: For each query its text or image, and its results.
+        output: Image file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -36,11 +37,11 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
             wrapped = textwrap.fill(textwrap.shorten(query, 160, placeholder=" ..."), 20)
             size = 10 if len(query) <= 60 else 7
             line[0].text(0.5, 0.5, wrapped, ha="center", va="center", fontsize=size, weight="bold")
-        for axes, (image, text, is_right) in zip(line[1:], results, strict=False):
+        for axes, (image, text, is_relevant) in zip(line[1:], results, strict=False):
             axes.axis("on")
             axes.set(xticks=[], yticks=[])
-            axes.set_title(textwrap.fill(text[:60], 26), fontsize=7)  # matplotlib wraps at the figure's edge alone
-            colour = {True: "tab:green", False: "tab:red", None: "lightgrey"}[is_right]
+            axes.set_title(textwrap.fill(text[:60], 26), fontsize=7)  # matplotlib wraps only at the figure's edge
+            colour = {True: "tab:green", False: "tab:red", None: "lightgrey"}[is_relevant]
             for spine in axes.spines.values():
                 spine.set(color=colour, linewidth=4)
             if image is not None:
@@ -56,14 +57,15 @@ def draw_alignment(
     title: str = "",
 ) -> None:
     """
-    A heat map of two sequences of images and sentences: `a` down its side, `b` along its top, long sentences cut.
+    Draws the alignment of two sequences of images and sentences as a heat map, with `a` down the left side and `b`
+    along the top. Long sentences are shortened.
 
     Args:
-        a, b: Contents of the slices.
-        posterior (`torch.FloatTensor` of shape `(len(a), len(b))`): What the cells show, from 0 to 1, as
-            [`align_slices`] gives it.
-        output: The file to write.
-        title: What stands below.
+        a, b: Images and sentences of the two sequences.
+        posterior (`torch.FloatTensor` of shape `(len(a), len(b))`): Values of the cells, from 0 to 1, as
+            [`align_slices`] returns them.
+        output: Image file to write.
+        title: Title, drawn below the heat map.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -71,10 +73,10 @@ def draw_alignment(
     """
     if posterior.shape != (len(a), len(b)) or 0 in posterior.shape:
         raise ValueError(
-            f"`posterior` must be of shape (len(a), len(b)) = ({len(a)}, {len(b)}), both positive, got "
+            f"`posterior` must be of shape (len(a), len(b)) = ({len(a)}, {len(b)}), both positive, but it has shape "
             f"{tuple(posterior.shape)}."
         )
-    cell = 0.6  # inches: three lines of a sentence, or a picture
+    cell = 0.6  # side of a cell in inches; three lines of a sentence, or an image, fit
     figure = _figure(figsize=(cell * len(b), cell * len(a)))
     axes = figure.add_axes((0, 0, 1, 1))
     heat = axes.pcolormesh(posterior.cpu(), cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
@@ -91,17 +93,16 @@ def draw_alignment(
 
 
 def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:
-    """A picture or a sentence `offset` points to the left of, or above, the place `at`."""
+    """Draws an image or a sentence at a distance of `offset` points to the left of, or above, the position `at`."""
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     above = offset[1] > 0
     if isinstance(content, Image.Image):
-        picture = OffsetImage(
-            np.asarray(content.convert("RGB")), zoom=0.9 * cell * 72 / max(content.size)
-        )  # 72 points an inch
+        points = cell * 72  # an inch has 72 points
+        image = OffsetImage(np.asarray(content.convert("RGB")), zoom=0.9 * points / max(content.size))
         axes.add_artist(
             AnnotationBbox(
-                picture,
+                image,
                 at,
                 xycoords=coordinates,
                 xybox=offset,
@@ -123,7 +124,7 @@ def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:
             va="bottom" if above else "center",
             rotation=90 if above else 0,
             fontsize=8,
-            parse_math=False,  # a dollar is a dollar
+            parse_math=False,  # a dollar sign is not the start of a formula
         )
 
 
@@ -131,5 +132,5 @@ def _figure(**kwargs):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: `pip install 'hf-unigd[quickstart]'`.") from error
+        raise ImportError("Figures need matplotlib: `pip install 'hf-unigd[quickstart]'`.") from error
     return Figure(**kwargs)

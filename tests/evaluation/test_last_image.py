@@ -1,4 +1,4 @@
-"""Last-picture retrieval against a plain search."""
+"""Retrieval of the last image, compared with a plain search."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def make_stories():
     ]
 
 
-def test_it_is_a_search_among_pictures_not_seen_in_the_story(llava):
+def test_candidates_are_the_images_not_seen_earlier_in_the_story(llava):
     model, processor = llava
     stories = make_stories()
     metrics = last_picture_recall(model, processor, stories, ks=(1, 2), show_progress=False)
@@ -28,12 +28,12 @@ def test_it_is_a_search_among_pictures_not_seen_in_the_story(llava):
 
     distinct = {image.tobytes(): image for story in stories for image in story["images"]}
     candidates = {key: embed([image]) for key, image in distinct.items()}
-    for name, with_pictures in (("5c", False), ("5c+4i", True)):
+    for name, with_images in (("5c", False), ("5c+4i", True)):
         for k in (1, 2):
             hits = 0
             for story in stories:
                 query = list(story["captions"])
-                if with_pictures:
+                if with_images:
                     query = [p for pair in zip(story["captions"], story["images"], strict=True) for p in pair][:-1]
                 seen = {image.tobytes() for image in story["images"][:-1]}
                 scores = {key: float(embed(query) @ vector) for key, vector in candidates.items() if key not in seen}
@@ -42,8 +42,8 @@ def test_it_is_a_search_among_pictures_not_seen_in_the_story(llava):
             assert metrics[f"{name}_recall_at_{k}"] == pytest.approx(hits / len(stories))
 
 
-def test_a_model_that_knows_finds_every_last_picture(llava, monkeypatch):
-    """Embeddings made up so that each query equals its own last picture's."""
+def test_an_ideal_model_finds_every_last_image(llava, monkeypatch):
+    """The embedding of every query is replaced by that of its last image."""
     stories = make_stories()
     vectors = {image.tobytes(): torch.eye(7)[place] for place, image in enumerate(make_image(n) for n in range(7))}
 
@@ -60,7 +60,7 @@ def test_a_model_that_knows_finds_every_last_picture(llava, monkeypatch):
     assert metrics["5c_recall_at_1"] == metrics["5c+4i_recall_at_1"] == 1
 
 
-def test_stories_that_do_not_fit_are_refused_by_number(llava):
+def test_stories_without_a_caption_per_image_raise_an_error_that_names_them(llava):
     stories = make_stories()
     stories[2]["captions"] = stories[2]["captions"][:4]
     with pytest.raises(ValueError, match="Story 2 has 4 captions and 5 images"):

@@ -1,14 +1,36 @@
-"""The Hub's endpoints that `huggingface_hub` calls to create, fill and read model repositories, on the loopback."""
+"""The Hub's endpoints that `huggingface_hub` calls to create, fill and read model repositories, on the loopback.
+
+`running_hub` serves them, `run_client` runs the unmodified client against them in a process of its own.
+"""
 
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+
+TOKENS = {"ada": "hf_adas_own_token", "bob": "hf_bobs_own_token"}
+
+CLIENT = """
+import json, logging, sys
+sys.path[:0] = {tests!r}
+answers = {{}}
+
+def outcome(action):
+    try:
+        return str(action())
+    except BaseException as error:
+        return f"{{type(error).__name__}}: {{error}}"
+"""
 
 
 @dataclass
@@ -75,6 +97,30 @@ def running_hub(**users: str) -> Iterator[Hub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def run_client(hub, folder, code, user="ada", endpoint=None, **env):
+    """Runs `code` in a process of its own, as a user's would be; what it puts in `answers`."""
+    tests = [str(folder) for folder in Path(__file__).parents[:2]]
+    code = CLIENT.format(tests=tests) + code + "\nprint('\\n' + json.dumps(answers))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={
+            **{name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ},
+            "HF_ENDPOINT": endpoint or hub.endpoint,
+            "HF_TOKEN": TOKENS.get(user, user),
+            "HF_HOME": str(folder / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",
+            **env,
+        },
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1]), result.stdout + result.stderr
 
 
 class _Handler(BaseHTTPRequestHandler):

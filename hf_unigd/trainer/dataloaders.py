@@ -1,0 +1,68 @@
+"""Loaders that spread rows over processes: of streams, and of blocks of rows to evaluate."""
+
+from typing import Any
+
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+
+from ..data import IterableExampleDataset
+from .arguments import UniGDTrainingArguments
+from .collator import UniGDDataCollator
+
+
+def stream_loader(
+    dataset: IterableExampleDataset,
+    args: UniGDTrainingArguments,
+    collator: UniGDDataCollator,
+    batch_size: int,
+    endless: bool = False,
+) -> DataLoader:
+    """
+    Batches of a stream, of which each process reads a part of its own.
+
+    Args:
+        dataset: The stream.
+        args: The training arguments.
+        collator: Makes the batches.
+        batch_size: Rows per batch.
+        endless: Start again where the stream ends.
+    """
+    # Left to accelerate, each process would read the whole stream for its part.
+    part = dataset.shard(args.world_size, args.process_index, endless=endless)
+    return _prepare(DataLoader(part, batch_size=batch_size, **_settings(args, collator)), args)
+
+
+def block_loader(dataset: Dataset, args: UniGDTrainingArguments, collator: UniGDDataCollator) -> DataLoader:
+    """
+    Blocks of `args.eval_block_size` consecutive rows, each on one process. No row is left out or repeated, so
+    processes may have different numbers of blocks.
+
+    Args:
+        dataset: The examples, map-style or a stream; blocks of a stream are of the part that a process reads.
+        args: The training arguments.
+        collator: Makes the batches.
+    """
+    if isinstance(dataset, IterableExampleDataset):
+        return stream_loader(dataset, args, collator, args.eval_block_size)
+    blocks = BatchSampler(SequentialSampler(dataset), args.eval_block_size, drop_last=False)  # type: ignore[arg-type]
+    own = BatchSamplerShard(blocks, args.world_size, args.process_index, even_batches=False)
+    return _prepare(DataLoader(dataset, batch_sampler=own, **_settings(args, collator)), args)
+
+
+def _settings(args: UniGDTrainingArguments, collator: UniGDDataCollator) -> dict[str, Any]:
+    return {
+        "collate_fn": collator,
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "in_order": args.dataloader_in_order,
+    }
+
+
+def _prepare(loader: DataLoader, args: UniGDTrainingArguments) -> DataLoader:
+    # Not dispatched, which is accelerate's default for streams: the first process would read for all.
+    return prepare_data_loader(
+        loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )
