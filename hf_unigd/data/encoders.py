@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from ..modeling.probe_unigd import commit_of
+from ..modeling.hub_files_unigd import commit_of
 
 
 BATCH_SIZE = 64  # images or texts per forward pass

@@ -1,9 +1,20 @@
-"""Checkpoints: loading what was trained, describing, merging and exporting it."""
+"""Trained checkpoints: loading, examining, describing, merging, exporting and pushing them."""
 
 from .cards import make_model_card
+from .doctor import Finding, examine, report
 from .export import export_checkpoint
 from .loading import load_checkpoint
 from .merging import merge_adapter
+from .pushing import push_checkpoint
 
 
-__all__ = ["export_checkpoint", "load_checkpoint", "make_model_card", "merge_adapter"]
+__all__ = [
+    "Finding",
+    "examine",
+    "export_checkpoint",
+    "load_checkpoint",
+    "make_model_card",
+    "merge_adapter",
+    "push_checkpoint",
+    "report",
+]

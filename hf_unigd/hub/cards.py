@@ -1,4 +1,4 @@
-"""Model cards, from one template."""
+"""Writes model cards from a template."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -56,23 +56,23 @@ def make_model_card(
     A model card with metadata that the Hub understands.
 
     Args:
-        repo_id: What the usage snippets load.
+        repo_id: The id that the usage snippets load.
         title: Heading.
-        summary: What was trained on what, in one sentence.
-        training: Settings by name, as a table.
+        summary: One sentence about what was trained on which data.
+        training: Settings by name, shown as a table.
         limits: What the checkpoint is not good for.
-        dataset: Name of the evaluation data, which all `metrics` were measured on.
-        metrics: Values by name; without any the card says that nothing was measured.
-        methods: Of `"vladva"` and `"sugar"` those that were used: tags and citations.
-        base_model: Hub id of the backbone's weights, where there were any.
+        dataset: Name of the evaluation data that all `metrics` were measured on.
+        metrics: Values by name. Without any, the card says that nothing was measured.
+        methods: Which of `"vladva"` and `"sugar"` were used; they become tags and citations.
+        base_model: Hub id of the backbone's weights, if training started from any.
         base_model_relation: `"finetune"` or `"adapter"`.
         datasets: Hub ids of the training data.
         license: Licence of the weights.
-        curves_picture, retrieval_picture: File names of pictures beside the card.
-        is_trained: Whether there are weights; a recipe's card says that there are none.
+        curves_picture, retrieval_picture: File names of images beside the card.
+        is_trained: Whether there are weights. The card of a recipe says that there are none.
 
     Raises:
-        ValueError: metrics without the name of their data.
+        ValueError: there are metrics without the name of their data.
     """
     if metrics and not dataset:
         raise ValueError("`metrics` need `dataset`, the name of the data that they were measured on.")
@@ -116,7 +116,7 @@ def make_model_card(
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name can stand in a card: an id of the Hub's, not a folder or file of this machine."""
+    """Whether `name` is an id of the Hub, not a folder or file on this machine. Only an id may stand in a card."""
     if name is None or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None:
         return False
     return not Path(name).exists()

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, and which of its consumers will work here, on one page."""
+"""Examines a checkpoint: what is wrong with it, and which libraries can load it here."""
 
 import importlib
 import importlib.metadata
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from packaging.version import Version
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging as transformers_logging
 
 from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
@@ -20,21 +21,14 @@ from .export import check_exportable
 
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
-REMOTE_CODE = (
-    "adapter_unigd.py",
-    "configuration_unigd.py",
-    "modeling_unigd.py",
-    "probe_unigd.py",
-    "processing_unigd.py",
-)
-# The same code that sentence-transformers runs: it imports what not every version has.
+# The code that sentence-transformers runs. Not every version has what it imports.
 SENTENCE_MODULE = "hf_unigd.modeling.sentence_unigd"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `level` is `OK`, `NOTE` (works, but know it) or `FAULT`."""
+    """One line of the report. Its `level` is `OK`, `NOTE` (worth knowing, but not wrong) or `FAULT`."""
 
     subject: str
     level: str
@@ -43,16 +37,19 @@ class Finding:
 
 def examine(name: str | Path, revision: str | None = None, token: str | None = None) -> list[Finding]:
     """
-    Examines a checkpoint, whole or an adapter.
+    Examines a checkpoint that holds a whole model or an adapter.
 
     Args:
         name: A folder or Hub id.
         revision: Branch, tag or commit of a Hub id.
-        token: For a private repository.
+        token: Token of the Hub, for a private repository.
+
+    Returns:
+        What was found; [`report`] prints it.
 
     Raises:
         OSError: there is no such folder or repository.
-        ValueError: it is no checkpoint of ours.
+        ValueError: the folder or repository holds no checkpoint of hf-unigd.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -62,7 +59,8 @@ def examine(name: str | Path, revision: str | None = None, token: str | None = N
     if config.get("model_type") != "unigd":
         raise ValueError(f"{name} is no checkpoint of hf-unigd: its config.json has no `model_type` of 'unigd'.")
     transformers_logging.disable_progress_bar()
-    findings = [*_files(folder), *_attempt("config", _config, config), *_attempt("versions", _versions, config)]
+    findings = _files(folder, config)
+    findings += [*_attempt("config", _config, config), *_attempt("versions", _versions, config)]
     model, of_model = _load_model(folder)
     processor, of_processor = _load_processor(folder)
     findings += [*of_model, *of_processor]
@@ -78,6 +76,7 @@ def examine(name: str | Path, revision: str | None = None, token: str | None = N
 
 
 def report(findings: list[Finding]) -> str:
+    """The findings of [`examine`] as a page of text, with the number of faults at the end."""
     width = max(len(finding.subject) for finding in findings)
     lines = [f"{finding.level:<6}{finding.subject:<{width + 2}}{finding.text}" for finding in findings]
     faults = sum(finding.level == FAULT for finding in findings)
@@ -85,10 +84,10 @@ def report(findings: list[Finding]) -> str:
 
 
 def _attempt(subject: str, check: Callable[..., list[Finding]], *args) -> list[Finding]:
-    """What `check` finds. That it fails is a finding too: the page is printed in any case."""
+    """What `check` finds. An error is a finding too, so that the rest is examined all the same."""
     try:
         return check(*args)
-    except Exception as error:  # whatever is wrong with it is what was asked for
+    except Exception as error:
         return [Finding(subject, FAULT, _line(error))]
 
 
@@ -96,17 +95,30 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _files(folder: Path) -> list[Finding]:
-    needed = ["processor_config.json", "tokenizer.json", *REMOTE_CODE]
+def _files(folder: Path, config: dict) -> list[Finding]:
+    needed = ["processor_config.json", "tokenizer.json", *_remote_code(folder, config)]
     missing = [file for file in needed if not (folder / file).is_file()]
     if all(file.name == PROBE_NAME for file in folder.glob("*.safetensors")):
         missing.append("adapter_model.safetensors" if is_adapter(folder, {}) else "model.safetensors")
     level, text = (FAULT, f"missing: {', '.join(missing)}") if missing else (OK, "complete")
     findings = [Finding("files", level, text)]
-    extra = {PROBE_NAME: "nobody can tell whether it embeds as it did", "README.md": "it has no model card"}
+    extra = {PROBE_NAME: "nobody can tell whether it embeds as when it was saved", "README.md": "it has no model card"}
     return findings + [
         Finding("files", NOTE, f"no {file}: {why}") for file, why in extra.items() if not (folder / file).is_file()
     ]
+
+
+def _remote_code(folder: Path, config: dict) -> list[str]:
+    """The files of code that the Auto classes run: those that the config names, and the siblings that these import."""
+    classes = [name for name in config.get("auto_map", {}).values() if "--" not in name]  # else in another repository
+    files: list[str] = []
+    found = [name.partition(".")[0] for name in classes]
+    while found:
+        file = f"{found.pop()}.py"
+        if file not in files:
+            files.append(file)
+            found += get_relative_imports(folder / file) if (folder / file).is_file() else []
+    return sorted(files)
 
 
 def _config(config: dict) -> list[Finding]:
@@ -149,7 +161,7 @@ def _tensors(model) -> list[Finding]:
     ]
     wants_tied = model.config.vlm_config.tie_word_embeddings
     if wants_tied != tied:
-        findings.append(Finding("tensors", FAULT, f"output embeddings are {_tied(tied)}, the config says otherwise"))
+        findings.append(Finding("tensors", FAULT, f"output embeddings are {_tied(tied)}, against the config"))
     broken = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
     if broken:
         findings.append(Finding("tensors", FAULT, f"not finite: {', '.join(broken)}"))
@@ -157,7 +169,7 @@ def _tensors(model) -> list[Finding]:
 
 
 def _tied(tied: bool) -> str:
-    return "tied to the input's" if tied else "of their own"
+    return "tied to the input embeddings" if tied else "not tied to the input embeddings"
 
 
 def _load_processor(folder: Path):
@@ -167,9 +179,9 @@ def _load_processor(folder: Path):
         return None, [Finding("processor", FAULT, _line(error))]
     prompts = ", ".join(f"{modality}: {prompt!r}" for modality, prompt in processor.prompts.items())
     if processor.embedding_position == "last_slice":
-        prompts = f"none, embeds at the last slice, images by the {processor.image_pooling} of their tokens"
+        prompts = f"none; embeds at the last slice, and an image at the {processor.image_pooling} of its tokens"
     elif processor.soft_prompts:
-        prompts += f"; as {len(processor.soft_prompt_ids)} soft-prompt tokens"
+        prompts += f"; replaced by {len(processor.soft_prompt_ids)} soft-prompt tokens"
     return processor, [Finding("prompts", OK, prompts)]
 
 
@@ -184,13 +196,13 @@ def _probe_of_model(folder: Path, model) -> list[Finding]:
 def _probe_of_processor(folder: Path, processor) -> list[Finding]:
     changes = processor_differences(processor, load_probe(folder / PROBE_NAME))
     if not changes:
-        return [Finding("probe", OK, "the same inputs as then")]
-    text = f"prompts, template, tokenizer or image processor changed: {'; '.join(changes)}"
+        return [Finding("probe", OK, "the same inputs as when it was saved")]
+    text = f"prompts, template, tokenizer or image processor have changed: {'; '.join(changes)}"
     return [Finding("probe", FAULT, text)]
 
 
 def _consumers(folder: Path, model, processor, faulty: bool) -> list[Finding]:
-    """Who can use it; `faulty` says that something is wrong with the checkpoint itself."""
+    """Which libraries can load the checkpoint here; `faulty` says whether the checkpoint itself has a fault."""
     for_sentences = [_no_companions(folder), _no_import(SENTENCE_MODULE)]
     obstacles: dict[str, list[str | None]] = {
         "transformers": [],
@@ -201,7 +213,7 @@ def _consumers(folder: Path, model, processor, faulty: bool) -> list[Finding]:
     }
     findings = []
     for name, reasons in obstacles.items():
-        reason = next(filter(None, reasons), "not to be relied on with the faults above" if faulty else None)
+        reason = next(filter(None, reasons), "unreliable because of the faults above" if faulty else None)
         findings.append(Finding(f"for {name}", NOTE if reason else OK, reason or "will work here"))
     return findings
 
@@ -214,7 +226,7 @@ def _no_companions(folder: Path) -> str | None:
 def _no_import(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Exception as error:  # old versions fail in ways of their own
+    except Exception as error:  # old versions fail in other ways than with an ImportError
         return f"cannot be imported here: {_line(error)}"
     return None
 
@@ -222,17 +234,17 @@ def _no_import(module: str) -> str | None:
 def _not_for_peft(folder: Path, model) -> str | None:
     if not is_adapter(folder, {}):
         return "a whole checkpoint, not an adapter"
-    if model is None:  # a fault, and what is beneath may be the reason
+    if model is None:  # reported as a fault, which the base model may have caused
         return None
     adapter = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     base, _ = UniGDConfig.get_config_dict(adapter["base_model_name_or_path"], revision=adapter.get("revision"))
     if base["model_type"] == UniGDConfig.model_type:
         return None
-    return f"`AutoPeftModel` refuses it: a plain {base['model_type']} has no place for the head; use `AutoModel`"
+    return f"`AutoPeftModel` refuses it, as a plain {base['model_type']} has no place for the head; use `AutoModel`"
 
 
 def _not_exportable(model, processor) -> str | None:
-    if model is None or processor is None:  # a fault
+    if model is None or processor is None:  # reported as a fault
         return None
     try:
         check_exportable(model, processor, "llava")

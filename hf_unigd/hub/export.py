@@ -1,8 +1,8 @@
-"""A checkpoint as a plain model of its backbone's family, which needs no remote code.
+"""Exporting a checkpoint as a plain model of its backbone's family, which needs no remote code.
 
 Soft prompts become ordinary tokens, an adapter is merged, and the embedding prompt moves from our processor into a
 second chat template, `embedding`. sentence-transformers' own modules hold the rest: last-token pooling, the head as
-dense layers, normalisation.
+dense layers, and normalisation.
 """
 
 import json
@@ -15,11 +15,12 @@ from torch import nn
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.probe_unigd import probe_sequences
+from ..modeling.sentence_files_unigd import save_sentence_files
+from .folders import new_folder
 from .loading import load_checkpoint
-from .merging import new_folder
 
 
-TARGETS = {"llava": "llava", "vlm": None}  # model type that the backbone must have
+TARGETS = {"llava": "llava", "vlm": None}  # the model type that the backbone must have
 TEMPLATE_NAME = "embedding"
 _TEMPLATE = Path(__file__).with_name("embedding_template.jinja")
 
@@ -31,16 +32,16 @@ def export_checkpoint(name: str, output: str | Path, to: str = "llava", **kwargs
     Args:
         name: Hub id or folder of a checkpoint or adapter.
         output: Folder to write, new or empty.
-        to: `"llava"`, or `"vlm"` for whatever family the backbone is of.
-        kwargs: For `from_pretrained` of the model: `dtype`, ...
+        to: `"llava"`, or `"vlm"` for the backbone's family, whichever it is.
+        kwargs: Arguments of the model's `from_pretrained`: `dtype`, ...
 
     Returns:
-        Name of the class that loads it.
+        The name of the class that loads the export.
 
     Raises:
         ValueError: the backbone is of another family, or the checkpoint embeds in a way that needs our code.
         FileExistsError: `output` holds files.
-        RuntimeError: the written templates do not make the tokens that the checkpoint was trained with.
+        RuntimeError: the exported chat template does not give the tokens that the checkpoint was trained with.
     """
     model, processor = load_checkpoint(name, **kwargs)
     check_exportable(model, processor, to)
@@ -48,19 +49,22 @@ def export_checkpoint(name: str, output: str | Path, to: str = "llava", **kwargs
     model.vlm.save_pretrained(folder)
     vlm_processor = processor.vlm_processor
     chat_template = vlm_processor.chat_template
-    # sentence-transformers and vLLM read this one; generation keeps the backbone's.
+    # sentence-transformers and vLLM read the second template; generation keeps the backbone's own.
     vlm_processor.chat_template = {"default": chat_template, TEMPLATE_NAME: embedding_template(processor)}
     vlm_processor.save_pretrained(folder)
     _check_tokens(processor)
     vlm_processor.chat_template = chat_template
-    _save_sentence_transformer(model, folder)
+    save_sentence_files(folder, _sentence_modules(model))
+    for path, layer in _dense_layers(model).items():
+        tensors = {"linear.weight": layer.weight.detach(), "linear.bias": layer.bias.detach()}
+        save_file(tensors, folder / path / "model.safetensors", metadata={"format": "pt"})
     return type(model.vlm).__name__
 
 
 def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProcessor, to: str) -> None:
     """
     Raises:
-        ValueError: a plain model of the family `to` cannot embed as this one does.
+        ValueError: a plain model of the family `to` cannot embed like this one.
     """
     family = model.config.vlm_config.model_type
     if TARGETS[to] not in (None, family):
@@ -71,15 +75,15 @@ def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProce
     if processor.embedding_position == "last_slice":
         raise ValueError(
             "`embedding_position='last_slice'` (Sugar) cannot be exported: a sequence that ends with an image is "
-            f"embedded at the {processor.image_pooling} of that image's tokens, one that ends with a text at its last "
-            "token, before the template's answer mark. sentence-transformers and vLLM pool every sequence in one way, "
-            "over all of its tokens or at the last. Serve this checkpoint with its own code: "
+            f"embedded at the {processor.image_pooling} of that image's tokens, and one that ends with a text at its "
+            "last token, before the template's answer mark. sentence-transformers and vLLM pool all sequences in the "
+            "same way, over all tokens or at the last. Serve this checkpoint with its own code: "
             "`SentenceTransformer(DIR, trust_remote_code=True)`."
         )
 
 
 def embedding_template(processor: UniGDProcessor) -> str:
-    """The chat template that renders a sequence with its embedding prompt, as [`UniGDProcessor.process_sequences`]."""
+    """A chat template that adds the embedding prompt to a sequence, as [`UniGDProcessor.process_sequences`] does."""
     placeholder = processor.image_placeholder
     prompts = {
         modality: "".join(processor.soft_prompts[modality]) if processor.soft_prompts else prompt
@@ -112,12 +116,13 @@ def _check_tokens(processor: UniGDProcessor) -> None:
         if not torch.equal(exported["input_ids"], processor.process_sequences([sequence])["input_ids"]):
             raise RuntimeError(
                 "The backbone's chat template, extended with the embedding prompt, makes other tokens than the "
-                "checkpoint's processor. The export would embed otherwise; use the checkpoint itself."
+                "checkpoint's processor. The export would give other embeddings; use the checkpoint itself."
             )
 
 
-def _save_sentence_transformer(model: UniGDForConditionalGeneration, folder: Path) -> None:
-    hidden_size = model.config.get_text_config().hidden_size
+def _sentence_modules(model: UniGDForConditionalGeneration) -> list[tuple[str, str, dict]]:
+    """The modules by which sentence-transformers embeds like `model`: their folders, classes and settings."""
+    library = "sentence_transformers"
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer = {
         "transformer_task": "feature-extraction",
@@ -128,18 +133,15 @@ def _save_sentence_transformer(model: UniGDForConditionalGeneration, folder: Pat
         "module_output_name": "token_embeddings",
         "processing_kwargs": {"chat_template": {"chat_template": TEMPLATE_NAME}},
     }
-    _write_json(folder / "sentence_bert_config.json", transformer)
-    library = "sentence_transformers"
-    modules = [("", f"{library}.base.modules.transformer.Transformer")]
-
-    modules.append(("1_Pooling", f"{library}.sentence_transformer.modules.pooling.Pooling"))
+    hidden_size = model.config.get_text_config().hidden_size
     pooling = {"embedding_dimension": hidden_size, "pooling_mode": "lasttoken", "include_prompt": True}
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
-    layers = [module for module in model.embedding_head.projection.modules() if isinstance(module, nn.Linear)]
-    for layer in layers:
-        activation = "linear.Identity" if layer is layers[-1] else "activation.GELU"
-        path = f"{len(modules)}_Dense"
-        modules.append((path, f"{library}.base.modules.dense.Dense"))
+    modules = [
+        ("", f"{library}.base.modules.transformer.Transformer", transformer),
+        ("1_Pooling", f"{library}.sentence_transformer.modules.pooling.Pooling", pooling),
+    ]
+    layers = _dense_layers(model)
+    for path, layer in layers.items():
+        activation = "linear.Identity" if path == list(layers)[-1] else "activation.GELU"
         dense = {
             "in_features": layer.in_features,
             "out_features": layer.out_features,
@@ -148,17 +150,11 @@ def _save_sentence_transformer(model: UniGDForConditionalGeneration, folder: Pat
             "module_input_name": "sentence_embedding",
             "module_output_name": "sentence_embedding",
         }
-        _write_json(folder / path / "config.json", dense)
-        tensors = {"linear.weight": layer.weight.detach(), "linear.bias": layer.bias.detach()}
-        save_file(tensors, folder / path / "model.safetensors", metadata={"format": "pt"})
-    modules.append((f"{len(modules)}_Normalize", f"{library}.base.modules.normalize.Normalize"))
-    (folder / modules[-1][0]).mkdir()
-    entries = [{"idx": idx, "name": str(idx), "path": path, "type": kind} for idx, (path, kind) in enumerate(modules)]
-    _write_json(folder / "modules.json", entries)
-    settings: dict[str, object] = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
-    _write_json(folder / "config_sentence_transformers.json", settings)
+        modules.append((path, f"{library}.base.modules.dense.Dense", dense))
+    return [*modules, (f"{len(modules)}_Normalize", f"{library}.base.modules.normalize.Normalize", {})]
 
 
-def _write_json(file: Path, content) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _dense_layers(model: UniGDForConditionalGeneration) -> dict[str, nn.Linear]:
+    """The head's linear layers, by the folder of the sentence-transformers module that each becomes."""
+    layers = [module for module in model.embedding_head.projection.modules() if isinstance(module, nn.Linear)]
+    return {f"{place}_Dense": layer for place, layer in enumerate(layers, start=2)}

@@ -1,48 +1,54 @@
-"""Loading a trained checkpoint, whole or an adapter."""
+"""Loading a trained checkpoint, which holds a whole model or an adapter."""
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
-from transformers import PreTrainedModel
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.adapter_unigd import is_adapter, load_base_model
+from ..modeling.adapter_unigd import is_adapter, load_with_adapter
+from ..modeling.hub_files_unigd import hub_arguments
 
 
-def load_checkpoint(name: str, **kwargs) -> tuple[PreTrainedModel, UniGDProcessor]:
+def load_checkpoint(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
     """
-    Model and processor of a checkpoint. An adapter is put on its base model and merged into it.
+    Loads the model and the processor of a checkpoint. An adapter is put on its base model and merged into it.
 
     Args:
         name: A Hub id or folder that [`UniGDTrainer`] saved.
-        kwargs: For `from_pretrained` of the model: `dtype`, `device_map`, `check_probe`, ..., and
-            where to find it: `revision`, `token`, `cache_dir`, `local_files_only`.
+        kwargs: Arguments of the model's `from_pretrained`: `dtype`, `device_map`, `check_probe`, ..., and where the
+            checkpoint is: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        ValueError, RuntimeError: what is loaded is not what was saved; `hf-unigd doctor` says more.
+        ValueError, RuntimeError: the checkpoint is incomplete, or does not compute what it did when it was saved.
+            `hf-unigd doctor` says more.
     """
-    where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-    check_probe = kwargs.get("check_probe", True)
-    processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where)
-    if is_adapter(name, kwargs):
-        base = load_base_model(UniGDForConditionalGeneration, name, processor, **kwargs)
-        model = _with_adapter(base, name, where).merge_and_unload().eval()
-        if check_probe:
-            model._check_probe(name, kwargs)
-    else:
+    where, check_probe = hub_arguments(kwargs), kwargs.get("check_probe", True)
+    if not is_adapter(name, kwargs):
         model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)
-    model.processor = processor
-    return model, processor
+        model.processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where)
+        return model, model.processor
+    model, _ = load_with_adapter(UniGDForConditionalGeneration, name, **kwargs)
+    _merge_adapter(model)
+    if check_probe:
+        model.check_probe(name, **where)
+    return model, model.processor
 
 
-def _with_adapter(base: UniGDForConditionalGeneration, name: str, where: dict) -> PeftModel:
-    """As `PeftModel.from_pretrained`, which leaves random what an adapter lacks, and warns."""
-    model = PeftModel(base, PeftConfig.from_pretrained(name, **where))
-    weights = load_peft_weights(name, device="cpu", **where)
-    missing = sorted(get_peft_model_state_dict(model).keys() - weights.keys())
-    if missing:
-        raise RuntimeError(
-            f"{name} would leave tensors random: {missing[:8]}{' ...' if len(missing) > 8 else ''} are not in its "
-            "adapter_model.safetensors. Save the adapter again, or take another revision."
-        )
-    set_peft_model_state_dict(model, weights)
-    return model
+def _merge_adapter(model: UniGDForConditionalGeneration) -> None:
+    """Merges the adapter that transformers put on a model. `merge_and_unload` is for models that PEFT has wrapped."""
+    merged: tuple[str, ...] = ()  # prefixes of the names of what is inside a merged module
+    for name, module in list(model.named_modules()):
+        if name.startswith(merged):
+            continue
+        with onload_layer(module):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            elif isinstance(module, BaseTunerLayer):
+                module.merge()
+                plain = module.get_base_layer()
+            else:
+                continue
+        model.set_submodule(name, plain)
+        merged += (f"{name}.",)
+    model.delete_adapter(list(model.peft_config))  # only its settings are left
+    model._weight_conversions = None  # by them, transformers would save the tensors under the adapter's names
+    model.requires_grad_(True)  # as after any `from_pretrained`

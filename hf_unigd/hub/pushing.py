@@ -1,4 +1,4 @@
-"""Pushing a saved checkpoint, whole or an adapter, in one commit."""
+"""Pushing a saved checkpoint to the Hub, in one commit."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, HfHubHTTPError, filte
 from .cards import is_hub_id, make_model_card
 
 
-# What training leaves beside a checkpoint: it says where and how the run was made, and loads nothing.
+# What training leaves beside a checkpoint. It tells about the run, and no user of the checkpoint needs it.
 TRAINING_STATE = (
     "checkpoint-*/**",
     "optimizer*",
@@ -29,7 +29,7 @@ TRAINING_STATE = (
     "**/events.out.tfevents*",
     "_*",
 )
-# What would win over the new files where another kind of checkpoint was pushed there before.
+# Files of another kind of checkpoint, pushed before, that would be loaded instead of the new ones.
 REPLACED = (
     "model.safetensors",
     "model-*.safetensors",
@@ -50,23 +50,26 @@ def push_checkpoint(
     commit_message: str = "Upload of a checkpoint by hf-unigd",
 ) -> CommitInfo:
     """
-    Uploads what a user of the checkpoint needs, and nothing else, in one commit: the repository shows all of it or,
-    where the upload breaks off, none of it. Doing it again sends only what is not there yet. Weights, adapter and
-    probe of an earlier push that this one does not replace are removed with it. Where neither folder nor repository
-    has a model card, one is written, of what the checkpoint itself tells.
+    Uploads what a user of the checkpoint needs, and nothing else, in one commit. The repository shows all of it or, if
+    the upload is interrupted, none of it. Another call then sends only what is still missing. Weights, adapter and
+    probe of an earlier push are removed in the same commit if this push does not replace them. If neither the folder
+    nor the repository has a model card, one is written from the checkpoint's own files.
 
     Args:
-        folder: What `save_pretrained` or the trainer wrote.
-        repo_id: Where to; created where it does not exist.
-        private: Whether a new repository is private; the owner's default where not given. A public one that exists
-            already is refused where it is true.
-        revision: Branch to commit to; created where it does not exist.
+        folder: The folder that `save_pretrained` or the trainer wrote.
+        repo_id: The repository, which is created if it does not exist.
+        private: Whether a new repository is private; by default the owner's setting decides. If True, an existing
+            public repository is refused.
+        revision: Branch to commit to, which is created if it does not exist.
         create_pr: Open a pull request instead of committing to the branch.
-        token: Of the Hub; the one that was logged in with by default.
+        token: Token of the Hub; by default the one that the user logged in with.
+
+    Returns:
+        The commit.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or an adapter on a model that is not on the Hub; the repository is
-            public and should be private; or the Hub refuses.
+        ValueError: the folder holds no checkpoint, or an adapter whose base model is not on the Hub; the repository is
+            public although it should be private; or the Hub refuses the commit.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -79,8 +82,8 @@ def push_checkpoint(
     whole = ("model.safetensors", "model.safetensors.index.json")
     if (folder / "adapter_config.json").is_file() and any((folder / name).is_file() for name in whole):
         raise ValueError(
-            f"{folder} holds a whole model and an adapter, of which one is left from before. Remove it, or save to "
-            "another folder."
+            f"{folder} holds a whole model and an adapter, one of them from an earlier save. Remove that one, or save "
+            "to another folder."
         )
     adapter_file, base = folder / "adapter_config.json", None
     if adapter_file.is_file():
@@ -108,18 +111,18 @@ def push_checkpoint(
             revision=revision,
             create_pr=create_pr,
         )
-    except (HfHubHTTPError, RuntimeError) as error:  # the client raises the second where an upload breaks off
+    except (HfHubHTTPError, RuntimeError) as error:  # the client raises a RuntimeError for an interrupted upload
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         remedy = {
             401: "The token is missing or wrong: `hf auth login`, or `--token`.",
-            403: "The token may not write there: take a name of your own, or `--create_pr true`.",
-        }.get(status, "Nothing was committed; doing it again goes on with what is missing.")
+            403: "The token may not write there: choose a name of your own, or pass `--create_pr true`.",
+        }.get(status, "Nothing was committed; another push sends what is still missing.")
         reason = getattr(error, "server_message", None) or error
         raise ValueError(f"{repo_id}: {reason} {remedy}") from error
 
 
 def pushed_files(folder: str | Path) -> set[str]:
-    """What a push takes of a folder, as paths in it: all but what training left there."""
+    """Paths of the files that a push uploads, relative to `folder`: all but what training left there."""
     folder = Path(folder)
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return set(filter_repo_objects(files, ignore_patterns=[*TRAINING_STATE, *DEFAULT_IGNORE_PATTERNS]))
@@ -128,25 +131,25 @@ def pushed_files(folder: str | Path) -> set[str]:
 def check_is_private(api: HfApi, repo_id: str) -> None:
     """
     Raises:
-        ValueError: all can read the repository.
+        ValueError: the repository is public.
     """
     if not api.model_info(repo_id).private:
         raise ValueError(
-            f"{repo_id} exists already and is public, so nothing was uploaded. Make it private first (its settings on "
-            "the Hub), or take another name."
+            f"{repo_id} exists already and is public, so nothing was uploaded. Make it private first (in its settings "
+            "on the Hub), or choose another name."
         )
 
 
 def check_base_is_on_hub(base: str | None) -> None:
     """
     Raises:
-        ValueError: the model beneath an adapter is not where those who load the adapter would find it.
+        ValueError: the base model of an adapter is not on the Hub, where users of the adapter would look for it.
     """
     if not is_hub_id(base):
         raise ValueError(
-            f"The adapter is on {base!r}, which is not on the Hub, so nobody could load it. Push that model first and "
-            "write its id into adapter_config.json as `base_model_name_or_path`, or push what "
-            "`hf-unigd merge ADAPTER --output DIR` writes."
+            f"The adapter's base model is {base!r}, which is not on the Hub, so nobody could load the adapter. Push "
+            "the base model first and write its id into adapter_config.json as `base_model_name_or_path`, or push "
+            "what `hf-unigd merge ADAPTER --output DIR` writes."
         )
 
 
@@ -159,7 +162,7 @@ def _make_card(folder: Path, repo_id: str, base: str | None) -> str:
         title=repo_id.rpartition("/")[2],
         summary=f"an adapter on {base}." if base else "a whole model.",
         training={**head, "how": "not recorded"},
-        limits="Nobody has described them. The card was made of the checkpoint's files, which came without one.",
+        limits="They are not described: this card was generated from the checkpoint's files.",
         methods=(),
         base_model=base,
         base_model_relation="adapter",

@@ -1,6 +1,6 @@
-"""The remote code: exactly the files that a Hub repository receives.
+"""The remote code: the files here ending in `_unigd.py` are what a Hub repository receives.
 
-Nothing here imports `hf_unigd`; siblings are imported with one dot, since transformers copies the files flat.
+They never import `hf_unigd`, and import each other with one dot, because transformers copies them into one folder.
 """
 
 from .configuration_unigd import UniGDConfig

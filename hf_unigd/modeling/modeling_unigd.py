@@ -1,47 +1,26 @@
 """A vision-language model that embeds and generates: a composed backbone and a small embedding head.
 
-The backbone is held whole (`self.vlm`), never subclassed: transformers skips its key renames for custom code, so that
-a subclass would load native checkpoints with a random `lm_head`.
+The backbone is a whole model of its own (`self.vlm`), not a base class: transformers skips its key renames for custom
+code, so a subclass would load native checkpoints with a random `lm_head`.
 """
 
 import inspect
-import json
-import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers import AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .adapter_unigd import is_adapter, load_base_model
+from .checkpoint_unigd import UniGDCheckpointModel
 from .configuration_unigd import UniGDConfig
-from .probe_unigd import (
-    HUB_ARGUMENTS,
-    PROBE_NAME,
-    commit_of,
-    find_file,
-    load_probe,
-    probe_difference,
-    probe_tolerance,
-    save_probe,
-)
 from .processing_unigd import UniGDProcessor
 
 
-logger = logging.getLogger(__name__)
-
-MAX_LOGITS = 1 << 26  # at once, 256 MB in float32
+MAX_LOGITS = 1 << 26  # how many are in memory at once: 256 MB in float32
 
 
 @dataclass
@@ -89,7 +68,7 @@ class UniGDCausalLMOutput(ModelOutput):
 
 
 class Float32Linear(nn.Linear):
-    """Computed in float32 or better, whatever its weights are held in."""
+    """A linear layer that computes in float32 or better, whatever the data type of its weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = _at_least_float32(self.weight), _at_least_float32(self.bias)
@@ -99,9 +78,9 @@ class Float32Linear(nn.Linear):
 class UniGDHead(nn.Module):
     """Turns pooled hidden states `(n, hidden_size)` into embeddings `(n, embedding_dim)`, and owns the temperature.
 
-    Held in float32 whatever the backbone is, and computed in float32 or better also where it is cast: by autocast, by
-    FSDP or DeepSpeed in bfloat16, by hand. The temperature lives here so that a PEFT adapter that saves the head
-    (`modules_to_save`) has all that embedding needs.
+    The head is kept in float32 whatever the backbone's data type is. It computes in float32 or better even if it is
+    cast by autocast, by hand, or by FSDP or DeepSpeed in bfloat16. The temperature is a part of the head so that a
+    PEFT adapter which saves the head (`modules_to_save`) holds everything that embedding needs.
     """
 
     def __init__(self, config: UniGDConfig):
@@ -116,14 +95,8 @@ class UniGDHead(nn.Module):
             self.projection = nn.Sequential(
                 Float32Linear(hidden_size, inner_size), nn.GELU(), Float32Linear(inner_size, config.embedding_dim)
             )
-        # Of shape (1,): FSDP shards no scalars.
+        # The shape is (1,) because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([float(config.logit_scale_init_value)]))
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # As in `_WithOneDimension`: adapters are loaded by torch.
-        if (temperature := state_dict.get(f"{prefix}logit_scale")) is not None:
-            state_dict[f"{prefix}logit_scale"] = temperature.reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=pooled.device.type, enabled=False):
@@ -131,12 +104,12 @@ class UniGDHead(nn.Module):
 
     @property
     def inverse_temperature(self) -> torch.Tensor:
-        """By which similarities are multiplied, of shape `()`."""
+        """The factor by which similarities are multiplied, a float32 tensor of shape `()`."""
         return _at_least_float32(self.logit_scale).exp().squeeze()
 
 
 def last_token_spans(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Spans `(batch_size, 3)` of the last attended token of each row, whichever side is padded.
+    """Spans `(batch_size, 3)` of the last attended token of each row, with padding on either side.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 for tokens, 0 for padding.
@@ -157,11 +130,11 @@ def pool_spans(hidden_states: torch.Tensor, spans: torch.Tensor) -> torch.Tensor
     Returns:
         `torch.FloatTensor` of shape `(num_spans, hidden_size)`.
     """
-    if len(spans) == 0:  # `segment_reduce` refuses it; a slice, so that a gradient (of zero) flows all the same
+    if len(spans) == 0:  # `segment_reduce` refuses this; of a slice, the gradient is zero instead of missing
         return _at_least_float32(hidden_states.flatten(0, 1)[:0])
     rows, starts, ends = spans.to(hidden_states.device).unbind(1)
     lengths = ends - starts
-    # Flat index of every pooled token: segment starts repeated, plus the place inside the segment.
+    # The flat index of every pooled token: the start of its span, plus its place inside the span.
     segment = torch.repeat_interleave(lengths)
     place = torch.arange(segment.shape[0], device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
     tokens = hidden_states.flatten(0, 1)[(rows * hidden_states.shape[1] + starts)[segment] + place]
@@ -172,21 +145,21 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-class UniGDPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by both classes.
+class UniGDPreTrainedModel(UniGDCheckpointModel):
+    """What both classes share: the backbone, the head, embedding, loading and saving.
 
     Attributes:
-        processor ([`UniGDProcessor`]): The model's processor, where it is known; saved with the model.
-        verify_saves (`bool`): Open every checkpoint again after saving it, to see that it embeds the same.
+        processor ([`UniGDProcessor`]): The model's processor, or None if it is not known. It is saved with the model.
+        verify_saves (`bool`): Whether to load every checkpoint after saving it, to check that it embeds the same.
     """
 
     config_class = UniGDConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # none but the backbone's, which PEFT and transformers collect from it
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # PEFT and transformers collect the backbone's own
     _keep_in_fp32_modules_strict = {"embedding_head"}  # noqa: RUF012
-    # Whether the backbone has these is checked by the backbone itself, a `PreTrainedModel` of its own.
+    # The backbone, a `PreTrainedModel` of its own, checks whether it supports these.
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -195,239 +168,20 @@ class UniGDPreTrainedModel(PreTrainedModel):
     def __init__(self, config: UniGDConfig, vlm: PreTrainedModel | None = None):
         super().__init__(config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config) if vlm is None else vlm
-        config.vlm_config = self.vlm.config  # `from_config` works on a copy; resizing must change one config
+        config.vlm_config = self.vlm.config  # `from_config` copies it, but resizing must change the same config
         self.embedding_head = UniGDHead(config)
         self.processor: UniGDProcessor | None = None
         self.verify_saves = True
         self.add_model_tags(["hf-unigd", "embeddings", "retrieval", "sentence-transformers"])
         self.post_init()
-        # CLIP names its text side's too, and FSDP refuses to shard by a class that is not there.
+        # CLIP names classes of its text model too, and FSDP refuses names of classes that the model does not have.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _init_weights(self, module):
-        # Called for our own modules alone: the backbone, a `PreTrainedModel`, initialises its own.
+        # This is called for our own modules only: the backbone, a `PreTrainedModel`, initialises its own.
         super()._init_weights(module)
         if isinstance(module, UniGDHead):
             nn.init.constant_(module.logit_scale, self.config.logit_scale_init_value)
-
-    @classmethod
-    def from_vlm(cls, vlm: PreTrainedModel, **config_kwargs):
-        """
-        Adds a new embedding head to a vision-language model in memory. Parameters are shared, not copied.
-
-        Args:
-            vlm (`PreTrainedModel`): An image-text-to-text model with its language-modelling head.
-            config_kwargs: Arguments of [`UniGDConfig`] other than `vlm_config`.
-
-        Raises:
-            ValueError: `vlm` has no language-modelling head, or an argument of the config is out of range.
-        """
-        if vlm.get_output_embeddings() is None:
-            raise ValueError(
-                f"{type(vlm).__name__} has no language-modelling head. Pass the class that generates, as "
-                "`AutoModelForImageTextToText` loads it."
-            )
-        config = UniGDConfig(vlm_config=vlm.config, dtype=vlm.dtype, name_or_path=vlm.name_or_path, **config_kwargs)
-        model = cls(config, vlm=vlm)
-        model.embedding_head.to(vlm.get_output_embeddings().weight.device)
-        # A quantised or dispatched backbone: Trainer, PEFT and accelerate look for these on the outer model.
-        for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
-            if hasattr(vlm, name):
-                setattr(model, name, getattr(vlm, name))
-        if hasattr(vlm, "hf_device_map"):
-            model.hf_device_map = {f"vlm.{name}".rstrip("."): device for name, device in vlm.hf_device_map.items()}
-        return model.eval()
-
-    @classmethod
-    def from_vlm_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """
-        Loads a plain vision-language model and adds a new embedding head to it. The head is the only thing that is
-        new; every tensor of the backbone must come from the checkpoint.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A Hub id or folder of any decoder-only
-                image-text-to-text model, for example `"llava-hf/llava-1.5-7b-hf"`.
-            kwargs: Arguments of [`UniGDConfig`] (`head_type`, `embedding_dim`, ...); the rest goes to
-                `AutoModelForImageTextToText.from_pretrained` (`dtype`, `attn_implementation`, `device_map`,
-                `quantization_config`, `revision`, ...).
-
-        Raises:
-            RuntimeError: a tensor of the backbone is missing from the checkpoint, named in the message.
-        """
-        config_names = inspect.signature(UniGDConfig.__init__).parameters.keys() - {"self", "vlm_config", "kwargs"}
-        config_kwargs = {name: kwargs.pop(name) for name in config_names & kwargs.keys()}
-        vlm, info = AutoModelForImageTextToText.from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
-        _raise_if_random(pretrained_model_name_or_path, info)
-        vlm.config._commit_hash = commit_of(pretrained_model_name_or_path, kwargs)
-        return cls.from_vlm(vlm, **config_kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, check_probe=True, **kwargs
-    ):
-        """
-        As [`~PreTrainedModel.from_pretrained`], but never with a random weight, and never with one that embeds
-        otherwise than what was saved.
-
-        An adapter is put on the model that it names, and not merged into it (that needs `peft`).
-
-        Args:
-            check_probe (`bool`, *optional*, defaults to `True`): Embed the checkpoint's probe and compare. Quantised,
-                offloaded and sharded models cannot be compared and are not.
-
-        Raises:
-            ValueError: the checkpoint is a plain vision-language model; use [`from_vlm_pretrained`]. Or it was saved
-                by a newer hf-unigd.
-            RuntimeError: a tensor is missing from the checkpoint or has another shape, named in the message, or the
-                probe's embedding does not come out again.
-        """
-        # The Auto classes name the model beneath an adapter from the Hub, and the adapter in these.
-        adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
-        adapter = adapter_kwargs.pop("_adapter_model_path", pretrained_model_name_or_path)
-        if is_adapter(adapter, {**kwargs, **adapter_kwargs}):
-            for name in ("config", "_from_auto"):
-                kwargs.pop(name, None)
-            model, info = cls._from_adapter(adapter, check_probe, {**kwargs, **adapter_kwargs})
-            return (model, info) if output_loading_info else model
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
-        if kwargs.get("config") is None:
-            config_dict, _ = UniGDConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
-            if config_dict.get("model_type") != UniGDConfig.model_type:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} is a {config_dict.get('model_type')!r} checkpoint without an "
-                    f"embedding head. `{cls.__name__}.from_vlm_pretrained(...)` adds a new one to it."
-                )
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        _raise_if_random(pretrained_model_name_or_path, info)
-        model.config._commit_hash = commit_of(pretrained_model_name_or_path, kwargs)
-        if not model.can_generate():  # transformers reads it for those alone that can
-            # A checkpoint without the file leaves the backbone's own defaults.
-            with suppress(OSError):
-                model.vlm.generation_config = GenerationConfig.from_pretrained(
-                    pretrained_model_name_or_path, **hub_kwargs
-                )
-        if check_probe:
-            model._check_probe(pretrained_model_name_or_path, kwargs)
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _from_adapter(cls, name, check_probe: bool, kwargs: dict):
-        where = {key: kwargs[key] for key in HUB_ARGUMENTS & kwargs.keys()}
-        processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where, **_trusted())
-        model = load_base_model(cls, name, processor, check_probe=check_probe, **kwargs)
-        info = model.load_adapter(name, adapter_kwargs=where).to_dict()
-        if model.config.tie_word_embeddings:  # the output's soft prompts are the input's, under a second name
-            info["missing_keys"] = {key for key in info["missing_keys"] if "lm_head.token_adapter" not in key}
-        _raise_if_random(name, info)
-        if check_probe:
-            model._check_probe(name, where)
-        return model, info
-
-    def _check_probe(self, name, kwargs) -> None:
-        probe_file = find_file(name, PROBE_NAME, kwargs)
-        if probe_file is None or not self._can_be_probed:
-            return
-        probe = load_probe(probe_file)
-        difference, tolerance = probe_difference(self, probe), probe_tolerance(self, probe)
-        if difference > tolerance:
-            raise RuntimeError(
-                f"{name} does not compute what it did when it was saved: its probe is off by "
-                f"{difference:.2g}, and rounding explains {tolerance:g}. A weight has changed, or a "
-                "library computes otherwise. "
-                "`check_probe=False` loads it all the same; `hf-unigd doctor` says more."
-            )
-
-    @property
-    def _can_be_probed(self) -> bool:
-        """Whether the weights are here, whole, and those that were saved."""
-        devices = {parameter.device.type for parameter in self.parameters()}
-        return not (
-            "meta" in devices
-            or is_deepspeed_zero3_enabled()
-            or is_fsdp_managed_module(self)
-            or getattr(self, "hf_quantizer", None) is not None
-        )
-
-    def save_pretrained(self, save_directory, *args, state_dict=None, push_to_hub=False, **kwargs):
-        """
-        As [`~PreTrainedModel.save_pretrained`]; with the model's `processor`, or else the one that it was loaded with,
-        come the probe and what sentence-transformers needs. What was written is opened again and compared, unless
-        `verify_saves` is off. With `push_to_hub`, all that [`~PreTrainedModel.push_to_hub`] takes is taken too.
-
-        Raises:
-            RuntimeError: what was written does not give the same embeddings.
-        """
-        with _own_class(self):
-            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if kwargs.get("is_main_process", True):
-            # A state dict is given where the weights are spread over processes: there is nothing here to embed with.
-            self._save_companions(Path(save_directory), has_weights=state_dict is None)
-        if push_to_hub:
-            taken = inspect.signature(self.push_to_hub).parameters
-            hub_kwargs = {name: value for name, value in kwargs.items() if name in taken}
-            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_kwargs})
-
-    def _save_companions(self, folder: Path, has_weights: bool = True, can_be_opened: bool = True) -> None:
-        (folder / PROBE_NAME).unlink(missing_ok=True)  # another model's
-        processor = self.processor or self._processor_of_checkpoint()
-        if processor is None:
-            logger.warning(
-                "Saved %s without processor, probe and sentence-transformers' modules. Set `model.processor` to the "
-                "model's UniGDProcessor to save them too.",
-                folder,
-            )
-            return
-        processor.save_pretrained(folder)
-        self._save_sentence_transformer(folder)
-        if not (has_weights and self._can_be_probed):
-            logger.warning(
-                "Saved %s without a probe: the weights are sharded, offloaded or quantised. `load_checkpoint(...)[0]"
-                ".save_pretrained(...)` adds one.",
-                folder,
-            )
-            return
-        save_probe(self, processor, folder)
-        if self.verify_saves and can_be_opened:
-            type(self).from_pretrained(folder, dtype=self.dtype)
-
-    def _processor_of_checkpoint(self) -> UniGDProcessor | None:
-        """The processor beside the weights that this model was loaded from."""
-        if not self.name_or_path:
-            return None
-        with suppress(OSError, ValueError):  # a plain model's, or none
-            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision, **_trusted())
-        return None
-
-    @property
-    def _hub_revision(self) -> dict[str, str]:
-        """The commit that this model was loaded from, where it came from the Hub."""
-        commit = getattr(self.config, "_commit_hash", None)
-        return {"revision": commit} if commit else {}
-
-    def _save_sentence_transformer(self, folder: Path) -> None:
-        code = Path(__file__).with_name("sentence_unigd.py")
-        if not code.is_file():  # loaded as remote code, of which transformers fetches only what it runs
-            found = find_file(self.name_or_path, code.name, self._hub_revision)
-            if found is None:
-                return
-            code = Path(found)
-        if code.resolve() != (folder / code.name).resolve():
-            shutil.copyfile(code, folder / code.name)
-        module = {"idx": 0, "name": "0", "path": "", "type": "sentence_unigd.UniGDSentenceModule"}
-        settings: dict[str, object] = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
-        # From which MTEB learns that pictures are taken.
-        forward = {"method": "forward", "method_output_name": "embeddings"}
-        modalities = {"modality_config": dict.fromkeys(("text", "image", "message"), forward)}
-        for name, content in (
-            ("modules.json", [module]),
-            ("config_sentence_transformers.json", settings),
-            ("sentence_bert_config.json", modalities),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def get_input_embeddings(self):
         return self.vlm.get_input_embeddings()
@@ -442,18 +196,19 @@ class UniGDPreTrainedModel(PreTrainedModel):
         self.vlm.set_output_embeddings(new_embeddings)
 
     def clamp_logit_scale_(self) -> None:
-        """Limits the temperature to `config.logit_scale_max_value`, in place; called after each optimizer step."""
+        """Clamps the logarithm of the inverse temperature to `config.logit_scale_max_value`, in place. The trainer
+        calls this after each optimizer step."""
         with torch.no_grad():
             self.embedding_head.logit_scale.clamp_(max=self.config.logit_scale_max_value)
 
     def add_soft_prompts(self, token_ids: list[int], source_ids: list[int]) -> None:
         """
-        Makes room for reserved soft-prompt tokens and initialises each with the embedding of the hand-written prompt's
-        token that it replaces (VladVA, section 3.3).
+        Makes room for reserved soft-prompt tokens and initialises each with the embedding of the token of the
+        hand-written prompt that it replaces (VladVA, section 3.3).
 
         Args:
             token_ids (`list[int]`): Ids of the reserved tokens ([`UniGDProcessor.add_soft_prompts`] returns both).
-            source_ids (`list[int]`): Ids of the hand-written prompt's tokens, one for each.
+            source_ids (`list[int]`): Ids of the tokens of the hand-written prompt, one for each reserved token.
 
         Raises:
             ValueError: the two lists differ in length.
@@ -461,9 +216,9 @@ class UniGDPreTrainedModel(PreTrainedModel):
         if len(token_ids) != len(source_ids):
             raise ValueError(f"{len(token_ids)} soft-prompt tokens, but {len(source_ids)} tokens to initialise them.")
         if max(token_ids) >= self.get_input_embeddings().num_embeddings:
-            # mean_resizing would compute a covariance of the whole table for rows that are overwritten just below
+            # mean_resizing would compute the covariance of the whole table for rows that are overwritten below
             self.vlm.resize_token_embeddings(max(token_ids) + 1, mean_resizing=False)
-        # A reserved token is read, never written: untied output rows start at zero, and generation leaves them out.
+        # A reserved token is never generated: its untied output row starts at zero, and generation suppresses it.
         tied = self.get_output_embeddings().weight is self.get_input_embeddings().weight
         with torch.no_grad():
             self.get_input_embeddings().weight[token_ids] = self.get_input_embeddings().weight[source_ids]
@@ -503,14 +258,14 @@ class UniGDPreTrainedModel(PreTrainedModel):
 
     def image_features(self, **inputs) -> tuple[torch.Tensor, ...]:
         """
-        What the language model receives in place of each image: the vision tower and its projector alone.
+        Runs only the vision tower and its projector, which give what the language model receives for each image.
 
         Args:
             inputs: A batch as [`UniGDProcessor`] returns it, with images.
 
         Returns:
-            `tuple` of `torch.FloatTensor` of shape `(num_image_tokens, hidden_size)`, one an image, in their order;
-            `forward` and `embed` take it as `image_features` instead of `pixel_values`.
+            `tuple` of `torch.FloatTensor` of shape `(num_image_tokens, hidden_size)`, one per image, in their order.
+            `forward` and `embed` accept it as `image_features` instead of `pixel_values`.
         """
         encode = self.vlm.base_model.get_image_features
         names = inspect.signature(encode).parameters.keys() & inputs.keys()
@@ -518,7 +273,7 @@ class UniGDPreTrainedModel(PreTrainedModel):
         return tuple(outputs.pooler_output)
 
     def _decode(self, image_features=None, **inputs):
-        """The backbone without its language-modelling head; inputs that were not given are left out."""
+        """Runs the backbone without its language-modelling head. Inputs that are None are not passed on."""
         if image_features is not None:
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
         return self.vlm.base_model(**{name: value for name, value in inputs.items() if value is not None})
@@ -723,56 +478,6 @@ def _summed_cross_entropy(hidden_states, targets, lm_head, label_smoothing):
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 
-@contextmanager
-def _own_class(model: nn.Module) -> Iterator[None]:
-    """FSDP2 gives a model a class made at run time, and transformers would save torch's source as the model's."""
-    made = type(model)
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule
-
-        if isinstance(model, FSDPModule):
-            model.__class__ = made.__mro__[2]  # after its own class and FSDPModule, as in `FSDPModule.__new__`
-    try:
-        yield
-    finally:
-        model.__class__ = made
-
-
-def _trusted() -> dict[str, bool]:
-    """For checkpoints that this code came with, where it did: their user has trusted it."""
-    return {"trust_remote_code": True} if __name__.startswith("transformers_modules.") else {}
-
-
-def _raise_if_random(name: str, loading_info: dict) -> None:
-    missing, mismatched = sorted(loading_info["missing_keys"]), sorted(loading_info["mismatched_keys"])
-    unexpected = sorted(loading_info["unexpected_keys"])
-    if missing or mismatched:
-        raise RuntimeError(
-            f"Loading {name} would leave tensors random.\n"
-            + (f"Missing from the checkpoint: {', '.join(missing)}.\n" if missing else "")
-            + (f"Of another shape in the checkpoint: {', '.join(map(str, mismatched))}.\n" if mismatched else "")
-            + (f"In the checkpoint, but not in the model: {', '.join(unexpected)}.\n" if unexpected else "")
-            + "The checkpoint is incomplete, or was saved with another head or backbone than its config says."
-        )
-
-
-class _WithOneDimension(ConversionOps):
-    """The temperature of checkpoints from before it had a dimension, which FSDP2 needs of every parameter."""
-
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        (tensors,) = input_dict.values()
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        return {target_patterns[0]: tensor.reshape(1)}
-
-    @property
-    def reverse_op(self):
-        return self
-
-
-_TEMPERATURE = "embedding_head.logit_scale"
-register_checkpoint_conversion_mapping(
-    UniGDConfig.model_type, [WeightConverter(_TEMPERATURE, _TEMPERATURE, [_WithOneDimension()])], overwrite=True
-)
 UniGDModel.register_for_auto_class("AutoModel")
 UniGDForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 

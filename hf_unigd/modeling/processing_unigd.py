@@ -18,8 +18,9 @@ from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import PROCESSOR_NAME
 
 from .configuration_unigd import check_choice
+from .hub_files_unigd import find_file
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
-from .probe_unigd import PROBE_NAME, find_file, load_probe, processor_differences
+from .probe_unigd import PROBE_NAME, load_probe, processor_differences
 from .rendering_unigd import RenderedSequence, SequenceError, SequenceRenderer
 
 

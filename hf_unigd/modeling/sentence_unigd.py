@@ -1,6 +1,6 @@
-"""What sentence-transformers runs: `SentenceTransformer(id, trust_remote_code=True)` embeds as the model itself does.
+"""The module by which `SentenceTransformer(id, trust_remote_code=True)` embeds exactly like the model itself.
 
-Saved with every checkpoint and named in its `modules.json`; only sentence-transformers loads it.
+It is saved with every checkpoint and named in its `modules.json`. Only sentence-transformers loads it.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from .processing_unigd import UniGDProcessor
 
 class UniGDSentenceModule(InputModule):
     """
-    Embeds texts, PIL images, paths of pictures, `{"text": ..., "image": ...}` dicts, chats, and lists of texts and
+    Embeds texts, PIL images, paths of images, `{"text": ..., "image": ...}` dicts, chats, and lists of texts and
     images in any order.
 
     Args:
@@ -40,10 +40,11 @@ class UniGDSentenceModule(InputModule):
         return ["text", "image", "message"]
 
     def preprocess(self, inputs, prompt: str | None = None, **kwargs) -> dict[str, Any]:
-        """Model inputs of a batch. A `prompt` is put before each, as an instruction.
+        """Makes the model's inputs. A `prompt` is put before each input, as an instruction.
 
         Raises:
-            ValueError: an input that is none of the accepted, or the address of a picture, which is not fetched.
+            ValueError: an input is of another kind than the accepted ones, or is the URL of an image, which is not
+                fetched.
         """
         sequences = [_to_sequence(value) for value in inputs]
         if prompt:
@@ -104,7 +105,7 @@ def _to_sequence(value: Any) -> Any:
 def _parts(value: Any) -> list:
     if isinstance(value, str):
         if value.startswith(("http://", "https://", "data:")) and is_image_url_or_path(value):
-            raise ValueError(f"{value[:80]} is not fetched: open the picture and pass a PIL image.")
+            raise ValueError(f"{value[:80]} is not fetched: open the image and pass a PIL image.")
         return [Image.open(Path(value)).convert("RGB") if is_image_url_or_path(value) else value]
     if isinstance(value, Image.Image):
         return [value.convert("RGB")]
@@ -113,12 +114,12 @@ def _parts(value: Any) -> list:
             value = {value["type"]: value[value["type"]]}
         unknown = set(value) - {"text", "image"}
         if unknown:
-            raise ValueError(f"An input has the modalities {sorted(unknown)}; only 'text' and 'image' are taken.")
+            raise ValueError(f"An input has the modalities {sorted(unknown)}; only 'text' and 'image' are accepted.")
         return [part for each in value.values() for part in _parts(each)]
     if isinstance(value, (list, tuple)):
         return [part for each in value for part in _parts(each)]
     raise ValueError(
-        f"An input is a {type(value).__name__}; texts, PIL images, paths, dicts, lists and chats are taken."
+        f"An input is a {type(value).__name__}; texts, PIL images, paths, dicts, lists and chats are accepted."
     )
 
 

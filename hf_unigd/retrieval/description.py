@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..modeling import UniGDProcessor
-from .probe import differs, probe
+from .probe import probe, probes_differ
 
 
 _FILE = "index.json"
@@ -43,7 +43,7 @@ class IndexDescription:
         Raises:
             ValueError: the model embeds the probe elsewhere than the one that made the index.
         """
-        if differs(self.probe, probe(model, processor), (self.dtype, dtype_name(model))):
+        if probes_differ(self.probe, probe(model, processor), (self.dtype, dtype_name(model))):
             revision = f" at {self.revision}" if self.revision else ""
             raise ValueError(
                 f"The index was made by {self.model}{revision}, and {model.name_or_path or 'this model'} embeds its "

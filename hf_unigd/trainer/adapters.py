@@ -113,7 +113,7 @@ def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
     base.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     # An adapter on a model that was made in memory names no base model to open it with.
-    base._save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
+    base.save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
 
 
 def _target_modules(model: UniGDForConditionalGeneration, config: PeftConfig) -> str | list[str] | None:

@@ -1,4 +1,4 @@
-"""A checkpoint damaged in every way that is feared: loading refuses it, and the doctor says why."""
+"""Checkpoints damaged in many ways: loading refuses them, and the doctor says why."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ WORKS = dict.fromkeys(("transformers", "sentence-transformers", "MTEB", "PEFT", 
 
 
 def consumers(page):
-    """What the page says for each."""
+    """What the page says about each library."""
     return {
         name: line.partition(f"for {name} ")[2].strip()
         for line in page.splitlines()
@@ -64,7 +64,7 @@ def consumers(page):
 
 
 def examine(folder, capsys):
-    """Whether the doctor finds no fault, and what it prints."""
+    """Whether the doctor finds no fault, and the page that it prints."""
     try:
         main(["doctor", str(folder)])
     except SystemExit as stop:
@@ -76,12 +76,18 @@ def examine(folder, capsys):
 def test_a_healthy_checkpoint_has_no_faults(checkpoint, capsys):
     healthy, page = examine(checkpoint, capsys)
     assert healthy
-    for line in ("No faults.", "logits off by 0", "the same inputs as then", "soft-prompt tokens", "float32"):
+    for line in (
+        "No faults.",
+        "logits off by 0",
+        "the same inputs as when it was saved",
+        "soft-prompt tokens",
+        "float32",
+    ):
         assert line in page
     assert consumers(page) == {**WORKS, "PEFT": "a whole checkpoint, not an adapter"}
 
 
-def test_an_adapter_on_one_of_ours_is_for_everyone(tmp_path, capsys):
+def test_an_adapter_on_one_of_our_models_is_for_all_libraries(tmp_path, capsys):
     make_adapter(tmp_path, on="ours")
     healthy, page = examine(tmp_path / "adapter", capsys)
     assert healthy, page
@@ -92,7 +98,7 @@ def test_an_adapter_on_a_plain_model_is_not_for_peft(tmp_path, capsys):
     make_adapter(tmp_path, on="plain")
     healthy, page = examine(tmp_path / "adapter", capsys)
     assert healthy, page
-    refusal = "`AutoPeftModel` refuses it: a plain llava has no place for the head; use `AutoModel`"
+    refusal = "`AutoPeftModel` refuses it, as a plain llava has no place for the head; use `AutoModel`"
     assert consumers(page) == {**WORKS, "PEFT": refusal}
 
 
@@ -105,7 +111,7 @@ def test_a_last_slice_checkpoint_is_not_for_plain_llava(tmp_path, capsys):
 
 
 def test_a_library_that_cannot_be_imported_is_named(checkpoint, capsys, monkeypatch):
-    # As a version of before `sentence_transformers.base`, which is installed all the same.
+    # As if an older version were installed, which has no `sentence_transformers.base`.
     monkeypatch.delitem(sys.modules, SENTENCE_MODULE, raising=False)
     monkeypatch.setitem(sys.modules, "sentence_transformers.base.modality", None)
     healthy, page = examine(checkpoint, capsys)
@@ -133,7 +139,7 @@ def add_tensor(folder):
 
 
 def edit_prompt(folder):
-    # The soft prompts have as many tokens as the written prompt had: another one no longer says what they began as.
+    # The soft prompts have as many tokens as the written prompt.
     change_json(folder, "processor_config.json", lambda c: c["soft_prompts"]["text"].pop())
 
 
@@ -245,19 +251,30 @@ def test_a_probe_that_cannot_be_run_is_a_fault_among_others(checkpoint, capsys, 
 
 
 def test_missing_files_are_named(checkpoint, capsys):
-    (checkpoint / "modeling_unigd.py").unlink()
+    (checkpoint / "loading_info_unigd.py").unlink()  # which the code of the model imports from a sibling
     (checkpoint / PROBE_NAME).unlink()
     (checkpoint / "modules.json").unlink()
     healthy, page = examine(checkpoint, capsys)
     assert not healthy
-    assert "missing: modeling_unigd.py" in page
+    assert "missing: loading_info_unigd.py" in page
     assert f"no {PROBE_NAME}" in page
     assert "no modules.json" in page
-    assert consumers(page)["transformers"] == "not to be relied on with the faults above"
+    assert consumers(page)["transformers"] == "unreliable because of the faults above"
     assert "will work here" not in page
 
 
-def test_what_is_no_checkpoint_of_ours_is_said(tmp_path):
+def test_only_the_code_that_a_checkpoint_runs_is_needed(checkpoint, capsys):
+    """Another version of hf-unigd may have other files."""
+    code = (checkpoint / "loading_info_unigd.py").rename(checkpoint / "another_unigd.py")
+    for file in checkpoint.glob("*.py"):
+        file.write_text(file.read_text().replace("from .loading_info_unigd import", f"from .{code.stem} import"))
+    healthy, page = examine(checkpoint, capsys)
+    assert healthy, page
+    code.unlink()
+    assert "missing: another_unigd.py" in examine(checkpoint, capsys)[1]
+
+
+def test_a_plain_model_is_no_checkpoint_of_ours(tmp_path):
     make_vlm("llava").model.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="is no checkpoint of hf-unigd"):
         main(["doctor", str(tmp_path)])

@@ -168,9 +168,10 @@ def test_a_merged_adapter_is_a_normal_checkpoint(on, tied, tmp_path):
     merged, merged_processor = load_checkpoint(str(tmp_path / "merged"))
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
     batch = merged_processor.process_sequences(SEQUENCES, padding_side="left")
-    assert (merged.embed(**batch) - model.embed(**batch)).abs().max() < 1e-6
+    # float32 sums in another order
+    assert (merged.embed(**batch) - model.embed(**batch)).abs().max() < 1e-5
     logits = [m(**batch).logits[batch["attention_mask"].bool()] for m in (merged, model)]
-    assert (logits[0] - logits[1]).abs().max() < 1e-6 * logits[1].abs().max()
+    assert (logits[0] - logits[1]).abs().max() < 1e-5 * logits[1].abs().max()
     assert answers(merged, merged_processor) == answers(model, processor)
     assert not [*(tmp_path / "merged").glob("adapter_*.safetensors")]
     assert not any("lora" in name for name, _ in merged.named_parameters())

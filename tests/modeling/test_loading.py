@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, make_image, make_vlm
 
 SEQUENCES = [[make_image(1)], "a red cat", ["two blue dogs", make_image(2, (40, 20))]]
 
-# What a stranger runs: no hf_unigd, only transformers and the checkpoint.
+# What a user without hf_unigd runs, who has only transformers and the checkpoint.
 STRANGER = """
 import json, sys
 import torch
@@ -69,7 +69,8 @@ def test_a_stranger_loads_model_and_processor(family, tmp_path):
     generated = model.generate(**batch, max_new_tokens=8, do_sample=False)
     assert seen["text"] == processor.batch_decode(generated)
     assert seen["prompts"] == processor.prompts
-    # What the stranger saved again with the embedding class still generates.
+    # What the embedding class saved again still generates, and holds the same code.
+    assert {file.name for file in (tmp_path / "again").glob("*.py")} == {file.name for file in tmp_path.glob("*.py")}
     again = UniGDForConditionalGeneration.from_pretrained(tmp_path / "again")
     assert torch.equal(again.generate(**batch, max_new_tokens=8, do_sample=False), generated)
 
@@ -165,6 +166,22 @@ def test_loading_names_the_tensors_that_would_be_random(cls, on_disk, lost, tmp_
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=f"(?s)random.*{lost}"):
         cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("cls", [UniGDModel, UniGDForConditionalGeneration])
+def test_tensors_in_memory_are_loaded_as_by_any_model(cls):
+    model = UniGDForConditionalGeneration.from_vlm(make_vlm().model, head_type="mlp", embedding_dim=8)
+    loaded = cls.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert type(loaded) is cls
+    for (name, expected), (loaded_name, tensor) in zip(
+        model.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
+        assert name == loaded_name and torch.equal(expected, tensor)
+    # As transformers' own tests do: what is not given is initialised, and named.
+    empty, info = cls.from_pretrained(None, config=model.config, state_dict={}, output_loading_info=True)
+    assert set(info["missing_keys"]) == model.state_dict().keys()
+    assert all(torch.isfinite(parameter).all() for parameter in empty.parameters())
+    assert empty.embedding_head.logit_scale.item() == pytest.approx(model.config.logit_scale_init_value)
 
 
 def test_loading_with_another_head_than_saved_raises(llava, tmp_path):

@@ -1,4 +1,4 @@
-"""What the remote code may do, read from its syntax trees, and whom this package trusts."""
+"""What the remote code may do, read from its syntax trees, and whose code this package trusts."""
 
 import ast
 from pathlib import Path
@@ -17,31 +17,23 @@ LIBRARIES = {"torch", "transformers", "PIL", "safetensors"}
 STANDARD = {"collections", "contextlib", "dataclasses", "functools", "inspect", "itertools", "json", "logging"} | {
     *("math", "os", "pathlib", "shutil", "typing")
 }
-# Loaded by sentence-transformers alone, and by nobody else.
+# Only sentence-transformers loads this file.
 GUESTS = {"sentence_unigd.py": {"sentence_transformers"}}
-# `os` and `shutil` for these alone.
+# All that is used of `os` and `shutil`.
 OF_OS, OF_SHUTIL = {"os.PathLike", "os.path"}, {"shutil.copyfile"}
 EVALUATES = {"eval", "exec", "compile", "__import__", "globals", "breakpoint", "input"}
-# Every function that opens, writes or removes a file, and whose: the checkpoint's, or a picture that the user names.
+# Every function that opens, writes or removes a file: one of the checkpoint's, or an image that the user names.
 FILES = {
-    "modeling_unigd.py": {"_save_companions", "_save_sentence_transformer"},
+    "checkpoint_unigd.py": {"save_companions", "_save_sentence_module"},
     "probe_unigd.py": {"save_probe", "load_probe"},
     "processing_unigd.py": {"save_pretrained"},
     "sentence_unigd.py": {"_parts"},
-    "adapter_unigd.py": {"load_base_model"},
+    "sentence_files_unigd.py": {"save_sentence_files"},
+    "adapter_unigd.py": {"_load_base_model"},
 }
 OPENS = {
-    "open",
-    "read_text",
-    "read_bytes",
-    "write_text",
-    "write_bytes",
-    "unlink",
-    "rmdir",
-    "rename",
-    "replace_file",
-} | {
-    *("load_file", "save_file", "copyfile", "mkdir", "touch", "symlink_to", "hardlink_to", "chmod", "glob", "iterdir")
+    *("open", "read_text", "read_bytes", "write_text", "write_bytes", "unlink", "rmdir", "rename", "replace_file"),
+    *("load_file", "save_file", "copyfile", "mkdir", "touch", "symlink_to", "hardlink_to", "chmod", "glob", "iterdir"),
 }
 
 
@@ -58,15 +50,17 @@ def imported(module):
 
 
 def called(node):
-    """Name of what a call calls: `open` of `Image.open(...)` too."""
+    """The name of the function that a call calls, without its module: `open` of `Image.open(...)`."""
     function = node.func
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
 
 
-def test_there_is_remote_code():
-    assert {"modeling_unigd.py", "processing_unigd.py", "configuration_unigd.py"} <= {
-        file.name for file in REMOTE_CODE
-    }
+def test_a_checkpoint_holds_exactly_this_code(llava, tmp_path):
+    model, model.processor = llava
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.py")} == {file.name for file in REMOTE_CODE}
+    for file in REMOTE_CODE:
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("file", REMOTE_CODE, ids=lambda file: file.name)
@@ -119,7 +113,7 @@ def test_the_test_would_notice_a_file(code, tmp_path):
 
 
 def test_we_trust_no_code_that_the_user_did_not_name():
-    """`trust_remote_code=True` is the user's to say; only code that they have trusted trusts its own checkpoint."""
+    """Only users decide on `trust_remote_code=True`. Code that they have trusted may trust its own checkpoint."""
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(tree(file)):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
