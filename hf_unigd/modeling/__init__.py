@@ -3,6 +3,8 @@
 Nothing here imports `hf_unigd`; siblings are imported with one dot, since transformers copies the files flat.
 """
 
+import transformers  # noqa: F401 - first of all: its import registers the classes (hf_unigd/registration.py)
+
 from .configuration_unigd import UniGDConfig
 from .modeling_unigd import (
     UniGDCausalLMOutput,
