@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from hf_unigd import UniGDProcessor
-from hf_unigd.quickstart.run import QuickstartArguments
+from hf_unigd.quickstart.arguments import QuickstartArguments
 from hf_unigd.quickstart.sugar import make_trainer, measure, prepare
 
 
@@ -39,7 +39,7 @@ ARMS: dict[str, dict] = {
 }
 
 
-def run_seed(seed: int, arms: list[str], max_steps: int) -> dict[str, dict[str, float]]:
+def run_seed(seed: int, arms: list[str], max_steps: int | None) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         args = QuickstartArguments(recipe="sugar", output=folder, max_steps=max_steps, seed=seed)
         train, test, teachers, model, processor = prepare(args)
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--max_steps", type=int, default=0, help="0, the default, takes the quickstart's number")
+    parser.add_argument("--max_steps", type=int, default=None, help="number of steps; defaults to the quickstart's")
     parser.add_argument("--output", default=None, help="JSON file to write")
     args = parser.parse_args()
     start = time.time()

@@ -1,26 +1,20 @@
 """hf-unigd: vision-language models that retrieve and still speak.
 
-Importing the package registers its classes with transformers' Auto classes and nothing more: training, data and
-evaluation load on first use.
+The import is lazy: each name below loads its module at its first use. The classes are registered with transformers'
+Auto classes all the same ([`~hf_unigd.registration`]).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
-
-from .modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
+from .registration import register_with_transformers
 from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .hub import load_checkpoint
+    from .modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
     from .trainer import UniGDDataCollator, UniGDTrainer, UniGDTrainingArguments
-
-AutoConfig.register("unigd", UniGDConfig)
-AutoModel.register(UniGDConfig, UniGDModel)
-AutoModelForImageTextToText.register(UniGDConfig, UniGDForConditionalGeneration)
-AutoModelForMultimodalLM.register(UniGDConfig, UniGDForConditionalGeneration)
-AutoProcessor.register(UniGDConfig, UniGDProcessor)
 
 __all__ = [
     "UniGDConfig",
@@ -31,10 +25,31 @@ __all__ = [
     "UniGDTrainer",
     "UniGDTrainingArguments",
     "__version__",
+    "load_checkpoint",
 ]
+
+_MODULES = {
+    "load_checkpoint": "hub",
+    "UniGDConfig": "modeling",
+    "UniGDForConditionalGeneration": "modeling",
+    "UniGDModel": "modeling",
+    "UniGDProcessor": "modeling",
+    "UniGDDataCollator": "trainer",
+    "UniGDTrainer": "trainer",
+    "UniGDTrainingArguments": "trainer",
+}
 
 
 def __getattr__(name: str):
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".trainer", __name__), name)
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,1 +1,1 @@
-"""The `hf-unigd` command: one thin file a sub-command."""
+"""The `hf-unigd` command, with one file for each sub-command."""

@@ -1,27 +1,27 @@
-"""`hf-unigd evaluate`: recall both ways and caption perplexity of a checkpoint on a dataset."""
+"""Measure a checkpoint on a dataset: retrieval recall in both directions, and perplexity of captions and answers."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from trl import TrlParser
-
 from ..hub import load_checkpoint
 from ..trainer import UniGDScriptArguments, UniGDTrainer, UniGDTrainingArguments
-from .inference import InferenceArguments
+from .arguments import CheckpointArguments
+from .parser import CommandParser
 
 
 @dataclass
-class EvaluateArguments(InferenceArguments):
-    output: str | None = field(default=None, metadata={"help": "A JSON file for the metrics."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows, counted in the log."})
+class EvaluateArguments(CheckpointArguments):
+    output: str | None = field(default=None, metadata={"help": "JSON file to write the metrics to."})
+    batch_size: int = field(default=32, metadata={"help": "Number of rows per forward pass."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((EvaluateArguments, UniGDScriptArguments), prog="hf-unigd evaluate")
-    args, script_args = parser.parse_args_and_config(argv)
-    model, processor = load_checkpoint(args.model, **args.model_kwargs())
+    parser = CommandParser("evaluate", EvaluateArguments, UniGDScriptArguments, description=__doc__)
+    args, script_args = parser.parse(argv)
+    model, processor = load_checkpoint(args.model, dtype=args.dtype)
     with TemporaryDirectory() as folder:
         training_args = UniGDTrainingArguments(
             output_dir=folder,

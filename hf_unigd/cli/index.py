@@ -1,35 +1,44 @@
-"""`hf-unigd index`: embeds a dataset into a folder that can be searched and asked."""
+"""
+Embed a dataset into an index that `hf-unigd search` and `hf-unigd answer` query. An interrupted run continues where it
+stopped when it is started again.
+"""
 
 from dataclasses import dataclass, field
-
-from trl import TrlParser
 
 from ..hub import load_checkpoint
 from ..retrieval import build_index
 from ..trainer import UniGDScriptArguments
-from .inference import InferenceArguments
+from .arguments import CheckpointArguments, accelerator
+from .parser import CommandParser
 
 
 @dataclass
-class IndexArguments(InferenceArguments):
-    output: str = field(default="index", metadata={"help": "Folder to write, or to go on with."})
+class IndexArguments(CheckpointArguments):
+    output: str = field(default="index", metadata={"help": "Folder to write, or to continue in."})
+    batch_size: int = field(default=32, metadata={"help": "Number of rows per forward pass."})
     faiss: str | None = field(
         default=None,
-        metadata={"help": "Search by this FAISS index (Flat, HNSW32, 'IVF1024,Flat', ...) instead of exactly."},
+        metadata={
+            "help": "FAISS index to search with: Flat, HNSW32, 'IVF1024,Flat', ... The search is exact without."
+        },
     )
     truncate_dim: int | None = field(default=None, metadata={"help": "Matryoshka prefix of the embeddings to keep."})
-    store_images: bool = field(default=True, metadata={"help": "Keep pictures, to be shown and put into prompts."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows, counted in the log."})
-    rows_per_part: int = field(default=1000, metadata={"help": "Rows that an interruption can cost."})
-    overwrite: bool = field(default=False, metadata={"help": "Throw away the index that the folder has."})
+    store_images: bool = field(
+        default=True, metadata={"help": "Keep the images, which plots and `hf-unigd answer --use_images` need."}
+    )
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
+    rows_per_part: int = field(
+        default=1000, metadata={"help": "Number of rows per file. An interrupted run loses at most these."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete the index that the folder holds."})
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((IndexArguments, UniGDScriptArguments), prog="hf-unigd index")
-    args, script_args = parser.parse_args_and_config(argv)
-    model, processor = load_checkpoint(args.model, **args.model_kwargs())
+    parser = CommandParser("index", IndexArguments, UniGDScriptArguments, description=__doc__)
+    args, script_args = parser.parse(argv)
+    model, processor = load_checkpoint(args.model, dtype=args.dtype)
     index = build_index(
-        model.to(args.device()),
+        model.to(accelerator()),
         processor,
         script_args.load_rows(script_args.dataset_test_split),
         args.output,

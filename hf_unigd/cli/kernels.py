@@ -1,20 +1,17 @@
-"""hf-unigd kernels: the alignment kernels as a repository for the `kernels` library."""
+"""Save the alignment kernels as a repository for the `kernels` library, ready to be pushed."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ..kernels.export import export
+from .parser import CommandParser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="hf-unigd kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help="write the repository, ready to be pushed")
-    command.add_argument("directory", metavar="DIR", help="a new or empty folder")
-    arguments = parser.parse_args(argv)
-    try:
-        print(f"Wrote {export(arguments.directory)}")
-    except ValueError as error:
-        parser.error(str(error))
+@dataclass
+class KernelsArguments:
+    action: str = field(metadata={"metavar": "export", "help": "What to do.", "choices": ["export"]})
+    directory: str = field(metadata={"metavar": "DIR", "help": "New or empty folder to write."})
+
+
+def main(argv: list[str]) -> None:
+    (args,) = CommandParser("kernels", KernelsArguments, description=__doc__).parse(argv)
+    print(f"Wrote {export(args.directory)}")

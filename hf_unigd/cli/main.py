@@ -1,44 +1,58 @@
-"""Entry point of `hf-unigd`."""
+"""Entry point of `hf-unigd`. A command's module, and with it torch, is imported when the command runs."""
 
 import sys
 from importlib import import_module
 
-from .. import __version__
+from ..version import __version__
 
 
 COMMANDS = {
-    "quickstart": "Train a small LLaVA on icons, from nothing to a checkpoint, in minutes",
+    "quickstart": "Train a small LLaVA on drawn icons in minutes, offline, and show what it finds and says",
     "train": "Train a vision-language model with the joint objective",
-    "embed-slices": "Run the structure loss's teachers over a dataset once",
-    "evaluate": "Recall both ways and caption perplexity of a checkpoint on a dataset",
-    "index": "Embed a dataset into a folder that can be searched and asked",
-    "search": "Search an index by text, image, or both",
-    "answer": "Answer a question with what an index knows about it",
-    "explain": "Draw which images and sentences of two sequences the alignment kernel brings together",
-    "push": "Push a saved checkpoint to the Hub in one commit",
-    "doctor": "Examine a checkpoint: tensors, prompts, probe, and which of its consumers will work here",
-    "merge": "Merge an adapter into the model beneath it",
-    "export": "Write a checkpoint as a plain LLaVA that servers know, without remote code",
-    "generate": "Generate text from an image, a text, or both",
-    "kernels": "Export the alignment kernels as a repository for the kernels library",
+    "embed-slices": "Embed the images and sentences of a dataset with the structure loss's teachers",
+    "evaluate": "Measure a checkpoint's retrieval recall and caption perplexity on a dataset",
+    "index": "Embed a dataset into a searchable index",
+    "search": "Search an index with a text, images, or both",
+    "answer": "Answer a question with what an index holds about it",
+    "generate": "Generate text from images, a text, or both",
+    "explain": "Plot how the alignment kernel matches the images and sentences of two rows",
+    "push": "Upload a saved checkpoint to the Hub in one commit",
+    "doctor": "Check a checkpoint, and which libraries can load it here",
+    "merge": "Merge an adapter into its base model",
+    "export": "Save a checkpoint as a plain model of its backbone's family, for servers without remote code",
+    "kernels": "Save the alignment kernels as a repository for the kernels library",
 }
+
+HELP = """\
+usage: hf-unigd COMMAND [ARGUMENT ...] [--NAME VALUE ...] [--config FILE.yaml]
+       hf-unigd COMMAND --help
+       hf-unigd --version
+
+Vision-language models that embed, retrieve and generate.
+
+commands:
+{commands}
+
+`hf-unigd COMMAND --help` lists the arguments of a command. Each argument may also be a key of a YAML file that
+`--config FILE.yaml` names; an argument on the command line overrides the file:
+
+  hf-unigd train --config recipe.yaml --learning_rate 5e-5
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
-        listing = "\n".join(f"  {name:<14} {text}" for name, text in COMMANDS.items())
-        print(f"usage: hf-unigd COMMAND [--config FILE.yaml] [--help] ...\n\n{listing}")
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:<14} {line}" for name, line in COMMANDS.items())), end="")
         return
-    command, *rest = arguments
     if command == "--version":
         print(__version__)
         return
     if command not in COMMANDS:
-        sys.exit(f"hf-unigd: there is no command {command!r}; there are {', '.join(COMMANDS)}")
+        sys.exit(f"hf-unigd: there is no command {command!r}. The commands are {', '.join(COMMANDS)}.")
     module = import_module(f".{command.replace('-', '_')}", __package__)
     try:
         module.main(rest)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        # What a user can mend gets its message alone; anything else is a fault of ours and keeps its traceback.
+        # Errors that a user can fix are shown without a traceback. Any other is a bug, and keeps it.
         sys.exit(f"hf-unigd {command}: {error}")

@@ -1,28 +1,22 @@
-"""`hf-unigd merge`: an adapter and the model beneath it as one checkpoint."""
+"""Merge an adapter into its base model and save the result as a whole checkpoint."""
 
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
 from ..hub import merge_adapter
+from .arguments import dtype_field
+from .parser import CommandParser
 
 
 @dataclass
 class MergeArguments:
-    adapter: str = field(metadata={"help": "The adapter: a Hub id or a folder."})
-    output: str = field(metadata={"help": "Folder to write."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Data type to merge and save in: that of the model beneath, or float32, where a merge is exact.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+    adapter: str = field(metadata={"help": "Adapter: a Hub id or a folder."})
+    output: str = field(metadata={"help": "New or empty folder to write."})
+    dtype: str = dtype_field(
+        "Data type to merge and save in. The merge is exact in float32. With `auto` it is the base model's data type."
     )
 
 
 def main(argv: list[str]) -> None:
-    # The one thing that it takes may be given without its name.
-    argv = ["--adapter", *argv] if argv and not argv[0].startswith("-") else argv
-    (args,) = TrlParser((MergeArguments,), prog="hf-unigd merge").parse_args_and_config(argv)
+    (args,) = CommandParser("merge", MergeArguments, description=__doc__).parse(argv)
     merge_adapter(args.adapter, args.output, dtype=args.dtype)
     print(f"The merged checkpoint is in {args.output}")

@@ -1,29 +1,27 @@
-"""What the commands that query an index share."""
+"""Arguments and steps that the commands on an index have in common."""
 
 from dataclasses import dataclass, field
 from textwrap import shorten
 
-from ..data.images import open_image
 from ..evaluation.figures import draw_retrieval
 from ..hub import load_checkpoint
 from ..retrieval import EmbeddingIndex, Hit
-from .inference import accelerator
+from .arguments import accelerator, dtype_field, open_images
 
 
 @dataclass
 class QueryArguments:
     index: str = field(metadata={"help": "Folder that `hf-unigd index` wrote."})
-    image: list[str] | None = field(default=None, metadata={"help": "One or more pictures of the query."})
-    output: str | None = field(default=None, metadata={"help": "A PNG of the entries found."})
+    image: list[str] | None = field(default=None, metadata={"help": "One or more image files of the query."})
+    output: str | None = field(default=None, metadata={"help": "PNG file to plot the entries found in."})
     model: str | None = field(
-        default=None, metadata={"help": "Where the index's model is now. By default, where it was."}
+        default=None,
+        metadata={"help": "Hub id or folder of the model that made the index, if it is no longer where it was."},
     )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Data type of the backbone.", "choices": ["auto", "bfloat16", "float16", "float32"]},
-    )
+    dtype: str = dtype_field("Data type to load the backbone in.")
     faiss_parameters: str | None = field(
-        default=None, metadata={"help": "Of an index searched by FAISS, in its own words: nprobe=16, efSearch=64."}
+        default=None,
+        metadata={"help": "Search parameters of a FAISS index, as FAISS writes them: nprobe=16, efSearch=64."},
     )
 
     def load(self):
@@ -35,13 +33,13 @@ class QueryArguments:
         return index, model.to(accelerator()), processor
 
     def sequence(self, text: str | None) -> list:
-        """Pictures, then the text."""
-        return [*(open_image(file) for file in self.image or []), *([text] if text else [])]
+        """The images of the query, followed by `text`."""
+        return [*open_images(self.image), *([text] if text else [])]
 
     def show(self, hits: list[Hit], title: str) -> None:
-        """Prints the entries, and draws them where that was asked for."""
+        """Prints the entries found, and plots them if `--output` is given."""
         for place, hit in enumerate(hits, 1):
             print(f"{place:>3}  {hit.score:.3f}  row {hit.row:<8} {shorten(hit.text, 120)}")
         if self.output:
             draw_retrieval([(title, [(hit.image, hit.text, None) for hit in hits])], self.output)
-            print(f"Pictures in {self.output}")
+            print(f"The entries are plotted in {self.output}")

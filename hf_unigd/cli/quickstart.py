@@ -1,14 +1,14 @@
-"""`hf-unigd quickstart`: a small LLaVA trained on icons or stories, from nothing to a checkpoint, in minutes."""
+"""
+Train a small LLaVA from scratch and offline, in minutes, on drawn icons (VladVA) or on stories told with them (Sugar).
+Prints what it learned and saves the checkpoint.
+"""
 
-from trl import TrlParser
-
-from ..quickstart.run import QuickstartArguments, run
+from ..quickstart.arguments import QuickstartArguments
 from ..quickstart.sugar import run_sugar
+from ..quickstart.vladva import run_vladva
+from .parser import CommandParser
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((QuickstartArguments,), prog="hf-unigd quickstart").parse_args_and_config(argv)
-    if args.recipe == "sugar":
-        run_sugar(args)
-    else:
-        run(args)
+    (args,) = CommandParser("quickstart", QuickstartArguments, description=__doc__).parse(argv)
+    {"vladva": run_vladva, "sugar": run_sugar}[args.recipe](args)

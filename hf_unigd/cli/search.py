@@ -1,16 +1,15 @@
-"""`hf-unigd search`: the entries of an index that are most similar to a text, an image, or both."""
+"""Search an index for the entries that are most similar to a text, images, or both."""
 
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
+from .parser import CommandParser
 from .query import QueryArguments
 
 
 @dataclass
 class SearchArguments(QueryArguments):
     query: str | None = field(default=None, metadata={"help": "Text to search for."})
-    k: int = field(default=5, metadata={"help": "How many entries to show."})
+    k: int = field(default=5, metadata={"help": "Number of entries to show."})
 
     def __post_init__(self):
         if self.query is None and self.image is None:
@@ -18,7 +17,7 @@ class SearchArguments(QueryArguments):
 
 
 def main(argv: list[str]) -> None:
-    (args,) = TrlParser((SearchArguments,), prog="hf-unigd search").parse_args_and_config(argv)
+    (args,) = CommandParser("search", SearchArguments, description=__doc__).parse(argv)
     index, model, processor = args.load()
     (hits,) = index.search(model, processor, [args.sequence(args.query)], args.k)
     args.show(hits, args.query or " ".join(args.image))

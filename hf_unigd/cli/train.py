@@ -1,14 +1,15 @@
-"""`hf-unigd train`: the joint objective on any model and rows."""
-
-from trl import TrlParser
+"""Train a vision-language model with the joint objective: contrastive, structure-inducing and next-token losses."""
 
 from ..trainer import UniGDModelConfig, UniGDScriptArguments, UniGDTrainer, UniGDTrainingArguments
 from ..trainer.loading import load_for_training
+from .parser import CommandParser
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((UniGDScriptArguments, UniGDTrainingArguments, UniGDModelConfig), prog="hf-unigd train")
-    script_args, training_args, model_args = parser.parse_args_and_config(argv)
+    parser = CommandParser(
+        "train", UniGDScriptArguments, UniGDTrainingArguments, UniGDModelConfig, description=__doc__
+    )
+    script_args, training_args, model_args = parser.parse(argv)
 
     model, processor, peft_config = load_for_training(model_args, training_args.seed)
     evaluates = training_args.eval_strategy != "no"

@@ -3,6 +3,8 @@
 They never import `hf_unigd`, and import each other with one dot, because transformers copies them into one folder.
 """
 
+import transformers  # noqa: F401 - first of all: its import registers the classes (hf_unigd/registration.py)
+
 from .configuration_unigd import UniGDConfig
 from .modeling_unigd import (
     UniGDCausalLMOutput,

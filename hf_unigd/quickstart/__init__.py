@@ -1,1 +1,1 @@
-"""The main job on the embedded default: a small LLaVA trained on icons, from nothing to a checkpoint, in minutes."""
+"""Both recipes on data drawn in code: a small LLaVA is trained from scratch in minutes, without a download."""

@@ -1,4 +1,4 @@
-"""A CLIP of a million parameters, trained on the icons in a minute: the cross-modal teacher when no hub is at hand."""
+"""A CLIP of about a million parameters, trained on icons in a minute: a cross-modal teacher without a download."""
 
 import random
 
@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, LlavaProcessor
 
 
 def build_clip(processor: LlavaProcessor, hidden_size: int = 128, layers: int = 4, seed: int = 0) -> CLIPModel:
-    """A randomly initialised CLIP whose pictures and texts are those of `processor`."""
+    """A randomly initialised CLIP for the images and the tokens of `processor`."""
     tokenizer = processor.tokenizer
     stack = {
         "hidden_size": hidden_size,
@@ -47,7 +47,7 @@ def train_clip(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    """Trains on pictures with several texts each, one drawn a step, by CLIP's own loss."""
+    """Trains with CLIP's own loss on images with several texts each, one of which is drawn at every step."""
     draw = random.Random(seed)
     pixels = processor.image_processor([image for image, _ in pairs], return_tensors="pt")["pixel_values"]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)

@@ -1,4 +1,4 @@
-"""A LLaVA of a few million parameters and its processor, built in code without a download."""
+"""A LLaVA of less than two million parameters and its processor, built in code without a download."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -6,7 +6,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
-# LLaVA-1.5's, with room for several turns.
+IMAGE_SIZE, PATCH_SIZE = 48, 12
+
+# LLaVA-1.5's template, for several turns.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -15,8 +17,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor(texts: list[str], image_size: int, patch_size: int, vocab_size: int = 2000) -> LlavaProcessor:
-    """A processor whose byte-level BPE tokenizer is trained on `texts`."""
+def build_processor(
+    texts: list[str], image_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE, vocab_size: int = 2000
+) -> LlavaProcessor:
+    """A processor whose byte-level BPE tokenizer is trained on `texts`. Sizes are in pixels."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -49,7 +53,7 @@ def build_processor(texts: list[str], image_size: int, patch_size: int, vocab_si
 def build_llava(
     processor: LlavaProcessor, hidden_size: int = 128, vision_layers: int = 4, text_layers: int = 2, seed: int = 0
 ) -> LlavaForConditionalGeneration:
-    """A randomly initialised LLaVA that fits `processor`: a CLIP vision tower, a projector and a Llama."""
+    """A randomly initialised LLaVA for the inputs of `processor`: a CLIP vision tower, a projector and a Llama."""
     tokenizer = processor.tokenizer
     image_size = processor.image_processor.crop_size["height"]
     stack = {
@@ -74,7 +78,7 @@ def build_llava(
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
-            "initializer_range": hidden_size**-0.5,  # the usual 0.02 is for models a hundred times wider
+            "initializer_range": hidden_size**-0.5,  # the usual 0.02 suits models that are much wider
             **stack,
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),

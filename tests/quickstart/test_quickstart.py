@@ -1,17 +1,21 @@
-"""The quickstart in small: every file and number it promises, in a few steps."""
+"""Both recipes in a few steps: every file and number that they promise."""
 
+import copy
 import json
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from hf_unigd.cli.main import main
-from hf_unigd.quickstart import run as quickstart
-from hf_unigd.quickstart import sugar
+from hf_unigd.data import load_icons
+from hf_unigd.quickstart import sugar, vladva
+from hf_unigd.quickstart.fresh_process import check_in_fresh_process
 
 
-def test_it_writes_what_it_promises(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quickstart, "VIEWS", 1)
+def test_the_vladva_recipe_writes_what_it_promises(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vladva, "VIEWS", 1)
     main(["quickstart", "--output", str(tmp_path), "--max_steps", "3", "--batch_size", "16"])
     printed = capsys.readouterr().out
     assert "text to image, R@1" in printed and "Reloaded in a fresh process without hf-unigd" in printed
@@ -32,33 +36,54 @@ def test_it_writes_what_it_promises(tmp_path, capsys, monkeypatch):
 
 def test_a_checkpoint_that_differs_in_a_fresh_process_is_reported(tmp_path, monkeypatch, llava):
     model, processor = llava
-    rows = quickstart.load_icons("test", size=16)
+    row = load_icons("test", size=16)[0]
+    inputs = row["image"], row["short_caption"], tmp_path
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    quickstart.check_in_fresh_process(model, processor, rows, tmp_path)
+    image, text = model.embed(**processor.process_sequences([[row["image"]], row["short_caption"]]))
+    assert check_in_fresh_process(model, processor, *inputs) == pytest.approx((image @ text).item(), abs=1e-4)
     model.vlm.get_input_embeddings().weight.data *= 1.5
-    with pytest.raises(RuntimeError, match="A fresh process finds a similarity of"):
-        quickstart.check_in_fresh_process(model, processor, rows, tmp_path)
+    with pytest.raises(RuntimeError, match="The similarity in a fresh process is"):
+        check_in_fresh_process(model, processor, *inputs)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(RuntimeError, match="does not load in a fresh process"):
-        quickstart.check_in_fresh_process(model, processor, rows, tmp_path)
+        check_in_fresh_process(model, processor, *inputs)
+    assert not (tmp_path / "query.png").exists()
 
 
 def test_the_sugar_recipe_compares_with_and_without_the_structure_loss(tmp_path, capsys, monkeypatch):
     for name, value in (("STORIES", 40), ("TEST_STORIES", 20), ("CAST", 20), ("CLIP_STEPS", 2)):
         monkeypatch.setattr(sugar, name, value)
+    make_trainer, initial, trainers = sugar.make_trainer, [], []
+
+    def recorded(model, *args, **kwargs):
+        initial.append(copy.deepcopy(model.embedding_head.state_dict()))
+        trainers.append(make_trainer(model, *args, **kwargs))
+        return trainers[-1]
+
+    monkeypatch.setattr(sugar, "make_trainer", recorded)
     main(["quickstart", "--recipe", "sugar", "--output", str(tmp_path), "--max_steps", "2", "--batch_size", "4"])
     printed = capsys.readouterr().out
-    assert "five captions, four pictures, R@10" in printed
+    assert "five captions, four images, R@10" in printed
     assert "Reloaded in a fresh process without hf-unigd" in printed
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["with_structure"] != metrics["without_structure"]
-    assert set(metrics["before"]) == set(metrics["with_structure"])
+    assert set(metrics["before"]) == set(metrics["without_structure"]) == set(metrics["with_structure"])
+    # Both arms start from the same head, which the structure loss alone trains, and the arm with it is saved.
+    same, other = initial
+    assert all(torch.equal(tensor, other[name]) for name, tensor in same.items())
+    without, with_structure = (trainer.model.embedding_head.projection.state_dict() for trainer in trainers)
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, tensor in with_structure.items():
+        start = same[f"projection.{name}"]
+        # Adam's steps are as long as the learning rate, 1e-4 here; without the loss there is weight decay alone.
+        assert (without[name] - start).abs().max() < 1e-5 < (tensor - start).abs().max(), name
+        assert torch.equal(saved[f"embedding_head.projection.{name}"], tensor), name
     processor = json.loads((tmp_path / "processor_config.json").read_text())
     assert processor["embedding_position"] == "last_slice"
     assert "(Sugar)" in (tmp_path / "README.md").read_text()
 
 
-def test_an_unknown_recipe_is_refused():
+def test_an_unknown_recipe_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["quickstart", "--recipe", "unknown"])
+    assert "argument --recipe: invalid choice: 'unknown'" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""Arguments that several commands have in common."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data.images import open_image
+
+
+def dtype_field(help: str) -> Any:
+    """A dataclass field for a floating-point type, by default the one that the checkpoint is saved in."""
+    return field(default="auto", metadata={"help": help, "choices": ["auto", "bfloat16", "float16", "float32"]})
+
+
+@dataclass
+class CheckpointArguments:
+    model: str = field(metadata={"help": "Trained checkpoint or adapter: a Hub id or a folder."})
+    dtype: str = dtype_field("Data type to load the backbone in.")
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
+
+
+@dataclass
+class SamplingArguments:
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens to generate."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature. 0 decodes greedily."})
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"`--temperature {self.temperature:g}` must not be negative.")
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `generate`."""
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
+
+
+def open_images(files: list[str] | None, folder: str | None = None) -> list[Image.Image]:
+    """
+    The images that `--image` names.
+
+    Raises:
+        ValueError: a file is missing or is not an image.
+    """
+    try:
+        return [open_image(file, folder) for file in files or []]
+    except ValueError as error:
+        raise ValueError(f"`--image` {error}") from error
+
+
+def accelerator() -> torch.device:
+    """The GPU or other accelerator of this machine, otherwise its CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")

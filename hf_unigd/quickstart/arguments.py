@@ -1,0 +1,66 @@
+"""Arguments of `hf-unigd quickstart`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..trainer import UniGDTrainingArguments
+
+
+# Values of the arguments that are not given, by recipe.
+DEFAULTS = {
+    "vladva": {"output": "runs/quickstart", "max_steps": 650, "batch_size": 128},
+    "sugar": {"output": "runs/quickstart-sugar", "max_steps": 600, "batch_size": 32},
+}
+
+
+@dataclass
+class QuickstartArguments:
+    recipe: str = field(
+        default="vladva",
+        metadata={"help": "Paper whose objective to train with: VladVA or Sugar.", "choices": list(DEFAULTS)},
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Folder to write, runs/quickstart or runs/quickstart-sugar by default."}
+    )
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Number of training steps, 650 (VladVA) or 600 (Sugar) by default."}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Number of rows per step, 128 (VladVA) or 32 (Sugar) by default."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the data, the initial weights and the order of the rows."})
+
+    def __post_init__(self):
+        for name, value in DEFAULTS[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("max_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name} {getattr(self, name)}` must be positive.")
+
+    @property
+    def folder(self) -> Path:
+        """The folder to write."""
+        assert self.output is not None  # __post_init__ has set it
+        return Path(self.output)
+
+    def training_arguments(self, **recipe) -> UniGDTrainingArguments:
+        """The training arguments of both recipes and, as keyword arguments, those of one."""
+        return UniGDTrainingArguments(
+            output_dir=str(self.folder),
+            max_steps=self.max_steps,
+            per_device_train_batch_size=self.batch_size,
+            learning_rate=2e-3,
+            warmup_steps=20,
+            weight_decay=0.05,
+            adam_beta2=0.98,
+            freeze_vision_tower=False,  # the projector is new and must be trained, even to a tower that is frozen
+            check_rows=False,  # the rows are drawn in code
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            seed=self.seed,
+            save_strategy="no",
+            report_to=[],
+            **recipe,
+        )

@@ -1,0 +1,141 @@
+"""VladVA on drawn icons: build a small LLaVA, measure it, train it, measure it again, and show what it does."""
+
+import time
+from pathlib import Path
+
+from ..data import load_icons
+from ..data.icons import HELD_OUT
+from ..evaluation import rank_candidates
+from ..evaluation.figures import draw_retrieval
+from ..hub.cards import RETRIEVAL_NAME
+from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..retrieval import embed_sequences
+from ..trainer import UniGDTrainer
+from .arguments import QuickstartArguments
+from .fresh_process import check_in_fresh_process
+from .results import write_card, write_metrics
+from .small_llava import IMAGE_SIZE, build_llava, build_processor
+
+
+VIEWS = 12
+SHOWN_QUERIES, SHOWN_RESULTS = 8, 5
+
+
+def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
+    """
+    Trains a small LLaVA on icons with the VladVA objective, and writes to `args.output` the checkpoint with its card,
+    `metrics.json` and `retrieval.png`.
+
+    Returns:
+        The metrics of each stage: `before`, `after` and `chance`.
+
+    Raises:
+        ImportError: the icon font is not installed.
+        RuntimeError: the checkpoint gives another similarity in a fresh process.
+    """
+    start = time.perf_counter()
+    output = args.folder
+    train = load_icons("train", views=VIEWS, size=IMAGE_SIZE, seed=args.seed)
+    test = load_icons("test", size=IMAGE_SIZE)
+    model, processor = build(train, args.seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"A LLaVA of {parameters / 1e6:.1f} million parameters.")
+    print(f"{len(train)} images of {len(train) // VIEWS} icons to train on, {len(test)} other icons to test on.")
+
+    training_args = args.training_arguments(per_device_eval_batch_size=250, causal_lm_weight=0.5, logging_steps=25)
+    trainer = UniGDTrainer(model, training_args, train_dataset=train, eval_dataset=test, processing_class=processor)
+    before = measure(trainer)
+    trainer.train()
+    after = measure(trainer)
+    chance = {
+        f"{direction}_recall_at_{k}": k / HELD_OUT
+        for direction in ("anchor_to_positive", "positive_to_anchor")
+        for k in (1, 5, 10)
+    }
+    metrics = {"before": before, "after": after, "chance": chance}
+    minutes = (time.perf_counter() - start) / 60
+
+    trainer.save_model()
+    plot_retrieval(model, processor, test, output / RETRIEVAL_NAME)
+    write_card(
+        args,
+        after,
+        minutes,
+        summary="a small LLaVA built in code, trained from scratch on drawn icons by `hf-unigd quickstart`.",
+        dataset="Material Design icons, held out",
+        objective="InfoNCE + next-token, 1 : 0.5 (VladVA)",
+    )
+    show_metrics(metrics)
+    show_captions(model, processor, test)
+    similarity = check_in_fresh_process(model, processor, test[0]["image"], test[0]["short_caption"], output)
+    print(f"\nReloaded in a fresh process without hf-unigd: the same similarity, {similarity:.4f}.")
+
+    minutes = (time.perf_counter() - start) / 60
+    write_metrics(args, metrics, minutes)
+    print(
+        f"\n{minutes:.1f} minutes. {output} holds the checkpoint, its card (README.md), {RETRIEVAL_NAME} and "
+        "metrics.json."
+    )
+    return metrics
+
+
+def build(train, seed: int) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
+    """An untrained model, and a processor whose tokenizer is trained on the training captions."""
+    captions = [
+        train[place][column] for place in range(len(train) // VIEWS) for column in ("short_caption", "long_caption")
+    ]
+    prompts = [
+        "Summarize the provided image in one word",
+        "Summarize the provided text in one word",
+        "USER: ASSISTANT:",
+    ]
+    processor = UniGDProcessor(build_processor(captions + prompts * 100))
+    return UniGDForConditionalGeneration.from_vlm(build_llava(processor.vlm_processor, seed=seed)), processor
+
+
+def measure(trainer: UniGDTrainer) -> dict[str, float]:
+    """Recall and perplexity on the test icons."""
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return {name: value for name, value in metrics.items() if "recall" in name or name == "perplexity"}
+
+
+def show_metrics(metrics: dict[str, dict[str, float]]) -> None:
+    """Prints a table of the metrics by stage."""
+    print(f"\n{'on icons not trained on':<28}{'before':>10}{'after':>10}{'chance':>10}")
+    for direction, title in (("anchor_to_positive", "image to text"), ("positive_to_anchor", "text to image")):
+        for k in (1, 5, 10):
+            row = [metrics[stage][f"{direction}_recall_at_{k}"] for stage in ("before", "after", "chance")]
+            print(f"{f'{title}, R@{k}':<28}" + "".join(f"{value:>10.1%}" for value in row))
+    before, after = metrics["before"]["perplexity"], metrics["after"]["perplexity"]
+    print(f"{'perplexity of captions':<28}{before:>10.1f}{after:>10.1f}")
+
+
+def spread(test, count: int) -> list[int]:
+    """Indices of `count` rows at equal distances: the icons are sorted by name, and neighbours share words."""
+    return list(range(0, len(test), len(test) // count))[:count]
+
+
+def show_captions(model, processor, test, count: int = 3) -> None:
+    """Prints captions that the model generates, each below the true one."""
+    rows = [test[place] for place in spread(test, count)]
+    batch = processor.process_sequences([[row["image"]] for row in rows], padding_side="left")
+    generated = model.generate(**batch, max_new_tokens=60, do_sample=False)
+    answers = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    print("\nGenerated captions:")
+    for row, answer in zip(rows, answers, strict=True):
+        print(f"  {row['long_caption']}\n    -> {answer.strip()}")
+
+
+def plot_retrieval(model, processor, test, file: Path) -> None:
+    """Plots text queries and their nearest images among all test images."""
+    images = embed_sequences(model, processor, [[test[place]["image"]] for place in range(len(test))], batch_size=250)
+    places = spread(test, SHOWN_QUERIES)
+    queries = [test[place]["short_caption"] for place in places]
+    ranking = rank_candidates(embed_sequences(model, processor, queries, show_progress=False), images, SHOWN_RESULTS)
+    draw_retrieval(
+        [
+            (query, [(test[hit]["image"], test[hit]["short_caption"], hit == place) for hit in hits])
+            for place, query, hits in zip(places, queries, ranking.tolist(), strict=True)
+        ],
+        file,
+    )
