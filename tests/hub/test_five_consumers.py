@@ -226,12 +226,13 @@ def test_a_consumer_without_our_code_embeds_and_speaks_the_same(way, consumer):
         for spoken in answers[name].get("spoken", []):
             assert spoken == expected[name]["spoken"], name
     assert compared == {"transformers": 7, "sentence-transformers": 6, "PEFT": 2, "plain LLaVA": 1}[consumer]
-    for name, answer in answers.items():
-        if "similarity" in answer:
+    if consumer == "sentence-transformers":
+        for name in ("whole", "adapter"):
             vectors = torch.tensor(expected[name]["embeddings"])
-            assert distance(answer["similarity"], vectors @ vectors.T) < 1e-5
-            assert distance(unit(torch.tensor(answer["truncated"])), unit(vectors[:2, :4])) < 1e-5
-    assert answers.get("loading", [[], []]) == [[], []]
+            assert distance(answers[name]["similarity"], vectors @ vectors.T) < 1e-5
+            assert distance(unit(torch.tensor(answers[name]["truncated"])), unit(vectors[:2, :4])) < 1e-5
+    if consumer == "plain LLaVA":
+        assert answers["loading"] == [[], []]
 
 
 def test_mteb_measures_the_recall_that_we_do(way):

@@ -1,6 +1,7 @@
 """The build of the C++ backend: not at import, once for all processes, and with eager if it fails."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -65,10 +66,17 @@ def test_the_build_uses_threads(compiled_backend):
     assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
 
 
-def test_other_flags_build_another_library(monkeypatch):
+def test_other_flags_versions_or_sources_build_another_library(monkeypatch, tmp_path):
     """The name depends on flags, torch version and sources, so that no stale library is loaded."""
-    names = set()
-    for flags in (compiled.FLAGS, [*compiled.FLAGS, "-DX"]):
-        monkeypatch.setattr(compiled, "FLAGS", flags)
-        names.add(compiled._library_name())
-    assert len(names) == 2
+    names = [compiled._library_name()]
+    sources = shutil.copytree(compiled.SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(compiled, "SOURCES", sources)
+    assert compiled._library_name() == names[0]
+    with next(sources.glob("*.cpp")).open("a") as file:
+        file.write("\n")
+    names.append(compiled._library_name())
+    monkeypatch.setattr(compiled.torch, "__version__", "2.99.0")
+    names.append(compiled._library_name())
+    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-DX"])
+    names.append(compiled._library_name())
+    assert len(set(names)) == 4

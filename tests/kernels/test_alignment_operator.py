@@ -1,7 +1,5 @@
 """The operators under opcheck, torch.compile, autocast, vmap and DDP, and the errors for bad input."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -116,7 +114,7 @@ def test_second_derivatives_are_refused():
     x.requires_grad_()
     log_k = alignment_kernel(x, offsets, bandwidth=1.0)
     (gradient,) = torch.autograd.grad(log_k.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         torch.autograd.grad(gradient.sum(), x)
 
 
@@ -243,4 +241,3 @@ def test_half_precision_and_int32_offsets():
     assert log_k.dtype == torch.float32
     log_k.sum().backward()
     assert x.grad.dtype == torch.float16
-    assert os.environ.get("TRITON_INTERPRET") is None  # the Triton tests have not changed this process

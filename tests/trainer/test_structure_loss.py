@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -146,12 +147,17 @@ def test_the_differentiable_form_aligns_the_models_own_slices(batch, normalizati
 
 
 def test_its_metrics_leave_pairs_of_one_sample_out(batch):
-    embeddings, inputs, _, samples = batch
+    embeddings, inputs, prefixes, samples = batch
     metrics = StructureLoss()(embeddings, **inputs, modality_columns=slice_columns(OWN, CROSS))
     others = torch.tensor(samples)[:, None] != torch.tensor(samples)[None, :]
     similarity = (embeddings @ embeddings.T).detach()[others]
+    reference = Reference(normalization="content")
+    target = torch.tensor([[reference.target(x, y) for y in prefixes] for x in prefixes], dtype=torch.double)[others]
     assert metrics["alignment_similarity"].item() == pytest.approx(similarity.mean().item())
-    assert -1 <= metrics["alignment_correlation"].item() <= 1
+    assert metrics["alignment_target"].item() == pytest.approx(target.mean().item())
+    correlation = np.corrcoef(similarity, target)[0, 1]
+    assert abs(correlation) > 0.01
+    assert metrics["alignment_correlation"].item() == pytest.approx(correlation)
     assert not metrics["alignment_target"].requires_grad
 
 

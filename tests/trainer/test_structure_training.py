@@ -154,7 +154,6 @@ def test_the_losses_mix_freely_and_fall(teacher_args, tmp_path, weights, kwargs)
             assert logs[0][f"{name}_gradient_norm"] > 0
         else:
             assert f"{name}_loss" not in logs[0]
-    assert -1 <= logs[-1]["alignment_correlation"] <= 1
 
 
 def test_positions_depend_on_row_epoch_and_seed_alone(teacher_args, tmp_path):
