@@ -24,7 +24,7 @@ LAYERS = [
     {"trainer"},
     {"evaluation"},
     {"retrieval"},
-    {"data", "hub"},
+    {"data", "hub", "registration"},
     {"modeling"},
     {"kernels", "version"},
 ]
