@@ -12,7 +12,7 @@ from ..retrieval import embed_sequences
 from .retrieval import rank_candidates, recall_metric
 
 
-def last_picture_recall(
+def last_image_recall(
     model: PreTrainedModel,
     processor: UniGDProcessor,
     stories: Sequence[dict[str, Any]],

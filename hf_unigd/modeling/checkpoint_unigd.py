@@ -213,7 +213,7 @@ class UniGDCheckpointModel(PreTrainedModel):
         """
         folder = Path(folder)
         (folder / PROBE_NAME).unlink(missing_ok=True)  # it may be another model's
-        processor = self.processor or self._processor_of_checkpoint()
+        processor = self.processor or self.processor_of_checkpoint()
         if processor is None:
             logger.warning(
                 "Saved %s without processor, probe and sentence-transformers' modules. Set `model.processor` to the "
@@ -245,7 +245,7 @@ class UniGDCheckpointModel(PreTrainedModel):
                             del hooked._forward_hooks[key]
         return vars(self).copy()
 
-    def _processor_of_checkpoint(self) -> UniGDProcessor | None:
+    def processor_of_checkpoint(self) -> UniGDProcessor | None:
         """The processor in the checkpoint that this model was loaded from, if there is one."""
         if not self.name_or_path:
             return None

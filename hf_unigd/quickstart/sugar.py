@@ -9,7 +9,7 @@ from transformers import CLIPModel, CLIPProcessor, LlavaProcessor
 from ..data import ExampleDataset, RowParser, TeacherArguments, load_stories, write_slice_features
 from ..data.icons import COLOURS, draw_icon, icon_glyphs
 from ..data.stories import captions_of, cast_of_icons, describe
-from ..evaluation.stories import last_picture_recall
+from ..evaluation.stories import last_image_recall
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..trainer import UniGDTrainer
 from .arguments import QuickstartArguments
@@ -151,7 +151,7 @@ def make_trainer(
 def measure(trainer: UniGDTrainer, test) -> dict[str, float]:
     """Recall of the last image, and perplexity, on the test stories."""
     perplexity = trainer.evaluate()["eval_perplexity"]
-    recalls = last_picture_recall(trainer.model, trainer.processing_class, test, batch_size=100, show_progress=False)
+    recalls = last_image_recall(trainer.model, trainer.processing_class, test, batch_size=100, show_progress=False)
     return {**recalls, "perplexity": perplexity}
 
 

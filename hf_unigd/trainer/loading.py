@@ -99,7 +99,7 @@ def resolve_model(
             "`UniGDForConditionalGeneration.from_vlm(model)` adds an embedding head to a vision-language model, and "
             "`.from_pretrained(name)` loads a checkpoint with its language-modelling head."
         )
-    processor = base.processor if processor is None else processor
+    processor = processor or base.processor or base.processor_of_checkpoint()
     if not isinstance(processor, UniGDProcessor):
         raise ValueError(
             f"`processing_class` must be a UniGDProcessor, got {type(processor).__name__}. "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_unigd.evaluation import stories as module
-from hf_unigd.evaluation.stories import last_picture_recall
+from hf_unigd.evaluation.stories import last_image_recall
 from tiny_models import make_image
 
 
@@ -20,7 +20,7 @@ def make_stories():
 def test_candidates_are_the_images_not_seen_earlier_in_the_story(llava):
     model, processor = llava
     stories = make_stories()
-    metrics = last_picture_recall(model, processor, stories, ks=(1, 2), show_progress=False)
+    metrics = last_image_recall(model, processor, stories, ks=(1, 2), show_progress=False)
 
     def embed(sequence):
         with torch.no_grad():
@@ -56,7 +56,7 @@ def test_an_ideal_model_finds_every_last_image(llava, monkeypatch):
         return torch.stack(found)
 
     monkeypatch.setattr(module, "embed_sequences", embed_sequences)
-    metrics = last_picture_recall(*llava, stories)
+    metrics = last_image_recall(*llava, stories)
     assert metrics["5c_recall_at_1"] == metrics["5c+4i_recall_at_1"] == 1
 
 
@@ -64,6 +64,6 @@ def test_stories_without_a_caption_per_image_raise_an_error_that_names_them(llav
     stories = make_stories()
     stories[2]["captions"] = stories[2]["captions"][:4]
     with pytest.raises(ValueError, match="Story 2 has 4 captions and 5 images"):
-        last_picture_recall(*llava, stories)
+        last_image_recall(*llava, stories)
     with pytest.raises(ValueError, match="no stories"):
-        last_picture_recall(*llava, [])
+        last_image_recall(*llava, [])
