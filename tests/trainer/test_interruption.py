@@ -60,5 +60,5 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
 
 
 def test_there_must_be_a_checkpoint_to_resume_from(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint in"):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
