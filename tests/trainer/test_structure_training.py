@@ -202,7 +202,7 @@ def test_arguments_that_cannot_train_are_refused(teacher_args, tmp_path):
             make_trainer(tmp_path, teacher_args, **wrong)
     with pytest.raises(ValueError, match="`alignment_positions=0`"):
         make_trainer(tmp_path, teacher_args, alignment_positions=0)
-    with pytest.raises(ValueError, match="`dataloader_persistent_workers=True` keeps"):
+    with pytest.raises(ValueError, match="`dataloader_persistent_workers=True` would keep"):
         make_trainer(tmp_path, teacher_args, dataloader_persistent_workers=True, dataloader_num_workers=1)
     with pytest.raises(ValueError, match="`target` must be one of"):
         make_trainer(tmp_path, teacher_args, alignment_target="dtw")
