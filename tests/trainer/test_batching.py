@@ -101,13 +101,13 @@ def test_two_processes_read_a_stream_between_them(tmp_path):
 def test_a_resumed_order_by_length_is_that_of_its_epoch_on_several_processes(tmp_path):
     """There accelerate's own `set_epoch` does not reach the sampler."""
     trainer = make_trainer(tmp_path, make_rows(32), train_sampling_strategy="group_by_length")
-    loader = trainer.get_train_dataloader()
+    loader, sampler = trainer.get_train_dataloader(), trainer._get_train_sampler()
     orders = []
     for epoch in (0.0, 1.0, 1.5):
         trainer.state.epoch = epoch
         trainer.callback_handler.train_dataloader = loader
         trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
-        orders.append(list(trainer._epoch_sampler))
+        orders.append(list(sampler))
     assert orders[0] != orders[1] == orders[2]
 
 

@@ -305,7 +305,7 @@ def test_a_non_finite_loss_stops_the_run_and_loses_nothing(tmp_path):
     ("rows", "kwargs", "message"),
     [
         (16, {"per_device_train_batch_size": 1}, "no negatives"),
-        (3, {}, "3 rows make no batch of 4"),
+        (3, {}, "3 rows are fewer than a batch of 4"),
         (5, {"dataloader_drop_last": False}, "a batch of its own"),
     ],
 )

@@ -72,8 +72,8 @@ def test_text_rows_need_no_tower(tmp_path):
 
 
 def test_a_trained_tower_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`vision_cache` keeps what a frozen vision tower"):
+    with pytest.raises(ValueError, match="`vision_cache` keeps the features of a frozen vision tower"):
         make_trainer(tmp_path, freeze_vision_tower=False, vision_cache=str(tmp_path))
     in_tower = LoraConfig(r=2, target_modules=r".*vision_tower.*q_proj", task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="keep LoRA out of it"):
+    with pytest.raises(ValueError, match="keep LoRA out of the tower"):
         make_trainer(tmp_path, make_rows(8), peft_config=in_tower, vision_cache=str(tmp_path))
