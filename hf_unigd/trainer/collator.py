@@ -150,7 +150,7 @@ class UniGDDataCollator:
         return spans[in_order[0]], None if sentence_ends is None else slice_spans[in_order[1]]
 
     def _parts(self, sequences, targets) -> list[list[int]]:
-        """Returns the indices of the sequences of each chunk. Sequences are sorted by length, the longest first."""
+        """Returns the indices of the sequences of each chunk, sorted by length if there is a `chunk_size`."""
         places = list(range(len(sequences)))
         if self.chunk_size is None:
             return [places] if places else []
