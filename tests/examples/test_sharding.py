@@ -25,8 +25,8 @@ OWN_FILES = {
 
 
 def train(folder: Path, config: str, processes: int = 2) -> Path:
-    """Trains a full model and an adapter. Two processes also train in bfloat16 and with the gradient cache. The runs of
-    a configuration that shards the model are also resumed."""
+    """Trains a full model and an adapter. Two processes also train in bfloat16 and with the gradient cache. Runs of a
+    configuration that shards the model are also resumed."""
     output = folder / (config if processes > 1 else "one")
     common = {
         "model_name_or_path": folder / "vlm",

@@ -28,7 +28,7 @@ class StructureLoss(nn.Module):
         target (`str`, *optional*, defaults to `"kernel"`): `"kernel"`, or `"mean_slice"`, the mean similarity of all
             slices of the two prefixes (table 4b, "w/o GAK").
         normalization (`str`, *optional*, defaults to `"content"`): Normalisation of the kernel: `"cosine"`, or
-            `"content"`, which also removes what the two lengths alone explain. The result is clamped to at most 1.
+            `"content"`, which also removes what the two lengths alone explain. The target is clamped to at most 1.
         bandwidth (`float`, *optional*, defaults to 1.0): `δ`, in units of the distance of unit vectors.
         one_slice (`str`, *optional*, defaults to `"cosine"`): Target of two prefixes of one slice: `"cosine"` or
             `"kernel"`.
