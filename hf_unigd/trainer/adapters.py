@@ -1,4 +1,4 @@
-"""One PEFT adapter that holds LoRA, soft prompts and the embedding head."""
+"""A single PEFT adapter for LoRA, the soft prompts and the embedding head."""
 
 import copy
 import json
@@ -20,30 +20,32 @@ HEAD_NAME = "embedding_head"
 
 def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor, peft_config: PeftConfig) -> PeftModel:
     """
-    Wraps a model so that LoRA, the processor's soft prompts and the embedding head train and are saved together
-    (VladVA, section 3.3; PEFT combines LoRA with trained prompts only through `trainable_token_indices`).
+    Adds an adapter that trains and saves LoRA, the processor's soft prompts and the embedding head together (VladVA,
+    section 3.3). PEFT combines LoRA with trained prompts only through `trainable_token_indices`.
 
     Args:
-        model: The model; its parameters are frozen.
-        processor: Its processor. Where it has soft prompts, the model must have their tokens (`add_soft_prompts`).
-        peft_config: The settings, usually a `LoraConfig`. `target_modules` that are a list of names, or left out (all
-            linear layers), are looked for in the language model alone; a string stays the regular expression that it
-            is. `modules_to_save` and `trainable_token_indices` are extended by the head and the soft prompts.
+        model: The model. Its parameters are frozen.
+        processor: The model's processor. If it has soft prompts, the model must have their tokens
+            (`add_soft_prompts`).
+        peft_config: The settings, usually a `LoraConfig`. If `target_modules` is a list of names, they are matched in
+            the language model only. If it is `None` (without `target_parameters`) or `"all-linear"`, it becomes all
+            linear layers of the language model. Any other string is a regular expression and is kept.
+            `modules_to_save` and `trainable_token_indices` are extended by the head and the soft prompts.
 
     Raises:
-        ValueError: the settings have no place for the head or the soft prompts, name layers that do not exist, or are
-            made for inference.
+        ValueError: the settings cannot hold the head or the soft prompts, name layers that do not exist, or are for
+            inference.
     """
     config = copy.deepcopy(peft_config)
     needed = {"target_modules": True, "modules_to_save": True, "trainable_token_indices": bool(processor.soft_prompts)}
     for name, is_needed in needed.items():
         if is_needed and not hasattr(config, name):
             raise ValueError(
-                f"`peft_config` is a {type(config).__name__}, which has no `{name}`: the adapter could not hold the "
+                f"`peft_config` is a {type(config).__name__}, which has no `{name}`, so the adapter cannot hold the "
                 "embedding head and the soft prompts. Use a `LoraConfig`."
             )
     if config.inference_mode:
-        raise ValueError("`peft_config.inference_mode=True` trains nothing. Leave it out.")
+        raise ValueError("`peft_config` has `inference_mode=True`, so nothing would be trained. Leave it out.")
     if not isinstance(config.target_modules, str) or config.target_modules == "all-linear":
         config.target_modules = _target_modules(model, config)
     config.modules_to_save = sorted({*(config.modules_to_save or []), HEAD_NAME})
@@ -56,24 +58,26 @@ def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor,
         config.trainable_token_indices = indices
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    # The base model may change on the Hub later; the adapter belongs to this commit.
+    # The base model may change on the Hub, so the adapter records the commit that it was trained on.
     commits = (getattr(part, "_commit_hash", None) for part in (model.config, model.vlm.config))
     return get_peft_model(model, config, revision=next(filter(None, commits), None))
 
 
 def check_adapter(model: PeftModel, processor: UniGDProcessor) -> None:
     """
-    Checks that an adapter which the user made trains and saves all that embedding needs.
+    Checks that an adapter made by the user trains and saves the embedding head and the soft prompts.
 
     Args:
-        model: The adapter on a UniGD model.
+        model: A UniGD model with the adapter.
         processor: The model's processor.
 
     Raises:
-        ValueError: the adapter does not hold the head or the soft prompts, so they would be neither trained nor saved.
+        ValueError: the adapter lacks the head or the soft prompts, so they would be neither trained nor saved.
     """
     config = model.peft_config[model.active_adapter]
-    remedy = "Pass the model without the adapter and your settings as `peft_config`, which adds what is missing."
+    remedy = (
+        "Pass the model without the adapter, and your settings as `peft_config`: the trainer adds what is missing."
+    )
     if not {HEAD_NAME} <= set(getattr(config, "modules_to_save", None) or []):
         raise ValueError(
             f"`model` is an adapter without {HEAD_NAME!r} in its `modules_to_save`: the embedding head would be "
@@ -90,16 +94,22 @@ def check_adapter(model: PeftModel, processor: UniGDProcessor) -> None:
 
 def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
     """
-    Writes beside an adapter what PEFT leaves out: config with the head's shape, remote code, generation config, the
-    processor, what sentence-transformers needs, and, where this process has the whole model, the probe.
+    Writes the files beside an adapter that PEFT does not write: the config with the head's shape, the remote code, the
+    generation config, the processor, the files of sentence-transformers and, if this process has the whole model and
+    it is not quantised, the probe. PEFT's config is changed so that `AutoPeftModel` loads the base model.
+
+    Args:
+        model: A UniGD model with the adapter.
+        folder: Folder that PEFT saved the adapter to.
 
     Raises:
-        RuntimeError, ValueError: what was written does not load again to the same embeddings.
+        RuntimeError, ValueError: the saved files do not load, or the loaded model gives other embeddings. This is
+            checked if the base model's `verify_saves` is on and the base model has a name.
     """
     folder = Path(folder)
     config_file = folder / ADAPTER_CONFIG_NAME
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    # `AutoPeftModel` loads the base model by this. PEFT would name a module of ours, which others need not have.
+    # `AutoPeftModel` loads the base model with these. PEFT names a module of hf_unigd, which may not be installed.
     config |= {
         "task_type": None,
         "auto_mapping": {"parent_library": "transformers", "base_model_class": "AutoModelForImageTextToText"},
@@ -112,12 +122,13 @@ def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
     custom_object_save(base, folder, config=base.config)
     base.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
-    # An adapter on a model that was made in memory names no base model to open it with.
+    # The adapter of a model that was made in memory names no base model, so it cannot be loaded for verification.
     base.save_companions(folder, can_be_opened=bool(config["base_model_name_or_path"]))
 
 
 def _target_modules(model: UniGDForConditionalGeneration, config: PeftConfig) -> str | list[str] | None:
-    """The linear layers of the language model that the settings name; all of them where they name nothing."""
+    """Returns the `target_modules` for the linear layers of the language model that the settings name, or for all of
+    them if they name none."""
     if config.target_modules is None and getattr(config, "target_parameters", None):
         return None
     names = None if isinstance(config.target_modules, str) else config.target_modules
@@ -127,11 +138,14 @@ def _target_modules(model: UniGDForConditionalGeneration, config: PeftConfig) ->
     linear = {path.rpartition(".")[2] for path in paths}
     missing = set(names or []) - linear
     if missing:
-        raise ValueError(f"`lora_target_modules` {sorted(missing)} are not linear layers; there are {sorted(linear)}.")
+        raise ValueError(
+            f"`target_modules` (`--lora_target_modules`) {sorted(missing)} are not linear layers of the language "
+            f"model. It has {sorted(linear)}."
+        )
     names = sorted(names or linear)
     if getattr(config, "layers_to_transform", None) is None:
         return rf"{re.escape(prefix)}\..*\.({'|'.join(names)})"
-    # PEFT refuses `layers_to_transform` beside a regular expression, so the chosen layers are listed one by one.
+    # PEFT refuses `layers_to_transform` with a regular expression, so the layers are listed one by one.
     config.target_modules = names
     chosen = [path for path in paths if check_target_module_exists(config, path)]
     config.layers_to_transform = config.layers_pattern = None
@@ -139,5 +153,6 @@ def _target_modules(model: UniGDForConditionalGeneration, config: PeftConfig) ->
 
 
 def _embedding_name(model: UniGDForConditionalGeneration) -> str:
+    """Returns the name of the input embeddings in their parent module."""
     embeddings = model.get_input_embeddings()
     return next(name for name, module in model.named_modules() if module is embeddings).rpartition(".")[2]

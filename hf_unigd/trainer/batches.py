@@ -1,4 +1,4 @@
-"""What the trainer does to the batches that [`UniGDDataCollator`] makes: count, join, fill up."""
+"""Counts, checks, joins and pads the batches that [`UniGDDataCollator`] makes."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ Batch = dict[str, Any]
 
 
 def count_targets(batch: Batch) -> int:
-    """Labelled tokens, each predicted from the token before it."""
+    """Counts the labelled tokens, each of which is predicted from the token before it."""
     return sum(int((chunk["labels"][:, 1:] != -100).sum()) for chunk in batch["chunks"])
 
 
 def count_tokens(batch: Batch, with_padding: bool) -> int:
-    """Tokens of all chunks, with or without those that fill rows up."""
+    """Counts the tokens of all chunks, with or without padding."""
     name = "input_ids" if with_padding else "attention_mask"
     return sum(chunk[name].numel() if with_padding else int(chunk[name].sum()) for chunk in batch["chunks"])
 
 
 def check_batch_size(dataset: Dataset, batch_size: int, args: UniGDTrainingArguments) -> None:
     """
-    Refuses batches that cannot train.
+    Checks that the batches can train.
 
     Args:
         dataset: The examples.
@@ -32,12 +32,12 @@ def check_batch_size(dataset: Dataset, batch_size: int, args: UniGDTrainingArgum
         args: The training arguments.
 
     Raises:
-        ValueError: a batch has no negatives, or the rows make no batch.
+        ValueError: a batch would have no negatives, or there are fewer rows than a batch.
     """
     if args.contrastive_weight and batch_size == 1:
         raise ValueError(
             "A batch of one row has no negatives, so the contrastive loss cannot train. Raise "
-            "`per_device_train_batch_size` (`gradient_cache_chunk_size` bounds its memory), or set "
+            "`per_device_train_batch_size` (`gradient_cache_chunk_size` limits its memory), or set "
             "`contrastive_weight=0`."
         )
     if isinstance(dataset, IterableDataset):
@@ -45,33 +45,34 @@ def check_batch_size(dataset: Dataset, batch_size: int, args: UniGDTrainingArgum
     rows = len(dataset)  # type: ignore[arg-type]
     if args.dataloader_drop_last and rows < batch_size:
         raise ValueError(
-            f"{rows} rows make no batch of {batch_size}, and `dataloader_drop_last` drops the rest. Lower "
-            "`per_device_train_batch_size`, or give more rows."
+            f"{rows} rows are fewer than a batch of {batch_size}, and `dataloader_drop_last` drops incomplete "
+            "batches. Lower `per_device_train_batch_size`, or add rows."
         )
     if args.contrastive_weight and not args.dataloader_drop_last and rows % batch_size == 1:
         raise ValueError(
-            f"The last of {rows} rows would be a batch of its own (there are {batch_size} per batch), without "
+            f"The last of {rows} rows would be a batch of its own (with {batch_size} rows per batch) and have no "
             "negatives. Set `dataloader_drop_last=True`, or choose another batch size."
         )
 
 
 def idle_chunk(chunk: Batch) -> Batch:
-    """The same forward pass without an effect: nothing embedded, nothing predicted.
+    """
+    Returns a chunk with the same inputs that embeds and predicts nothing.
 
-    For a process with fewer chunks than others, where all have to take part (FSDP).
+    Under FSDP every process takes part in every forward pass, so a process with fewer chunks than others runs these.
     """
     return {**chunk, "spans": chunk["spans"][:0], "labels": torch.full_like(chunk["labels"], -100)}
 
 
 def idle_batch(batch: Batch) -> Batch:
-    """A batch of no rows, in the form of another."""
+    """Returns a batch without rows that has the structure of `batch`."""
     idle = {name: value[:0] for name, value in batch.items() if isinstance(value, torch.Tensor)}
     places = {name: value[:0] for name, value in batch["places"].items()}
     return {**idle, "places": places, "chunks": [idle_chunk(batch["chunks"][0])]}
 
 
 def join_batches(batches: list[Batch]) -> Batch:
-    """One batch of the rows of several, in the same chunks."""
+    """Joins batches into one. The chunks stay as they are."""
     joined: Batch = {"chunks": [chunk for batch in batches for chunk in batch["chunks"]], "places": {}}
     counts = [sum(len(chunk["spans"]) for chunk in batch["chunks"]) for batch in batches]
     for name in batches[0]["places"]:
@@ -93,6 +94,6 @@ def join_batches(batches: list[Batch]) -> Batch:
 
 
 def _cat(indices: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
-    """Indices into several tables of `counts` rows, as indices into all of them one below the other."""
+    """Concatenates indices into tables of `counts` rows, as indices into the concatenation of the tables."""
     starts = [sum(counts[:place]) for place in range(len(counts))]
     return torch.cat([part + start for part, start in zip(indices, starts, strict=True)])

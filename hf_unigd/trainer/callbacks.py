@@ -1,28 +1,34 @@
-"""What [`UniGDTrainer`] does between steps and epochs."""
+"""Callbacks of [`UniGDTrainer`]."""
 
 from typing import Any
 
 from transformers import TrainerCallback
 
+from .sampler import EpochLengthGroupedSampler
+
 
 class ClampLogitScale(TrainerCallback):
-    """Limits the temperature after each optimizer step, as CLIP does."""
+    """Clamps `logit_scale` after each optimizer step, as CLIP does."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.clamp_logit_scale_()
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the examples and their sampler which epoch it is; accelerate forgets to where a batch sampler is split
-    among processes."""
+    """Sets the epoch of the examples and of their sampler, because accelerate does not if it shards the batch sampler
+    across processes.
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    Attributes:
+        sampler: The sampler of the training data, if it has an epoch.
+    """
+
+    def __init__(self) -> None:
+        self.sampler: EpochLengthGroupedSampler | None = None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # `state.epoch` counts steps as fractions: 2.9999999 is the third epoch's end and the fourth's beginning.
+        # `state.epoch` is a fraction of steps, so it may be 2.9999999 at the start of the fourth epoch.
         epoch = int(state.epoch + 1e-6)
-        parts: list[Any] = [getattr(train_dataloader, "dataset", None), self.trainer._epoch_sampler]
+        parts: list[Any] = [getattr(train_dataloader, "dataset", None), self.sampler]
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written whole, read back exactly, and pushed."""
+"""Saves, loads and pushes the checkpoints of a training run."""
 
 import logging
 import os
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointingTrainer(Trainer):
-    """A [`~transformers.Trainer`] whose checkpoints are whole checkpoints of a UniGD model, or not there."""
+    """A [`~transformers.Trainer`] whose checkpoints load as UniGD models. A checkpoint that cannot be saved completely
+    is removed."""
 
     def __init__(self, *args, **kwargs):
         self.push_in_progress: PushInProgress | None = None
@@ -41,15 +42,15 @@ class CheckpointingTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.should_save)
             if resume_from_checkpoint is None:
-                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to resume from.")
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._save_on_sigterm.restore()
-            self._finish_current_push()  # which Python does not let finish once the process ends
+            self._finish_current_push()  # a push cannot finish once the process ends
 
     def _save_checkpoint(self, model, trial):
-        # What a run leaves behind is opened again after saving; for every checkpoint that would cost too much.
+        # Only the final model is loaded again to verify it. Doing so for every checkpoint would cost too much.
         unwrapped = self._unwrapped_model
         verifies, unwrapped.verify_saves = unwrapped.verify_saves, False
         try:
@@ -59,31 +60,31 @@ class CheckpointingTrainer(Trainer):
             if self.args.should_save:
                 discard(Path(self.args.output_dir, name))
             raise RuntimeError(
-                f"{name} could not be saved ({error}) and is removed; earlier checkpoints in {self.args.output_dir} "
-                "are whole. Is the disk full?"
+                f"{name} could not be saved ({error}) and was removed. Earlier checkpoints in {self.args.output_dir} "
+                "are complete. Check whether the disk is full."
             ) from error
         finally:
             unwrapped.verify_saves = verifies
 
     @property
     def _unwrapped_model(self) -> UniGDForConditionalGeneration:
-        """The model itself, without adapter or wrappers."""
+        """The model without adapter and wrappers."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def _save(self, output_dir=None, state_dict=None):
         if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
-            self._finish_current_push()  # of what is about to be overwritten
+            self._finish_current_push()  # it may still read the files that are overwritten here
         super()._save(output_dir, state_dict)
-        if not self.args.should_save:  # every process comes here, and one writes
+        if not self.args.should_save:  # every process calls this, but only one writes
             return
-        # Pickled arguments, which nobody reads again: with this machine's paths, they would be pushed.
+        # Nothing reads the pickled arguments, and a push would publish the paths of this machine with them.
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if isinstance(self.model, PeftModel):
             save_adapter_companions(self.model, output_dir or self.args.output_dir)
 
-    # Saving gives a backbone's tensors their native names, which only `from_pretrained` translates back: Trainer reads
-    # the file itself, finds no such names in the model, and leaves the weights as they are without a word.
+    # Saving gives the backbone's tensors their native names, which only `from_pretrained` translates back. Trainer
+    # reads the file itself, does not find these names in the model, and silently loads nothing.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self._loads_whole_models:
             self._load_whole_model(resume_from_checkpoint)
@@ -105,7 +106,7 @@ class CheckpointingTrainer(Trainer):
         self.model.load_state_dict(saved.state_dict())
 
     def create_model_card(self, model_name=None, tags=None, **kwargs):
-        """Writes `README.md`, of what the run knows, and the losses as a picture. `kwargs` are those of
+        """Writes the model card of the run to `README.md`, and a figure of the losses. `kwargs` are passed to
         [`~hf_unigd.trainer.run_card.make_run_card`]."""
         if self.is_world_process_zero():
             card = make_run_card(self, **kwargs)
@@ -113,11 +114,11 @@ class CheckpointingTrainer(Trainer):
             card.save(Path(self.args.output_dir, REPOCARD_NAME))
 
     def init_hf_repo(self, token=None, private=None):
-        """Makes the repository, before training.
+        """Creates the repository before training.
 
         Raises:
-            ValueError: the repository should be private and is there already, public; or the model is an adapter on
-                one that is not on the Hub.
+            ValueError: the repository should be private, but exists and is public; or the model is an adapter whose
+                base model is not on the Hub.
         """
         if isinstance(self.model, PeftModel):
             check_base_is_on_hub(self.model.peft_config[self.model.active_adapter].base_model_name_or_path)
@@ -133,8 +134,8 @@ class CheckpointingTrainer(Trainer):
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
-        """As [`~transformers.Trainer.push_to_hub`], but with [`~hf_unigd.hub.pushing.push_checkpoint`]: logs and what
-        else the run left in the folder stay behind. `kwargs` are those of [`create_model_card`]."""
+        """Pushes as [`~transformers.Trainer.push_to_hub`] does, but with [`~hf_unigd.hub.pushing.push_checkpoint`],
+        which leaves out logs and other files of the run. `kwargs` are passed to [`create_model_card`]."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -149,7 +150,7 @@ class CheckpointingTrainer(Trainer):
         return job.result() if blocking else job
 
     def _push(self, folder: str, commit_message: str, given: dict[str, Any]) -> Future:
-        """Pushes a folder in the background; what was not `given` is the arguments'."""
+        """Pushes a folder in the background. Values that are not `given` are taken from the arguments."""
         where = {
             "token": self.args.hub_token,
             "revision": self.args.hub_revision,
@@ -159,8 +160,8 @@ class CheckpointingTrainer(Trainer):
         return run_as_future(push_checkpoint, folder, self.hub_model_id, commit_message=commit_message, **where)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Pushes, in the background, what a user of this checkpoint needs; Trainer pushes files that load nowhere, its
-        arguments and its logs."""
+        """Pushes the files that a user of this checkpoint needs, in the background. Trainer would leave some
+        of them out, and push its arguments and logs."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.args.hub_always_push:
@@ -168,18 +169,19 @@ class CheckpointingTrainer(Trainer):
         elif self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # The checkpoint may make way for a newer one before its upload is done.
+        # The checkpoint may be rotated out before its upload is done, so a copy is uploaded.
         staged = tempfile.TemporaryDirectory(dir=self.args.output_dir, prefix="_push")
         try:
             jobs = self._push_staged(Path(checkpoint_folder), Path(staged.name))
-        except Exception as error:  # the checkpoint is whole all the same
-            logger.warning("checkpoint-%s is saved, but could not be pushed: %s", self.state.global_step, error)
+        except Exception as error:  # the checkpoint is complete, so training continues
+            logger.warning("checkpoint-%s was saved, but could not be pushed: %s", self.state.global_step, error)
             staged.cleanup()
             return
         jobs[-1].add_done_callback(lambda _: staged.cleanup())
         self.push_in_progress = PushInProgress(jobs)
 
     def _push_staged(self, checkpoint: Path, staged: Path) -> list[Future]:
+        """Copies the files to push to `staged` and starts the uploads."""
         message = f"Training in progress, step {self.state.global_step}"
         model, state = staged / "model", staged / "state"
         for name in pushed_files(checkpoint) - {REPOCARD_NAME}:
@@ -198,18 +200,18 @@ class CheckpointingTrainer(Trainer):
                 repo_id=self.hub_model_id,
                 folder_path=state,
                 path_in_repo="last-checkpoint" if is_last else checkpoint.name,
-                commit_message=f"{message}, to resume from",
+                commit_message=f"{message}, training state",
                 revision=self.args.hub_revision,
                 token=self.args.hub_token,
             )
-            jobs.append(run_as_future(upload))  # after the first: the client does one at a time
+            jobs.append(run_as_future(upload))  # the client runs one job at a time, in order
         for job in jobs:
             job.add_done_callback(_warn_if_failed)
         return jobs
 
 
 def _link(file, target) -> None:
-    """Copies a file that nobody writes to any more, by a link where the disk can."""
+    """Links a file that is not written to any more, or copies it if the file system has no links."""
     try:
         os.link(file, target)
     except OSError:
@@ -218,4 +220,4 @@ def _link(file, target) -> None:
 
 def _warn_if_failed(job: Future) -> None:
     if error := job.exception():
-        logger.warning("A push during training failed; training goes on. %s", error)
+        logger.warning("A push during training failed; training continues. %s", error)

@@ -1,4 +1,4 @@
-"""Batches of examples, in chunks that go through the model one after the other."""
+"""Collates examples into batches of chunks. A chunk is the input of one forward pass."""
 
 import copy
 import logging
@@ -25,27 +25,30 @@ class UniGDDataCollator:
     """
     Collates examples for [`UniGDTrainer`].
 
-    Returns a dict of
-        chunks: a list of model inputs, each padded for itself, with the `spans` to embed and `labels`: anchors with
-            their targets, then candidates (the positives of the embedded anchors, and negatives);
-        places: by name, where in the embeddings of all chunks, one below the other, are those of the `anchors` `(n,)`,
-            their `positives` `(n,)`, the `negatives` `(m,)`, and the `slices` that the structure loss looks at;
-        anchor_rows `(n,)`: rows of the embedded anchors in the dataset;
-        anchor_keys, positive_keys `(n,)`, negative_keys `(m,)`: content keys for masking duplicates;
-        structure: inputs of [`StructureLoss`] but for its embeddings, where examples have slices;
-        rows `(batch_size,)`: indices in the dataset, for messages.
+    A call takes a list of examples, in which `None` stands for a row that was skipped before, and returns a `dict`:
+
+    - `chunks`: a list of model inputs, each with its own padding, the `spans` to embed and `labels`. The first chunks
+      hold the anchors with their targets, the others the candidates: the positives of the embedded anchors, and the
+      negatives.
+    - `places`: a `dict` of the indices of the `anchors` `(n,)`, their `positives` `(n,)`, the `negatives` `(m,)` and,
+      for the structure loss, the `slices` in the concatenated embeddings of all chunks.
+    - `anchor_rows` `(n,)`: indices of the rows of the embedded anchors in the dataset.
+    - `anchor_keys`, `positive_keys` `(n,)`, `negative_keys` `(m,)`: content keys that mask duplicates.
+    - `structure`, if every example has slices: the inputs of [`StructureLoss`] that [`PrefixSampler`] returns.
+    - `rows` `(batch_size,)`: indices of the rows in the dataset.
 
     Args:
         processor: Turns sequences into model inputs.
-        max_length: Longest row in tokens; a longer one is a bad row.
-        skip_bad_rows: Leave bad rows out, counted in the log, instead of raising. None stands for one that was found
-            bad before.
-        splitter: Cuts the texts of examples with slices.
-        prefixes: Chooses where the structure loss looks in them.
-        chunk_size: Rows a chunk, of about the same length; all anchors and all candidates by default.
+        max_length: Maximum number of tokens in a row. A longer row is a bad row.
+        skip_bad_rows: Whether to skip bad rows and log their reasons instead of raising an error.
+        splitter: Splits the texts of examples with slices into sentences.
+        prefixes: Chooses the positions of the structure loss in examples with slices.
+        chunk_size: Number of rows per chunk; rows of similar lengths share a chunk. By default, one chunk holds all
+            anchors and another all candidates.
         contrastive: Whether anchors are embedded and contrasted.
-        causal_lm: Whether targets are learned. Where not, they are read only if slices lie in them.
-        with_image_keys: Adds to chunks with pictures their [`~hf_unigd.trainer.vision.image_key`]s.
+        causal_lm: Whether targets are labelled. If not, they are only read if the example has slices.
+        with_image_keys: Whether chunks with images get the `image_keys` of the images
+            ([`~hf_unigd.trainer.vision.image_key`]).
 
     Raises:
         RowError: a row cannot be processed and `skip_bad_rows` is off.
@@ -72,7 +75,9 @@ class UniGDDataCollator:
                     raise
                 logger.warning("Skipped: %s", error)
                 good = [example for example in good if example.row != error.row]
-        raise ValueError(f"None of the {len(examples)} rows of a batch can be used; the log has each one's reason.")
+        raise ValueError(
+            f"None of the {len(examples)} rows of a batch can be used. The log has the reason for each row."
+        )
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         with_slices = self.prefixes is not None and all(example.slices for example in examples)
@@ -86,7 +91,7 @@ class UniGDDataCollator:
             self.splitter if with_slices else None,
         )
         batch: dict[str, Any] = {"rows": torch.tensor([example.row for example in examples])}
-        # Prompted rows without a positive (a long caption alone) are continued, not embedded.
+        # Prompted rows without a positive (only a long caption) have a target, but are not embedded.
         embedded = torch.tensor([self.contrastive and example.positive is not None for example in examples])
         wanted = {"anchors": spans[embedded[spans[:, 0]]]}
         if slice_spans is not None and self.prefixes is not None:
@@ -115,8 +120,8 @@ class UniGDDataCollator:
         return {"chunks": chunks, **batch}
 
     def _process(self, chunks, owners, sequences, targets, prompted, sentence_ends):
-        """Adds the chunks of these sequences; returns their spans, and those of their slices where they are cut:
-        tables of sequence, chunk, row, start, end, in the order of the sequences."""
+        """Appends the chunks of `sequences` to `chunks`. Returns the spans and, with `sentence_ends`, the slice spans
+        (otherwise `None`), as tables of sequence, chunk, row, start and end, in the order of the sequences."""
         tables: dict[str, list[torch.Tensor]] = {"spans": [], "slice_spans": []}
         for part in self._parts(sequences, targets):
             try:
@@ -145,7 +150,7 @@ class UniGDDataCollator:
         return spans[in_order[0]], None if sentence_ends is None else slice_spans[in_order[1]]
 
     def _parts(self, sequences, targets) -> list[list[int]]:
-        """Which sequences share a chunk: those of about the same length, the longest first."""
+        """Returns the indices of the sequences of each chunk, sorted by length if there is a `chunk_size`."""
         places = list(range(len(sequences)))
         if self.chunk_size is None:
             return [places] if places else []
@@ -155,11 +160,17 @@ class UniGDDataCollator:
 
 
 def collator_for_objective(collator: Any, args: UniGDTrainingArguments) -> UniGDDataCollator:
-    """The collator with those fields set that the arguments decide."""
+    """
+    Returns a copy of the collator with the fields that the arguments determine.
+
+    Raises:
+        TypeError: the collator is not a [`UniGDDataCollator`].
+        ValueError: `max_length` or `skip_bad_rows` is set in `args`, and the collator has another value.
+    """
     if not isinstance(collator, UniGDDataCollator):
         raise TypeError(
-            f"`data_collator` must be a UniGDDataCollator, got {type(collator).__name__}: a batch holds chunks of "
-            "model inputs, spans and keys. Subclass UniGDDataCollator, or override `UniGDTrainer.get_data_collator`."
+            f"`data_collator` must be a UniGDDataCollator, got {type(collator).__name__}, because a batch consists of "
+            "chunks, spans and keys. Subclass UniGDDataCollator, or override `UniGDTrainer.get_data_collator`."
         )
     for name in ("max_length", "skip_bad_rows"):
         if getattr(args, name) not in (None, False, getattr(collator, name)):
@@ -169,8 +180,8 @@ def collator_for_objective(collator: Any, args: UniGDTrainingArguments) -> UniGD
             )
     collator = copy.copy(collator)
     collator.splitter = args.splitter if args.alignment_weight else None
-    keeps_all = args.alignment_similarity == "kernel"
-    collator.prefixes = PrefixSampler(args.alignment_positions, args.seed, keep_all=keeps_all)
+    keep_all = args.alignment_similarity == "kernel"
+    collator.prefixes = PrefixSampler(args.alignment_positions, args.seed, keep_all=keep_all)
     collator.chunk_size = args.gradient_cache_chunk_size
     collator.contrastive, collator.causal_lm = bool(args.contrastive_weight), bool(args.causal_lm_weight)
     collator.with_image_keys = args.vision_cache is not None

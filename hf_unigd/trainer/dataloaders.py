@@ -1,4 +1,4 @@
-"""Loaders that spread rows over processes: of streams, and of blocks of rows to evaluate."""
+"""Data loaders of streaming datasets and of evaluation blocks, which divide the rows among processes."""
 
 from typing import Any
 
@@ -18,27 +18,27 @@ def stream_loader(
     endless: bool = False,
 ) -> DataLoader:
     """
-    Batches of a stream, of which each process reads a part of its own.
+    Returns a loader of a streaming dataset. Each process reads its own shard.
 
     Args:
-        dataset: The stream.
+        dataset: The examples.
         args: The training arguments.
         collator: Makes the batches.
-        batch_size: Rows per batch.
-        endless: Start again where the stream ends.
+        batch_size: Number of rows per batch.
+        endless: Whether to start again at the end of the shard.
     """
-    # Left to accelerate, each process would read the whole stream for its part.
+    # With accelerate's own sharding, each process would read the whole stream.
     part = dataset.shard(args.world_size, args.process_index, endless=endless)
     return _prepare(DataLoader(part, batch_size=batch_size, **_settings(args, collator)), args)
 
 
 def block_loader(dataset: Dataset, args: UniGDTrainingArguments, collator: UniGDDataCollator) -> DataLoader:
     """
-    Blocks of `args.eval_block_size` consecutive rows, each on one process. No row is left out or repeated, so
-    processes may have different numbers of blocks.
+    Returns a loader of blocks of `args.eval_block_size` consecutive rows. Each block is on one process. No row is left
+    out or repeated, so processes may have different numbers of blocks.
 
     Args:
-        dataset: The examples, map-style or a stream; blocks of a stream are of the part that a process reads.
+        dataset: The examples, map-style or streaming. A streaming dataset is first sharded, then divided into blocks.
         args: The training arguments.
         collator: Makes the batches.
     """
@@ -62,7 +62,7 @@ def _settings(args: UniGDTrainingArguments, collator: UniGDDataCollator) -> dict
 
 
 def _prepare(loader: DataLoader, args: UniGDTrainingArguments) -> DataLoader:
-    # Not dispatched, which is accelerate's default for streams: the first process would read for all.
+    # By default, accelerate dispatches streaming datasets: the first process reads the rows of all processes.
     return prepare_data_loader(
         loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
     )

@@ -1,4 +1,4 @@
-"""Evaluation and prediction of [`UniGDTrainer`]: losses over blocks of rows, perplexity and recall."""
+"""The evaluation loop of [`UniGDTrainer`]: losses over blocks of rows, perplexity and recall."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ from .evaluation import EvaluationResults, block_metrics, retrieval_prediction
 
 
 class EvaluatingTrainer(CheckpointingTrainer):
-    """A trainer that evaluates the objective, perplexity and retrieval on rows of every accepted format."""
+    """A trainer that evaluates the objective, the perplexity and retrieval on rows of any accepted format."""
 
     control: Any
 
@@ -26,15 +26,15 @@ class EvaluatingTrainer(CheckpointingTrainer):
         super().__init__(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        if eval_dataset is not None and not isinstance(eval_dataset, str):  # rows that `evaluate` is given
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # rows given to `evaluate`
             return self.get_test_dataloader(eval_dataset)
         rows = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
         if rows is None:
-            raise ValueError("Evaluation needs rows: pass `eval_dataset` to the trainer or to `evaluate`.")
+            raise ValueError("Evaluation needs rows. Pass `eval_dataset` to the trainer or to `evaluate`.")
         if not self.args.dataloader_persistent_workers:
             return self.get_test_dataloader(rows)
         kept_rows, loader = self._evaluation_loaders.get(eval_dataset, (None, None))
-        if kept_rows is not rows:  # workers that persist belong to one dataset
+        if kept_rows is not rows:  # persistent workers belong to one dataset
             loader = self.get_test_dataloader(rows)
             self._evaluation_loaders[eval_dataset] = rows, loader
         return loader
@@ -45,7 +45,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
 
     @property
     def _evaluation_collator(self) -> UniGDDataCollator:
-        """The collator of blocks, which embeds and scores everything, whatever the weights are."""
+        """A collator that embeds every anchor and labels every target, even if its loss has no weight."""
         collator = copy.copy(self.data_collator)
         collator.chunk_size, collator.contrastive, collator.causal_lm = self.args.eval_batch_size, True, True
         return collator
@@ -54,16 +54,16 @@ class EvaluatingTrainer(CheckpointingTrainer):
         self, test_dataset, ignore_keys=None, metric_key_prefix="test"
     ) -> PredictionOutput | dict[str, PredictionOutput]:
         """
-        As [`~transformers.Trainer.predict`]: the embeddings of rows with a positive, their keys and rankings
+        Returns the embeddings of the rows with a positive, their keys and rankings
         ([`~hf_unigd.trainer.evaluation.retrieval_prediction`]), and the metrics of an evaluation.
 
         Args:
-            test_dataset: Rows of any accepted format, or a dict of several datasets.
-            ignore_keys (`list[str]`, *optional*): Predictions to leave out, by name.
-            metric_key_prefix (`str`, *optional*, defaults to `"test"`): Put before the names of the metrics.
+            test_dataset: Rows of any accepted format, or a `dict` of several datasets.
+            ignore_keys (`list[str]`, *optional*): Names of predictions to leave out.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`): Prefix of the names of the metrics.
 
         Returns:
-            `PredictionOutput`; for a dict of datasets, one for each, by name.
+            `PredictionOutput`, or a `dict` with one per dataset if `test_dataset` is a `dict`.
         """
         if isinstance(test_dataset, dict):
             return {
@@ -73,7 +73,8 @@ class EvaluatingTrainer(CheckpointingTrainer):
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def _evaluated(self, dataloader):
-        """The batches; under FSDP, where all processes have to take part, as many as on any of them."""
+        """Yields the batches. Under FSDP, where all processes take part in every forward pass, idle batches follow
+        until no process has a batch left."""
         batch = None
         batches = iter(dataloader)
         while True:
@@ -84,7 +85,9 @@ class EvaluatingTrainer(CheckpointingTrainer):
                 if not self.is_fsdp_enabled:
                     return
                 if previous is None:
-                    raise ValueError("Under FSDP every process needs a row to evaluate. Give more rows.")
+                    raise ValueError(
+                        "Under FSDP, every process needs a row to evaluate. Add rows, or lower `eval_block_size`."
+                    )
                 batch = idle_batch(previous)
             yield batch
 
@@ -92,8 +95,9 @@ class EvaluatingTrainer(CheckpointingTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """The losses over blocks of rows, the perplexity of the targets, and recall at 1, 5 and 10 both ways. With
-        `prediction_loss_only` in the arguments, the losses and the perplexity alone."""
+        """Computes the losses over blocks of rows, the perplexity of the targets, and recall at 1, 5 and 10 in both
+        directions. If `args.prediction_loss_only` is set, recall and predictions are left out; the parameter of that
+        name is ignored."""
         model = self.accelerator.unwrap_model(self.model)
         if getattr(model, "quantization_method", None) is None and not self.is_model_parallel:
             model.to(self.args.device)

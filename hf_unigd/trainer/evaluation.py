@@ -1,4 +1,4 @@
-"""What evaluation collects from blocks of rows, and the metrics that it makes of all of them."""
+"""Collects the results of evaluation blocks and computes metrics from them."""
 
 import math
 from collections import defaultdict
@@ -11,44 +11,68 @@ from transformers import EvalPrediction
 from ..evaluation import rank_both_ways, recalls
 
 
-RANKED = 10  # candidates kept per query
+RANKED = 10  # number of candidates kept per query
 
 
 class EvaluationResults:
     """
-    Collects the outputs of blocks on one process, and turns those of all processes into metrics.
+    Collects the outputs of blocks on one process and gathers those of all processes.
 
-    A block is a batch of consecutive rows that one process evaluates, so a batch loss, which compares the rows of a
-    block with each other, does not depend on the number of processes. The mean over blocks weights each by the number
-    of items that its loss is a mean of.
+    A block is a batch of consecutive rows that one process evaluates. A batch loss compares the rows of a block with
+    each other, so it does not depend on the number of processes, except for streaming datasets, whose blocks are made
+    per process. The mean over blocks weights each block by the number of items that its loss averages over.
     """
 
     def __init__(self) -> None:
-        # One list per name and one entry per block: a process without any still takes part in the exchange.
+        # One list per name and one entry per block. Every process has all names, because all gather the same lists.
         self.own: dict[str, list] = {name: [] for name in ("rows", "next_token", "embedded")}
         self.batch_losses: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
     def add_block(self, rows: torch.Tensor) -> None:
-        """Args: rows (`torch.LongTensor` of shape `(n,)`): The dataset's rows in this block."""
+        """
+        Adds a block.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(n,)`): Indices of its rows in the dataset.
+        """
         self.own["rows"].append(rows.cpu())
 
     def add_batch_loss(self, name: str, loss: torch.Tensor, count: int) -> None:
-        """Args: loss (`torch.FloatTensor` of shape `()`): A mean over `count` items of the block."""
+        """
+        Adds a batch loss of a block. A `count` of 0 adds nothing.
+
+        Args:
+            name: Name of the loss.
+            loss (`torch.FloatTensor` of shape `()`): The mean over `count` items of the block.
+            count: Number of items.
+        """
         if count:
             self.batch_losses[name].append((loss.item(), count))
 
     def add_next_token_loss(self, total: torch.Tensor, tokens: int) -> None:
-        """Args: total (`torch.FloatTensor` of shape `()`): The sum over `tokens` labelled tokens of the block."""
+        """
+        Adds the next-token loss of a block. Zero `tokens` add nothing.
+
+        Args:
+            total (`torch.FloatTensor` of shape `()`): The sum over the labelled tokens of the block.
+            tokens: Number of labelled tokens.
+        """
         if tokens:
             self.own["next_token"].append((total.double().item(), tokens))
 
     def add_embeddings(self, **tensors: torch.Tensor) -> None:
-        """Args: tensors: `rows`, `anchors`, `positives`, `anchor_keys`, `positive_keys`; one entry per matched row."""
+        """
+        Adds the embeddings of a block.
+
+        Args:
+            tensors: `rows`, `anchors`, `positives`, `anchor_keys` and `positive_keys`, with one entry per row with a
+                positive.
+        """
         if len(tensors["rows"]):
             self.own["embedded"].append({name: tensor.cpu() for name, tensor in tensors.items()})
 
     def gather(self) -> "EvaluationResults":
-        """The results of all processes, on each of them."""
+        """Returns the results of all processes, on every process."""
         everywhere = EvaluationResults()
         everywhere.own = {name: gather_object(entries) for name, entries in self.own.items()}
         losses = [(name, entry) for name, entries in self.batch_losses.items() for entry in entries]
@@ -61,7 +85,7 @@ class EvaluationResults:
         return sum(map(len, self.own["rows"]))
 
     def losses(self) -> dict[str, float]:
-        """The mean of every loss that some row has, by its name: `contrastive`, `alignment`, `causal_lm`."""
+        """Returns the mean of every loss that some row has, by name: `contrastive`, `alignment`, `causal_lm`."""
         means = {name: _weighted_mean(entries) for name, entries in self.batch_losses.items()}
         if self.own["next_token"]:
             totals, tokens = zip(*self.own["next_token"], strict=True)
@@ -69,7 +93,7 @@ class EvaluationResults:
         return means
 
     def embedded(self) -> dict[str, torch.Tensor] | None:
-        """Rows, embeddings and keys of all matched rows, in the order of the rows; None where there are none."""
+        """Returns the tensors of [`add_embeddings`] of all blocks, sorted by row, or `None` if there are none."""
         parts = self.own["embedded"]
         if not parts:
             return None
@@ -84,17 +108,18 @@ def _weighted_mean(entries: list[tuple[float, int]]) -> float:
 
 def retrieval_prediction(embedded: dict[str, torch.Tensor]) -> tuple[EvalPrediction, dict[str, float]]:
     """
-    What `compute_metrics` and [`~UniGDTrainer.predict`] receive, and the recall at 1, 5 and 10 both ways.
+    Returns the prediction that `compute_metrics` receives and [`~UniGDTrainer.predict`] returns, and recall at 1, 5
+    and 10 in both directions.
 
     Args:
-        embedded: What [`EvaluationResults.embedded`] returns.
+        embedded: The result of [`EvaluationResults.embedded`].
 
     Returns:
-        `EvalPrediction`, and the recalls by name. `predictions` is a dict of arrays: `anchors` and `positives`
+        `EvalPrediction` and the recalls by name. `predictions` is a `dict` of arrays: `anchors` and `positives`
         (`(n, embedding_dim)`, float32), and the rankings `anchor_to_positive` and `positive_to_anchor` (`(n, k)`,
-        int64). A ranking holds, for each row, the places in these arrays of its most similar candidates, best first;
-        candidates with equal content are one, named by its first place. `label_ids` is a dict of arrays `(n,)`: `rows`
-        (numbers in the dataset), `anchor_keys` and `positive_keys` (equal for equal content).
+        int64). A ranking holds, for each row, the indices in these arrays of the most similar candidates, best first.
+        Candidates of equal content count as one, with the index of the first. `label_ids` is a `dict` of arrays of
+        shape `(n,)`: `rows` (indices in the dataset), `anchor_keys` and `positive_keys` (equal for equal content).
     """
     names = ("anchors", "positives", "anchor_keys", "positive_keys")
     rankings = rank_both_ways(**{name: embedded[name] for name in names}, k=RANKED)
@@ -109,12 +134,12 @@ def retrieval_prediction(embedded: dict[str, torch.Tensor]) -> tuple[EvalPredict
 
 def block_metrics(results: EvaluationResults, weights: dict[str, float]) -> dict[str, float]:
     """
-    The losses of an evaluation: `loss`, the weighted objective over those losses that some row has; each loss by its
-    name, and the `perplexity` of the targets.
+    Returns each loss that some row has (`contrastive_loss`, `alignment_loss`, `causal_lm_loss`), their weighted sum
+    `loss`, and the `perplexity` of the targets.
 
     Args:
-        results: Of all processes.
-        weights: The weight of each loss in the objective.
+        results: The results of all processes.
+        weights: Weight of each loss in the objective.
     """
     losses = results.losses()
     metrics = {f"{name}_loss": value for name, value in losses.items()}

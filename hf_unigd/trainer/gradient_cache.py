@@ -1,12 +1,12 @@
 """The gradient cache: batch losses over more rows than fit in memory at once (Gao et al., 2021).
 
-    1. Every chunk is embedded without a graph.
-    2. The batch losses of all embeddings are differentiated with respect to them.
-    3. Every chunk runs again, with a graph, with the randomness of the first time; the gradients of its embeddings and
-       its share of the next-token loss go back through it.
+    1. The first pass embeds every chunk without a graph.
+    2. The batch losses over all embeddings are differentiated with respect to the embeddings.
+    3. The second pass runs every chunk again, with a graph and the random numbers of the first pass, and
+       backpropagates the gradients of its embeddings and its share of the next-token loss.
 
-Only one chunk's activations are in memory at a time. The embeddings, their gradients and the features of frozen vision
-towers are, of all chunks.
+Only the activations of one chunk are in memory at a time. The embeddings, their gradients and the features of a frozen
+vision tower are in memory for all chunks.
 
 Citation: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
 """
@@ -20,7 +20,7 @@ import torch
 
 
 class RandomState:
-    """Where the random numbers of the CPU and of a device stood, to draw them again."""
+    """The state of the random number generators of the CPU and of a device at construction."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -29,7 +29,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draws the same numbers again inside, and goes on outside as if nothing had been drawn."""
+        """Draws the same random numbers again inside the context, and leaves the generators outside unchanged."""
         devices = [] if self.device_state is None else [self.device]
         device_type = "cuda" if self.device_state is None else self.device.type
         with torch.random.fork_rng(devices, device_type=device_type):
@@ -41,13 +41,13 @@ class RandomState:
 
 @dataclass
 class EmbeddedChunks:
-    """What the first pass leaves to the second.
+    """The result of the first pass, which the second pass needs.
 
     Attributes:
-        embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`): Of all chunks; a leaf.
+        embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`): Embeddings of all chunks; a leaf.
         inverse_temperature (`torch.FloatTensor` of shape `()`): Inverse temperature; a leaf.
-        counts: Spans of each chunk.
-        states: Where the random numbers stood before each chunk.
+        counts: Number of spans of each chunk.
+        states: State of the random number generators before each chunk.
     """
 
     embeddings: torch.Tensor
@@ -56,16 +56,17 @@ class EmbeddedChunks:
     states: list[RandomState]
 
     def differentiate(self, loss: torch.Tensor) -> None:
-        """The second step: keeps the gradients of `loss`."""
+        """Computes and keeps the gradients of `loss` with respect to the embeddings and the inverse temperature."""
         gradient, self.inverse_temperature_gradient = torch.autograd.grad(
             loss, (self.embeddings, self.inverse_temperature)
         )
         self.gradients = gradient.split(self.counts)
 
     def surrogate(self, place: int, outputs: Any) -> torch.Tensor:
-        """A scalar whose gradient through the `outputs` of a chunk is that of the loss."""
+        """Returns a scalar with the same gradient through the `outputs` of chunk `place` as the loss. The last chunk's
+        includes the gradient of the inverse temperature."""
         loss = (outputs.embeddings * self.gradients[place]).sum()
-        if place == len(self.counts) - 1:  # the temperature is the same in every chunk
+        if place == len(self.counts) - 1:  # the temperature is shared by all chunks, so its gradient is added once
             loss = loss + outputs.inverse_temperature * self.inverse_temperature_gradient
         return loss
 
@@ -74,12 +75,12 @@ def embed_chunks(
     forward: Callable[[dict[str, Any]], Any], chunks: list[dict[str, Any]], device: torch.device
 ) -> EmbeddedChunks:
     """
-    The first pass.
+    Runs the first pass.
 
     Args:
-        forward: Runs the model on a chunk; returns `embeddings` and `inverse_temperature`.
-        chunks: Model inputs, with `spans` and `labels`.
-        device: Whose random numbers the model draws.
+        forward: Runs the model on a chunk and returns an object with `embeddings` and `inverse_temperature`.
+        chunks: Model inputs with `spans` and `labels`.
+        device: Device of the model.
     """
     states, outputs = [], []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Stopping early without losing anything: SIGTERM, and checkpoints that are whole or not there."""
+"""Saves a checkpoint on SIGTERM, and finds the last complete checkpoint of a run."""
 
 import json
 import shutil
@@ -14,24 +14,24 @@ from transformers import TrainerCallback
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Ends a run that is told to terminate: the step is finished, a checkpoint saved, and the exit status is 143.
+    """Ends a run on SIGTERM: finishes the step, saves a checkpoint and exits with status 143.
 
-    Schedulers send SIGTERM before they take a machine away, to one process or to all, not all at once; so processes
-    agree on it after each step.
+    Schedulers send SIGTERM before they take a machine away, to one process or to all, at different times. So the
+    processes exchange after each step whether one of them has received it.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.previous: Any = None  # handler
-        self.received = False  # by this process
-        self.agreed = False  # by all of them, at the end of a step
+        self.previous: Any = None  # the signal handler before training
+        self.received = False  # whether this process has received the signal
+        self.agreed = False  # whether any process had, at the end of the last step
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # Python allows it there alone
+        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
             self.previous = signal.signal(signal.SIGTERM, self._receive)
 
     def restore(self) -> None:
-        """Gives the signal back to whoever had it before training."""
+        """Restores the signal handler that was set before training."""
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
             self.previous = None
@@ -47,7 +47,7 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.agreed:
-            self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first is gone
+            self.accelerator.wait_for_everyone()  # a launcher kills all processes once one has exited
             if state.is_world_process_zero:
                 print(f"SIGTERM: saved checkpoint-{state.global_step} in {args.output_dir}.", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
@@ -55,11 +55,12 @@ class SaveOnSigterm(TrainerCallback):
 
 def last_whole_checkpoint(folder: str | Path, removes_others: bool = False) -> str | None:
     """
-    The last checkpoint of a folder that was written to its end, which is the trainer's state.
+    Returns the last complete checkpoint of a run, or `None`. The trainer's state is written last, so a checkpoint with
+    a readable one is complete.
 
     Args:
-        folder: The output folder of a run.
-        removes_others: Remove what was begun after it, which the trainer would take for newer checkpoints.
+        folder: The output folder of the run.
+        removes_others: Whether to remove later, incomplete checkpoints, which the trainer would take for newer ones.
     """
     for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         if _is_whole(path):
@@ -78,5 +79,5 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def discard(checkpoint: str | Path) -> None:
-    """Removes what was written of a checkpoint."""
+    """Removes the files of a checkpoint."""
     shutil.rmtree(checkpoint, ignore_errors=True)

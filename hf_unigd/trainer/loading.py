@@ -1,4 +1,4 @@
-"""The model, processor and adapter settings to train with, from parsed arguments or from what a trainer is given."""
+"""Loads the model and processor to train from parsed arguments, and prepares those that a trainer is given."""
 
 from os import PathLike
 from typing import Any
@@ -18,21 +18,24 @@ def load_for_training(
     model_args: UniGDModelConfig, seed: int = 42
 ) -> tuple[UniGDForConditionalGeneration, UniGDProcessor, PeftConfig | None]:
     """
-    Loads what `model_args.model_name_or_path` names, one of our checkpoints or a plain vision-language model, which
-    gets a new head; adds soft prompts where asked for and not there yet.
+    Loads the model `model_args.model_name_or_path`: a UniGD checkpoint, or a plain vision-language model, which gets a
+    new head. Soft prompts are added if `model_args.soft_prompts` is set and the processor has none.
 
     Args:
-        model_args: The parsed arguments.
-        seed: Seed of a new head's weights.
+        model_args: The parsed arguments. `embedding_position` and `image_pooling` apply to a new model only.
+        seed: Seed of the weights of a new head.
+
+    Returns:
+        The model, its processor, and the settings of the adapter if `model_args.use_peft` is set.
 
     Raises:
-        ValueError: the name is an adapter's, or head arguments are given for a checkpoint that has its head already.
+        ValueError: the name is that of an adapter, or a UniGD checkpoint has another head than the arguments say.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if is_adapter(name, {"revision": revision}):
         raise ValueError(
-            f"{name} is an adapter. `hf-unigd merge {name} --output DIR` makes a whole checkpoint of it, which can be "
-            "trained on."
+            f"{name} is an adapter. `hf-unigd merge {name} --output DIR` makes a full checkpoint, which can be "
+            "trained."
         )
     quantization_config = get_quantization_config(model_args)
     kwargs = {
@@ -51,7 +54,7 @@ def load_for_training(
     if config.get("model_type") == UniGDConfig.model_type:
         given = [key for key, value in head.items() if value not in (None, "none", config.get(key))]
         if given:
-            raise ValueError(f"{name} has its head already; leave {', '.join(f'`{key}`' for key in given)} out.")
+            raise ValueError(f"{name} already has a head. Leave out {', '.join(f'`{key}`' for key in given)}.")
         model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)
         processor = UniGDProcessor.from_pretrained(name, revision=revision)
     else:
@@ -72,16 +75,19 @@ def resolve_model(
     model: Any, processor: Any, args: UniGDTrainingArguments, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel | PeftModel, UniGDProcessor]:
     """
-    The model and processor that a trainer was given, loaded where they are names.
+    Returns the model and processor of a trainer, and loads them if `model` is a name.
 
     Args:
-        model: A model, an adapter on one, or the Hub id or folder of a checkpoint or plain vision-language model.
-        processor: Its processor; the model's own by default.
-        args: The training arguments, for the seed of a new head.
-        peft_config: The settings of an adapter that is to be added.
+        model: A UniGD model, a `PeftModel` of one, or the Hub id or folder of a checkpoint or of a plain
+            vision-language model.
+        processor: The processor. By default, the one that belongs to the model.
+        args: The training arguments, which have the seed of a new head.
+        peft_config: The settings of the adapter to add, if any.
 
     Raises:
-        TypeError, ValueError: the model or the processor is of another kind, with the remedy.
+        TypeError: `model` is something else.
+        ValueError: `processor` is something else, the model already has an adapter and `peft_config` is given, or
+            its adapter lacks the head or the soft prompts.
     """
     if isinstance(model, (str, PathLike)):
         model, loaded_processor, _ = load_for_training(UniGDModelConfig(model_name_or_path=str(model)), args.seed)
@@ -90,7 +96,7 @@ def resolve_model(
     base = model.get_base_model() if is_peft else model
     if is_peft and peft_config is not None:
         raise ValueError(
-            "`model` is a PeftModel and `peft_config` is given too. Pass one of them, or merge the adapter first "
+            "`model` is a PeftModel and `peft_config` is given too. Leave out `peft_config`, or merge the adapter "
             "(`model.merge_and_unload()`)."
         )
     if not isinstance(base, UniGDForConditionalGeneration):
@@ -103,7 +109,7 @@ def resolve_model(
     if not isinstance(processor, UniGDProcessor):
         raise ValueError(
             f"`processing_class` must be a UniGDProcessor, got {type(processor).__name__}. "
-            "`UniGDProcessor.from_vlm_pretrained(...)` makes one from a model's own processor."
+            "`UniGDProcessor.from_vlm_pretrained(...)` makes one from the processor of a vision-language model."
         )
     if is_peft:
         check_adapter(model, processor)
@@ -117,15 +123,16 @@ def prepare_model(
     peft_config: PeftConfig | None,
 ) -> PreTrainedModel | PeftModel:
     """
-    Freezes what is not trained, and adds the adapter.
+    Freezes the vision tower if `args.freeze_vision_tower` is set, and adds the adapter if there is a `peft_config`.
 
     Args:
-        model, processor: As [`resolve_model`] returns them.
+        model, processor: The results of [`resolve_model`].
         args: The training arguments.
-        peft_config: The settings of an adapter that is to be added.
+        peft_config: The settings of the adapter to add, if any.
 
     Raises:
-        ValueError: features of a vision tower that is trained should be kept.
+        ValueError: `args.vision_cache` is set, but the vision tower is trained, or the adapter cannot be added
+            ([`add_adapter`]).
     """
     if args.freeze_vision_tower:
         for parameter in vision_parameters(model):
@@ -133,11 +140,11 @@ def prepare_model(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.processor = processor  # saved with the model
     if peft_config is not None:
-        set_seed(args.seed)  # for the adapter's weights
+        set_seed(args.seed)  # of the adapter's weights
         model = add_adapter(model, processor, peft_config)
     if args.vision_cache is not None and not is_frozen(model):
         raise ValueError(
-            "`vision_cache` keeps what a frozen vision tower computes, and this one is trained. Set "
-            "`freeze_vision_tower=True`, keep LoRA out of it, or leave `vision_cache` out."
+            "`vision_cache` keeps the features of a frozen vision tower, but this one is trained. Set "
+            "`freeze_vision_tower=True`, keep LoRA out of the tower, or leave `vision_cache` out."
         )
     return model

@@ -1,4 +1,4 @@
-"""At which slice ends the structure loss looks, and what lies before each."""
+"""Samples the positions of the structure loss: slice ends, each with the prefix of slices before it."""
 
 import random
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from ..data import Example
 @dataclass
 class PrefixSampler:
     """
-    Chooses positions in sequences for [`StructureLoss`].
+    Samples positions in sequences for [`StructureLoss`].
 
-    What is chosen of a row depends on the seed, the row and the epoch alone: not on how rows are batched or spread
+    The positions of a row depend only on the seed, the row and the epoch, not on how rows are batched or distributed
     over processes.
 
     Args:
-        num_positions: How many a sequence; all, where it has no more slices. The paper says only "multiple".
-        seed: Of the choice.
-        keep_all: Whether the embeddings of all slices are needed, not only of those chosen.
+        num_positions: Number of positions per sequence, or all if it has fewer slices. The paper says only "multiple".
+        seed: Seed of the positions.
+        keep_all: Whether to embed all slices instead of only those at the positions.
     """
 
     num_positions: int
@@ -30,12 +30,12 @@ class PrefixSampler:
     def __call__(self, examples: list[Example], slice_spans: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Args:
-            examples: A batch, with slices.
-            slice_spans (`torch.LongTensor` of shape `(num_slices, 3)`): Spans of all of them.
+            examples: Examples with slices.
+            slice_spans (`torch.LongTensor` of shape `(num_slices, k)`): One row per slice of the examples, in order.
 
         Returns:
-            The spans to embed, and the inputs of [`StructureLoss`] but for embeddings and modality columns; instead of
-            `features` there are the `slices` themselves where the teachers have not seen them yet.
+            The rows of `slice_spans` to embed, and the inputs of [`StructureLoss`] except `embeddings` and
+            `modality_columns`. If the examples have no `slice_features`, `slices` takes the place of `features`.
         """
         slices = [part for example in examples for part in example.slices]
         starts, lengths, keys = [], [], []

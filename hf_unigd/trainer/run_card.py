@@ -1,4 +1,4 @@
-"""What a training run knows of itself, as its card tells it."""
+"""The model card of a training run."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from transformers import Trainer
 from ..hub.cards import CURVES_NAME, RETRIEVAL_NAME, is_hub_id, make_model_card
 
 
-# Arguments that name places, accounts or ways of logging: they say nothing of the weights, and may be private.
+# Arguments that name paths, accounts or loggers. They do not affect the weights and may be private.
 PRIVATE = re.compile(
     "token|dir|folder|path|file|cache|name|hub|log|report|save|push|resume|trackio|config|tqdm|project"
 )
@@ -32,14 +32,15 @@ def make_run_card(
     license: str | None = None,
 ) -> ModelCard:
     """
-    The card of a [`UniGDTrainer`]'s model; draws the losses beside it where matplotlib is installed.
+    Makes the model card of a [`UniGDTrainer`]. If matplotlib is installed, a figure of the losses is written to the
+    output folder.
 
     Args:
-        trainer: After training.
-        repo_id: Where the model will be; `hub_model_id`, or the name of the output folder, by default.
+        trainer: The trainer, after training.
+        repo_id: Repository that the model will be in. Defaults to `hub_model_id`, or the name of the output folder.
         dataset_name: Hub id or name of the training data.
-        evaluation_dataset_name: The same of the evaluation data. Its metrics are left out of the metadata, which
-            needs a name, where there is none.
+        evaluation_dataset_name: Hub id or name of the evaluation data. Defaults to `dataset_name`. Without either, the
+            card has no metrics, because the Hub's metadata needs the name.
         license: Licence of the weights.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
@@ -61,7 +62,7 @@ def make_run_card(
         title=repo_id.rpartition("/")[2],
         summary=f"{'an adapter on ' if is_adapter else ''}{origin}, trained with {objective}.",
         training={"objective": objective, **_settings(trainer), "hardware": _hardware(args), **_versions()},
-        limits="Nobody has described them. The card was written by the training run, which knows its numbers alone.",
+        limits="Not described yet. The training run wrote this card and knows only its settings and metrics.",
         dataset=Path(evaluated).name if evaluated and not is_hub_id(evaluated) else evaluated,
         metrics=_metrics(trainer.state.log_history) if evaluated else {},
         methods=methods or ["vladva"],
@@ -75,7 +76,7 @@ def make_run_card(
 
 
 def draw_curves(log_history: list[Mapping[str, Any]], file: Path) -> str | None:
-    """Draws every logged loss over the steps to `file`; its name, or `None` without matplotlib or losses."""
+    """Draws every logged loss over the steps. Returns the name of `file`, or `None` without matplotlib or losses."""
     names = sorted({name for entry in log_history for name in entry if name in {f"{loss}_loss" for loss in LOSSES}})
     try:
         from matplotlib.figure import Figure
@@ -99,7 +100,8 @@ def _base_model(model) -> str | None:
 
 
 def _settings(trainer: Trainer) -> dict[str, object]:
-    """Every setting that is not the default, adapter and prompts included, without what is private."""
+    """Returns the settings of the run, the adapter and the prompts, and every argument that is a loss weight or not at
+    its default, except private ones."""
     args, model, processor = trainer.args, trainer.model, trainer.processing_class
     settings: dict[str, object] = {
         "steps": trainer.state.global_step,
@@ -118,7 +120,7 @@ def _settings(trainer: Trainer) -> dict[str, object]:
         is_weight = field.name.endswith("_weight")
         if (value == default and not is_weight) or PRIVATE.search(field.name):
             continue
-        if isinstance(value, (bool, int, float)) or (isinstance(value, str) and not _is_place(value)):
+        if isinstance(value, (bool, int, float)) or (isinstance(value, str) and not _is_path(value)):
             settings[field.name] = str(value.value) if hasattr(value, "value") else value
     seconds = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
     if seconds is not None:
@@ -126,7 +128,7 @@ def _settings(trainer: Trainer) -> dict[str, object]:
     return settings
 
 
-def _is_place(value: str) -> bool:
+def _is_path(value: str) -> bool:
     return Path(value).is_absolute() or Path(value).exists() or "\\" in value
 
 
@@ -141,7 +143,7 @@ def _versions() -> dict[str, object]:
 
 
 def _metrics(log_history: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Those of the last evaluation."""
+    """Returns the metrics of the last evaluation, without losses and timings."""
     for entry in reversed(log_history):
         metrics = {
             name.removeprefix("eval_"): value

@@ -1,4 +1,4 @@
-"""Batches of examples of about the same length."""
+"""A sampler that groups examples of similar lengths."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """As transformers', in an order that depends on the seed and the epoch alone: all processes agree on it, and a
-    resumed run goes on in it."""
+    """transformers' `LengthGroupedSampler` with an order that depends only on the lengths, the seed and the epoch, so
+    that all processes and a resumed run have the same order."""
 
     def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
         super().__init__(batch_size, lengths=list(lengths))

@@ -1,7 +1,6 @@
-"""`UniGDTrainer`: one step, one objective."""
+"""`UniGDTrainer`, which trains the joint objective."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
-from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
@@ -17,7 +15,7 @@ from ..data.dataset import Rows
 from ..data.lengths import sequence_length
 from ..modeling import UniGDProcessor
 from .arguments import UniGDTrainingArguments
-from .batches import check_batch_size, count_targets, count_tokens, idle_chunk, join_batches
+from .batches import check_batch_size, count_targets, count_tokens, join_batches
 from .callbacks import ClampLogitScale, SetEpoch
 from .collator import UniGDDataCollator, collator_for_objective
 from .dataloaders import stream_loader
@@ -26,21 +24,22 @@ from .gradient_cache import RandomState, embed_chunks
 from .loading import prepare_model, resolve_model
 from .losses import InfoNCELoss, StructureLoss
 from .sampler import EpochLengthGroupedSampler
-from .sharding import prepare_fsdp2
-from .vision import VisionFeatureCache, is_frozen, tower_key, with_image_features
+from .sharding import add_idle_chunks, prepare_fsdp2
+from .step_logs import StepLogs, gradient_norm
+from .vision import VisionFeatureCache, is_frozen, with_image_features
 
 
 class UniGDTrainer(EvaluatingTrainer):
     r"""
-    Trains embeddings and generation together:
+    Trains embeddings and generation with one objective:
 
         L = contrastive_weight · InfoNCE + alignment_weight · structure + causal_lm_weight · next-token
 
-    An anchor (an image, its prompt, then its long caption) runs once: causal attention lets its embedding be read at
-    the last prompt token while its caption is scored in the same forward pass. The sequences that it is contrasted
-    with are the second forward pass. The next-token loss is normalised by the labelled tokens of the whole accumulated
-    global batch. The contrastive loss takes its negatives from all processes, and the structure loss its positions:
-    the ends of slices of the anchors and their captions, which are read in the same forward pass.
+    An anchor (an image, its prompt, then its long caption) runs once. Because attention is causal, one forward pass
+    gives its embedding at the last prompt token, the loss of its caption, and the embeddings at the ends of its
+    slices, which the structure loss compares. A second forward pass embeds the sequences that the anchors are
+    contrasted with. The next-token loss is normalised by the labelled tokens of the whole accumulated global batch.
+    The contrastive loss takes its negatives, and the structure loss its positions, from all processes.
 
     Example:
 
@@ -64,44 +63,44 @@ class UniGDTrainer(EvaluatingTrainer):
 
     Args:
         model (`UniGDForConditionalGeneration`, `PeftModel` or `str`, *optional*):
-            The model; an adapter on one that holds the embedding head and the soft prompts; or the Hub id or folder of
-            a checkpoint or of a plain vision-language model, which gets a new head.
+            The model, or a `PeftModel` of it whose adapter holds the embedding head and the soft prompts, or the Hub
+            id or folder of a checkpoint or of a plain vision-language model, which gets a new head.
         args ([`UniGDTrainingArguments`] or `TrainingArguments`, *optional*):
-            The arguments. Plain arguments are converted, and the defaults are used without any.
+            The arguments. Plain `TrainingArguments` are converted. By default, the default arguments are used.
         data_collator ([`UniGDDataCollator`], *optional*):
-            A collator of your own. The trainer sets those of its fields that the objective decides (`chunk_size`,
-            `contrastive`, `causal_lm`, `splitter`, `prefixes`, `with_image_keys`). [`get_data_collator`] makes one by
-            default.
-        train_dataset (`Dataset`, `IterableDataset`, torch `Dataset` or `list[dict]`, *optional*):
+            A collator of your own. The trainer uses a copy and sets the fields that the objective determines
+            (`chunk_size`, `contrastive`, `causal_lm`, `splitter`, `prefixes`, `with_image_keys`). Defaults to the
+            collator of [`get_data_collator`].
+        train_dataset (`Dataset`, `IterableDataset`, map-style torch `Dataset` or `list[dict]`, *optional*):
             Rows of any accepted format ([`~hf_unigd.data.RowParser`]).
         eval_dataset (the same, or a `dict` or `DatasetDict` of them, *optional*):
             Rows to evaluate. Evaluation reports `eval_loss` (the objective over blocks of `eval_block_size` rows),
-            each of its losses, the perplexity of the targets, and recall at 1, 5 and 10 both ways for rows with a
-            positive.
+            each of its losses, the perplexity of the targets, and recall at 1, 5 and 10 in both directions for rows
+            with a positive.
         processing_class ([`UniGDProcessor`], *optional*):
-            The processor, with its prompts. By default the model's own.
+            The processor with its prompts. Defaults to the processor of the model.
         model_init (`Callable`, *optional*):
-            Makes the model at the start of every training, as [`~transformers.Trainer`] has it; needs
-            `processing_class`.
+            Makes the model at construction and at the start of every training, as in [`~transformers.Trainer`]. It
+            requires `processing_class`.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
-            Makes further metrics of an evaluation's embeddings, keys and rankings, which
-            [`~hf_unigd.trainer.evaluation.retrieval_prediction`] describes; [`predict`] returns the same.
+            Computes further metrics from the embeddings, keys and rankings of an evaluation
+            ([`~hf_unigd.trainer.evaluation.retrieval_prediction`]). [`predict`] returns the same arrays.
         callbacks, optimizers, optimizer_cls_and_kwargs:
             As in [`~transformers.Trainer`].
         compute_loss_func, preprocess_logits_for_metrics:
-            Refused: the objective has several losses, which [`batch_losses`] computes, and evaluation makes no logits.
+            Refused, because the objective has several losses ([`batch_losses`]) and evaluation computes no logits.
         peft_config (`PeftConfig`, *optional*):
-            Trains an adapter ([`add_adapter`]) instead of the whole model.
+            Settings of an adapter ([`add_adapter`]) to train instead of the whole model.
 
     Raises:
-        TypeError, ValueError: an argument of another kind or without effect here, or arguments that cannot train: no
-            negatives in a batch of one, fewer rows than a batch, nothing that is trained.
-        RowError: a bad row, before training starts where rows can be read twice.
+        TypeError, ValueError: an argument is of another kind or would have no effect, or nothing can be trained: a
+            batch of one row has no negatives, there are fewer rows than a batch, or every parameter is frozen.
+        RowError: a row is bad. With `check_rows`, the rows of a map-style dataset are checked at construction.
         FloatingPointError: a loss is not finite. A checkpoint is saved first.
     """
 
     train_dataset: Any
-    # The losses are normalised differently over accumulation steps; `compute_loss` does both.
+    # `compute_loss` scales each loss for gradient accumulation, because they are normalised differently.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -124,27 +123,27 @@ class UniGDTrainer(EvaluatingTrainer):
         args = UniGDTrainingArguments.from_training_arguments(args)
         if compute_loss_func is not None:
             raise ValueError(
-                "`compute_loss_func` is not supported: the objective has several losses, of embeddings and of tokens. "
-                "Subclass UniGDTrainer and override `batch_losses`."
+                "`compute_loss_func` is not supported, because the objective has several losses on embeddings and "
+                "tokens. Subclass UniGDTrainer and override `batch_losses`."
             )
         if preprocess_logits_for_metrics is not None:
             raise ValueError(
-                "`preprocess_logits_for_metrics` is not supported: evaluation makes embeddings, not logits. "
-                "`compute_metrics` receives them."
+                "`preprocess_logits_for_metrics` is not supported, because evaluation computes no logits. "
+                "`compute_metrics` receives the embeddings."
             )
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process would split batches whose rows are compared with each other. Start "
-                "a process per GPU (`accelerate launch`, `torchrun`), or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"{args.n_gpu} GPUs in one process would split batches, whose rows are compared with each other. "
+                "Start one process per GPU (`accelerate launch`, `torchrun`), or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self._peft_config = peft_config
         if model_init is None:
             resolved, processing_class = resolve_model(model, processing_class, args, peft_config)
             model = prepare_model(resolved, processing_class, args, peft_config)
         elif not isinstance(processing_class, UniGDProcessor):
-            raise ValueError("`model_init` needs `processing_class`, the UniGDProcessor of the models that it makes.")
-        self.processing_class = processing_class  # `call_model_init` uses it before Trainer has set it
-        if args.ddp_find_unused_parameters is None:  # a process without images does not use the tower
+            raise ValueError("`model_init` needs `processing_class`, the UniGDProcessor of its models.")
+        self.processing_class = processing_class  # `call_model_init` needs it before Trainer sets it
+        if args.ddp_find_unused_parameters is None:  # a process may have no images for the tower
             args.ddp_find_unused_parameters = not (
                 is_frozen(model) if model_init is None else args.freeze_vision_tower
             )
@@ -174,10 +173,10 @@ class UniGDTrainer(EvaluatingTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it with each batch
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it per batch
         self.add_callback(ClampLogitScale())
-        self._epoch_sampler: EpochLengthGroupedSampler | None = None
-        self.add_callback(SetEpoch(self))
+        self._set_epoch = SetEpoch()
+        self.add_callback(self._set_epoch)
         self.contrastive_loss = InfoNCELoss(self.model.config.matryoshka_dims)
         self.structure_loss = StructureLoss(
             target=args.alignment_target,
@@ -187,26 +186,26 @@ class UniGDTrainer(EvaluatingTrainer):
             similarity=args.alignment_similarity,
         )
         self._vision_features: VisionFeatureCache | None = None
-        self._logged: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        if self.is_deepspeed_enabled and self._uses_gradient_cache:
+        self._step_logs = StepLogs(self.accelerator)
+        if self.is_deepspeed_enabled and (self._uses_gradient_cache or args.loss_gradient_norm_steps):
             raise ValueError(
-                "The gradient cache (`gradient_cache_chunk_size`, `negatives_across_accumulation`) does not combine "
-                "with DeepSpeed, which takes an optimizer step with the backward pass. Train with DDP or FSDP2, or "
-                "without the cache."
+                "The gradient cache (`gradient_cache_chunk_size`, `negatives_across_accumulation`) and "
+                "`loss_gradient_norm_steps` do not work with DeepSpeed, whose backward pass takes an optimizer step. "
+                "Train with DDP or FSDP2, or leave them out."
             )
         if self.accelerator.is_fsdp2:
             if model_init is not None:
-                raise ValueError("`model_init` does not combine with FSDP2. Pass `model`.")
+                raise ValueError("`model_init` does not work with FSDP2. Pass `model`.")
             prepare_fsdp2(self.accelerator, self.model)
         if self.train_dataset is not None:
             if not any(parameter.requires_grad for parameter in self.model.parameters()):
                 raise ValueError(
-                    "No parameter of `model` is trained. Load an adapter with `is_trainable=True`, or pass "
+                    "No parameter of `model` is trained. Load the adapter with `is_trainable=True`, or pass "
                     "`peft_config`."
                 )
             self._check_batch_size()
             if args.alignment_weight and self.slice_features is None:
-                _ = self.teachers  # a teacher that cannot be loaded fails here, not in the first step
+                _ = self.teachers  # a teacher that cannot be loaded fails here instead of in the first step
 
     def _check_batch_size(self) -> None:
         check_batch_size(self.train_dataset, self._train_batch_size * self.args.world_size, self.args)
@@ -220,22 +219,23 @@ class UniGDTrainer(EvaluatingTrainer):
         self, dataset: Rows, processing_class: UniGDProcessor, args: UniGDTrainingArguments, dataset_name: str
     ) -> ExampleDataset | IterableExampleDataset:
         """
-        Turns rows of any accepted format into examples; a hook for subclasses. Called for every dataset that the
-        constructor, [`evaluate`] and [`predict`] are given. Examples are returned as they are.
+        Turns rows of any accepted format into examples. It is called for the datasets of the constructor, [`evaluate`]
+        and [`predict`]. Subclasses may override it. Examples are returned as they are.
 
         Args:
             dataset: The rows.
             processing_class: The processor.
             args: The arguments.
-            dataset_name: `"train"`, `"eval"`, `"test"`, or the key of one of several evaluation datasets.
+            dataset_name: `"train"`, `"eval"` or the key of one of several evaluation datasets in the constructor;
+                `"test"` in [`evaluate`] and [`predict`].
 
         Raises:
-            TypeError, ValueError: the dataset is of another kind, or no accepted format.
-            RowError: a row is bad, and `skip_bad_rows` is off.
+            TypeError, ValueError: the dataset is of another kind, or has no accepted format.
+            RowError: a row is bad and `skip_bad_rows` is off.
         """
         parser = RowParser(
             lambda text: len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"]),
-            # Without a contrastive loss nothing would read a short caption.
+            # Without the contrastive loss, every `caption` is a target, because a positive would not be trained on.
             short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
             long_caption_max_tokens=args.long_caption_max_tokens,
             image_folder=args.image_folder,
@@ -254,12 +254,13 @@ class UniGDTrainer(EvaluatingTrainer):
             raise TypeError(f"`{dataset_name}_dataset`: {error}") from error
 
     def get_data_collator(self, args: UniGDTrainingArguments, processing_class: UniGDProcessor) -> UniGDDataCollator:
-        """Makes the collator; a hook for subclasses. The trainer then sets what the objective decides."""
+        """Makes the default collator. Subclasses may override it. The trainer uses a copy with the fields set that the
+        objective determines."""
         return UniGDDataCollator(processing_class, args.max_length, args.skip_bad_rows)
 
     @cached_property
     def teachers(self) -> Teachers:
-        """The encoders of the structure loss, loaded where the slices' features were not written down before."""
+        """The encoders of the structure loss. They are loaded on first use."""
         return Teachers(self.args, self.args.device)
 
     @cached_property
@@ -271,16 +272,15 @@ class UniGDTrainer(EvaluatingTrainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.current_gradient_accumulation_steps = len(batches)
         if self.args.negatives_across_accumulation and batches:
-            # Of the micro-steps only the last does anything, with the rows of all.
+            # The last accumulation step runs with the rows of all; the others do nothing.
             batches = [{}] * (len(batches) - 1) + [join_batches(batches)]
-        # A backward pass of DeepSpeed's takes an optimizer step.
-        interval = 0 if self.is_deepspeed_enabled else self.args.loss_gradient_norm_steps
+        interval = self.args.loss_gradient_norm_steps
         if batches and interval and self.state.global_step % interval == 0:
             self._log_gradient_norms([batch for batch in batches if batch], num_items_in_batch)
         return batches, num_items_in_batch
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Labelled tokens of the accumulated batch over all processes, at least 1."""
+        """Counts the labelled tokens of the accumulated batch over all processes. Returns at least 1."""
         count = torch.tensor(sum(map(count_targets, batch_samples)), device=device)
         return self.accelerator.reduce(count, reduction="sum").clamp(min=1)
 
@@ -288,7 +288,7 @@ class UniGDTrainer(EvaluatingTrainer):
         if not inputs:
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.reduce((~torch.isfinite(loss)).long(), reduction="sum"):  # all processes stop, or none
+        if self.accelerator.reduce((~torch.isfinite(loss)).long(), reduction="sum"):  # all processes stop together
             self._stop_at_non_finite_loss(loss, inputs)
         return loss
 
@@ -296,26 +296,27 @@ class UniGDTrainer(EvaluatingTrainer):
         """Runs the step up to its last backward pass. Returns the loss for that backward pass; its value is the loss
         of the full step."""
         if return_outputs:
-            raise ValueError("`return_outputs=True` is not supported: a step has several forward passes.")
+            raise ValueError("`return_outputs=True` is not supported, because a step has several forward passes.")
         scales = self._scales
         loss, parts, metrics = self._step(model, inputs, num_items_in_batch, scales)
-        # Logged per optimizer step: the token-normalised parts of accumulation steps add up to its loss.
+        # The logs add up the accumulation steps of an optimizer step, so each adds its share of the loss.
         for name, part in parts.items():
             share = scales[name] / getattr(self.args, f"{name}_weight")
-            self._logged[f"{name}_loss"].append((self.state.global_step, part.detach() * share))
+            self._step_logs.add(f"{name}_loss", self.state.global_step, part.detach() * share)
         for name, value in metrics.items():
-            self._logged[name].append((self.state.global_step, value.detach() / self._objectives_per_step))
+            self._step_logs.add(name, self.state.global_step, value.detach() / self._objectives_per_step)
         return loss
 
     @property
     def _objectives_per_step(self) -> int:
+        """How often the batch losses are computed per optimizer step."""
         return 1 if self.args.negatives_across_accumulation else self.current_gradient_accumulation_steps
 
     @property
     def _scales(self) -> dict[str, float]:
-        """What each loss is multiplied by, of those with a weight."""
-        # DDP averages over processes, but the next-token loss is divided by the tokens of all of them; Trainer adds up
-        # accumulation steps, but the other losses are means of their own in each.
+        """The factor of each loss that has a weight."""
+        # DDP averages over processes, but the next-token loss is already divided by the tokens of all of them. Trainer
+        # sums over accumulation steps, but the other losses are means over each step.
         scales = {
             "contrastive": self.args.contrastive_weight / self._objectives_per_step,
             "alignment": self.args.alignment_weight / self._objectives_per_step,
@@ -324,7 +325,7 @@ class UniGDTrainer(EvaluatingTrainer):
         return {name: scale for name, scale in scales.items() if scale}
 
     def _step(self, model, inputs, num_items_in_batch, scales):
-        """The loss to call `backward` on, and detached: unweighted losses by name, values to log."""
+        """Returns the loss to call `backward` on and, by name, the unweighted losses and the values to log."""
         inner = self.accelerator.unwrap_model(model)
         chunks = self._prepare_chunks(inner, inputs["chunks"])
 
@@ -337,7 +338,7 @@ class UniGDTrainer(EvaluatingTrainer):
 
         def batch_loss(embeddings, inverse_temperature):
             parts, metrics = self.batch_losses(embeddings, inverse_temperature, inputs)
-            # DDP waits for a gradient of all that its outputs depend on: every output takes part, if with weight 0.
+            # DDP waits for the gradient of every parameter that the outputs depend on, so each output takes part.
             loss = embeddings.sum() * 0.0 + inverse_temperature * 0.0
             return loss + sum(scales.get(name, 0.0) * part for name, part in parts.items()), parts, metrics
 
@@ -347,7 +348,7 @@ class UniGDTrainer(EvaluatingTrainer):
             loss = loss + scales.get("causal_lm", 0.0) * outputs.loss
             causal_lm = outputs.loss.detach()
         else:
-            # All chunks but the last bypass DDP, so that gradients are exchanged once.
+            # Only the last chunk goes through DDP, so that gradients are reduced once.
             embedded = embed_chunks(lambda chunk: forward(inner, [chunk]), chunks, self.args.device)
             batch_part, parts, metrics = batch_loss(embedded.embeddings, embedded.inverse_temperature)
             embedded.differentiate(batch_part)
@@ -371,45 +372,33 @@ class UniGDTrainer(EvaluatingTrainer):
         return self.args.gradient_cache_chunk_size is not None or self.args.negatives_across_accumulation
 
     def _prepare_chunks(self, model, chunks):
-        """What is done once a step: frozen vision features, and under FSDP chunks as many as on any process."""
+        """Computes the features of a frozen vision tower, once per step, and adds idle chunks under FSDP."""
         if is_frozen(model):
             with self.accelerator.autocast():
                 chunks = [with_image_features(model, chunk, self._vision_cache(model)) for chunk in chunks]
-        if not self.is_fsdp_enabled:
-            return chunks
-        pictured = torch.tensor(["pixel_values" in chunk for chunk in chunks], device=self.args.device)
-        everywhere = gather_object([pictured.tolist()])
-        longest = max(everywhere, key=len)
-        if any(each != longest[: len(each)] for each in everywhere):
-            raise ValueError(
-                "Under FSDP every process runs the same layers, and here some have pictures for a vision tower that "
-                "others have none for. Freeze it (`freeze_vision_tower=True`), or train without FSDP."
-            )
-        return chunks + [idle_chunk(chunks[0])] * (len(longest) - len(chunks))
+        return add_idle_chunks(chunks) if self.is_fsdp_enabled else chunks
 
-    def _vision_cache(self, model):
-        if self.args.vision_cache is None:
-            return None
-        if self._vision_features is None:
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
-            tower = tower_key(model, self.processing_class, dtype)
-            self._vision_features = VisionFeatureCache(self.args.vision_cache, tower)
+    def _vision_cache(self, model) -> VisionFeatureCache | None:
+        if self._vision_features is None and self.args.vision_cache is not None:
+            self._vision_features = VisionFeatureCache.for_model(
+                self.args.vision_cache, model, self.processing_class, self.accelerator.mixed_precision
+            )
         return self._vision_features
 
     def batch_losses(
         self, embeddings: torch.Tensor, inverse_temperature: torch.Tensor, batch: dict
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """
-        The losses that compare embeddings with each other. They see the whole batch at once, however many forward
-        passes it took to embed it.
+        Computes the losses that compare embeddings with each other. They always cover the whole batch, even if it was
+        embedded in several forward passes. Subclasses may override this method.
 
         Args:
-            embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`): Of all chunks, in their order.
+            embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`): Embeddings of all chunks, in order.
             inverse_temperature (`torch.FloatTensor` of shape `()`): Inverse temperature.
-            batch (`dict`): As [`UniGDDataCollator`] makes it.
+            batch (`dict`): A batch of [`UniGDDataCollator`].
 
         Returns:
-            Unweighted losses by name, and values to log.
+            The unweighted losses and the values to log, each by name.
         """
         parts, metrics = {}, {}
         at = {name: embeddings[places] for name, places in batch["places"].items()}
@@ -438,20 +427,20 @@ class UniGDTrainer(EvaluatingTrainer):
     def _stop_at_non_finite_loss(self, loss, inputs):
         self._save_checkpoint(self.model, trial=None)
         found = [(self.args.process_index, loss.item(), inputs["rows"].tolist())]
-        culprits = [entry for entry in gather_object(found) if not math.isfinite(entry[1])]
-        named = "; ".join(
-            f"{value} on process {process}, in the batch of rows {rows}" for process, value, rows in culprits
+        not_finite = [entry for entry in gather_object(found) if not math.isfinite(entry[1])]
+        listing = "; ".join(
+            f"{value} on process {process}, in the batch of rows {rows}" for process, value, rows in not_finite
         )
         raise FloatingPointError(
-            f"The loss is not finite at step {self.state.global_step} ({named}). The state before this step is saved: "
-            f"checkpoint-{self.state.global_step} in {self.args.output_dir}. Look at these rows, lower the learning "
-            "rate, or train in bfloat16 or float32."
+            f"The loss is not finite at step {self.state.global_step} ({listing}). The state before this step was "
+            f"saved to checkpoint-{self.state.global_step} in {self.args.output_dir}. Check these rows, lower the "
+            "learning rate, or train in bfloat16 or float32."
         )
 
     def _log_gradient_norms(self, batches, num_items_in_batch) -> None:
-        """Norm of each weighted loss's gradient over the whole accumulated global batch.
+        """Logs the norm of each weighted loss's gradient over the whole accumulated global batch.
 
-        Called while nothing is in `.grad`. Costs the forward and backward passes of the step once more for each loss.
+        It is called while `.grad` is empty, and runs the forward and backward passes of the step once per loss.
         """
         model = self.accelerator.unwrap_model(self.model_wrapped)
         model.train()
@@ -462,25 +451,13 @@ class UniGDTrainer(EvaluatingTrainer):
                 for batch in batches:
                     loss, _, _ = self._step(model, self._prepare_inputs(batch), num_items_in_batch, {name: scale})
                     self.accelerator.backward(loss)
-            gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-            if not self.is_fsdp_enabled:  # which has averaged them already
-                gradients = self.accelerator.reduce(gradients, reduction="mean")
-            norm = torch.nn.utils.get_total_norm(gradients)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            if self.accelerator.scaler is not None:
-                norm = norm / self.accelerator.scaler.get_scale()
-            self._logged[f"{name}_gradient_norm"].append((self.state.global_step, norm))
+            norm = gradient_norm(parameters, self.accelerator, self.is_fsdp_enabled)
+            self._step_logs.add(f"{name}_gradient_norm", self.state.global_step, norm)
             model.zero_grad()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs:  # a training log, neither an evaluation's nor the final one
-            for name, entries in self._logged.items():
-                by_step: dict[int, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-                for step, value in entries:
-                    by_step[step] += value.float()
-                mean = self.accelerator.reduce(torch.stack(list(by_step.values())).mean(), reduction="mean")
-                logs[name] = mean.item()
-            self._logged.clear()
+        if "loss" in logs:  # a log of training steps, not of an evaluation or of the end of training
+            logs |= self._step_logs.pop_means()
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model):
@@ -508,11 +485,11 @@ class UniGDTrainer(EvaluatingTrainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._epoch_sampler = EpochLengthGroupedSampler(batch_size, dataset.lengths or [], seed)
-        return self._epoch_sampler
+        self._set_epoch.sampler = EpochLengthGroupedSampler(batch_size, dataset.lengths or [], seed)
+        return self._set_epoch.sampler
 
     def get_train_dataloader(self):
         if self.train_dataset is not None:
             self.train_dataset = self._prepare_dataset(self.train_dataset, self.processing_class, self.args, "train")
-            self._check_batch_size()  # again, as `auto_find_batch_size` makes it smaller
+            self._check_batch_size()  # again, because `auto_find_batch_size` lowers it
         return super().get_train_dataloader()

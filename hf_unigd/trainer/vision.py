@@ -1,4 +1,4 @@
-"""The vision tower: which parameters it has, and its features computed once where it is frozen."""
+"""The vision tower: its parameters, and its features, which are computed once if it is frozen."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ Chunk = dict[str, Any]
 
 
 def vision_parameters(model: UniGDForConditionalGeneration) -> list[torch.nn.Parameter]:
-    """Parameters of the backbone outside its language model: the vision tower and its projector."""
+    """Returns the parameters of the vision tower and its projector: all but those of the language model."""
     language = {id(parameter) for parameter in model.vlm.get_decoder().parameters()}
     language |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     return [parameter for parameter in model.vlm.parameters() if id(parameter) not in language]
 
 
 def is_frozen(model: UniGDForConditionalGeneration) -> bool:
-    """Whether no part of the vision tower and its projector is trained."""
+    """Returns whether the vision tower and its projector are frozen completely."""
     return not any(parameter.requires_grad for parameter in vision_parameters(model))
 
 
@@ -34,12 +34,12 @@ def with_image_features(
     model: UniGDForConditionalGeneration, chunk: Chunk, cache: "VisionFeatureCache | None" = None
 ) -> Chunk:
     """
-    The same chunk with `image_features` in place of its pictures' pixels.
+    Returns the chunk with `image_features` in place of `pixel_values`.
 
     Args:
-        model: The model, its vision tower frozen.
-        chunk: Model inputs, and the `image_keys` of their pictures where there is a `cache`.
-        cache: Features of former epochs and runs.
+        model: The model, whose vision tower is frozen.
+        chunk: Model inputs. With a `cache`, they include the `image_keys` of their images.
+        cache: Features of earlier epochs and runs, if they are kept.
     """
     chunk = dict(chunk)
     keys = chunk.pop("image_keys", None)
@@ -56,14 +56,14 @@ def with_image_features(
 
 
 def image_key(image: Image.Image) -> str:
-    """A 128-bit hash of a picture's size and pixels."""
+    """Returns a 128-bit hash of the mode, size and pixels of an image."""
     digest = hashlib.blake2b(f"{image.mode}{image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()
 
 
 def tower_key(model: UniGDForConditionalGeneration, processor: UniGDProcessor, dtype: torch.dtype) -> str:
-    """A 128-bit hash of all that a picture's features depend on but the picture: weights, settings, precision."""
+    """Returns a 128-bit hash of everything but the image that its features depend on: weights, settings, precision."""
     digest = hashlib.blake2b(digest_size=16)
     config = model.config.vlm_config.to_dict()
     for name in ("text_config", "_name_or_path", "transformers_version"):
@@ -76,29 +76,38 @@ def tower_key(model: UniGDForConditionalGeneration, processor: UniGDProcessor, d
 
 
 class VisionFeatureCache:
-    """Features of pictures on disk, a file each, in a folder of the tower that they are of.
+    """Image features on disk, in one folder per vision tower and one file per image.
 
     Args:
-        folder: Holds a folder a tower.
-        tower: What [`tower_key`] says.
+        folder: Folder of all towers.
+        tower: The result of [`tower_key`].
     """
 
     def __init__(self, folder: str | Path, tower: str):
         self.folder = Path(folder, tower)
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    @classmethod
+    def for_model(
+        cls, folder: str | Path, model: UniGDForConditionalGeneration, processor: UniGDProcessor, mixed_precision: str
+    ) -> "VisionFeatureCache":
+        """Opens the features of a model's vision tower, which runs in `mixed_precision` (accelerate's name of it)."""
+        dtype: Any = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype)
+        return cls(folder, tower_key(model, processor, dtype))
+
     def load(self, keys: list[str]) -> tuple[torch.Tensor, ...] | None:
-        """Features of these pictures, where all of them are there."""
+        """Returns the features of the images, or `None` if those of any image are missing."""
         try:
             return tuple(load_file(self._file(key))["features"] for key in keys)
-        except (FileNotFoundError, SafetensorError):  # never written, or cut off
+        except (FileNotFoundError, SafetensorError):  # not written, or incomplete
             return None
 
     def save(self, keys: list[str], features: tuple[torch.Tensor, ...]) -> None:
+        """Writes the features of the images."""
         for key, feature in zip(keys, features, strict=True):
             file = self._file(key)
             file.parent.mkdir(exist_ok=True)
-            unfinished = file.with_suffix(f".{os.getpid()}")  # processes may write the same picture at once
+            unfinished = file.with_suffix(f".{os.getpid()}")  # processes may write the same image at once
             save_file({"features": feature.cpu().contiguous()}, unfinished)
             unfinished.replace(file)
 

@@ -173,7 +173,7 @@ def test_mistakes_get_a_message_and_no_traceback(arguments, message):
 
 
 def test_a_head_for_a_model_that_has_one_is_refused(folder, tmp_path):
-    with pytest.raises(SystemExit, match="has its head already; leave `head_type`"):
+    with pytest.raises(SystemExit, match="already has a head"):
         main(train_arguments(folder, tmp_path, model_name_or_path=folder / "model", head_type="mlp"))
 
 

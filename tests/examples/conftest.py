@@ -1,4 +1,4 @@
-"""What the runs of `accelerate launch` train."""
+"""The model and the rows that the runs of `accelerate launch` train on."""
 
 import pytest
 from datasets import Dataset
@@ -8,7 +8,7 @@ from tiny_models import make_image, make_vlm
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny LLaVA and rows to train it on."""
+    """A folder with a tiny LLaVA and rows to train it on."""
     folder = tmp_path_factory.mktemp("run")
     tiny = make_vlm()
     tiny.model.save_pretrained(folder / "vlm")

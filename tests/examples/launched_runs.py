@@ -1,4 +1,4 @@
-"""Several runs of `hf-unigd train`, one after another, in the processes that `accelerate launch` has started.
+"""Runs `hf-unigd train` several times in the processes that `accelerate launch` started.
 
 `accelerate launch --config_file examples/accelerate/fsdp2.yaml -m launched_runs '[["no", [flags]], ...]'`
 """
@@ -19,13 +19,13 @@ initialize = AcceleratorState.__init__
 
 @wraps(initialize)
 def initialize_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-    """FSDP2 works on CPUs, but accelerate turns it on where there is an accelerator only."""
+    """Enables FSDP2, which works on CPUs, but which accelerate enables only with an accelerator device."""
     initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if fsdp_plugin is not None:
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
         self.fsdp_plugin = fsdp_plugin
-        # Where every later `AcceleratorState()` reads it from.
+        # Every later `AcceleratorState()` reads it from here.
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 

@@ -1,4 +1,4 @@
-"""The configurations for `accelerate launch`, started with 2 processes on gloo, told to stop, and hit by a death."""
+"""The configurations for `accelerate launch` with two processes on gloo: start, SIGTERM, and a killed process."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 
 
 def launch(folder, output, config, *flags):
-    """`accelerate launch` of a run without an end, its output in a file."""
+    """Starts `accelerate launch` of an endless run. Returns the process and the file of its output."""
     arguments = {
         "model_name_or_path": folder / "vlm",
         "dataset_name": folder / "rows",
@@ -55,11 +55,11 @@ def wait_for(condition, seconds, logs):
 
 
 def workers(launcher):
-    """The launcher's processes that train."""
+    """Returns the training processes of a launcher."""
     return [child for child in psutil.Process(launcher.pid).children() if "train" in child.cmdline()]
 
 
-def test_ddp_starts_and_on_sigterm_saves_and_ends(folder, tmp_path):
+def test_ddp_starts_and_sigterm_saves_a_checkpoint_and_ends_the_run(folder, tmp_path):
     output = tmp_path / "out"
     launcher, log = launch(folder, output, "ddp.yaml", "--num_processes", "2", "--main_process_port", "0")
     try:
@@ -73,12 +73,12 @@ def test_ddp_starts_and_on_sigterm_saves_and_ends(folder, tmp_path):
     saved = output / name
     state = json.loads((saved / "trainer_state.json").read_text())
     assert name == f"checkpoint-{state['global_step']}"
-    assert state["epoch"] == state["global_step"] * 2 * 4 / 32  # two processes of four rows each
+    assert state["epoch"] == state["global_step"] * 2 * 4 / 32  # two processes with four rows each
     load_checkpoint(str(saved))
 
 
-def test_a_death_on_one_machine_ends_the_run_on_all_and_is_named(folder, tmp_path):
-    """Two machines of one process each: the agents of both stand on this one."""
+def test_a_killed_process_ends_the_run_on_all_machines_and_is_named(folder, tmp_path):
+    """The agents of two machines with one process each run on this machine."""
     output = tmp_path / "out"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,12 +104,12 @@ def test_a_death_on_one_machine_ends_the_run_on_all_and_is_named(folder, tmp_pat
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_key_is_one_that_accelerate_knows(file):
+def test_accelerate_knows_every_key_of_a_configuration(file):
     from accelerate.commands.config.config_args import ClusterConfig
     from accelerate.commands.launch import launch_command_parser
 
     config = yaml.safe_load(file.read_text())
-    known = ClusterConfig.from_yaml_file(str(file))  # refuses keys that it does not know
+    known = ClusterConfig.from_yaml_file(str(file))  # raises for unknown keys
     assert known.num_processes == config["num_processes"]
     options = {action.dest for action in launch_command_parser()._actions}
     for section in ("fsdp_config", "deepspeed_config"):

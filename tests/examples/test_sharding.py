@@ -1,4 +1,4 @@
-"""The configurations of one machine, started with 2 processes on gloo: the training of one, saved and resumed."""
+"""The configurations of one machine with two processes on gloo: training equals one process, saves and resumes."""
 
 import json
 import os
@@ -25,8 +25,8 @@ OWN_FILES = {
 
 
 def train(folder: Path, config: str, processes: int = 2) -> Path:
-    """Trains a whole model and an adapter; on two processes also in the configuration's precision and with the cache,
-    and where the model is sharded, also resumed."""
+    """Trains a full model and an adapter. Two processes also train in bfloat16 and with the gradient cache. Runs of a
+    configuration that shards the model are also resumed."""
     output = folder / (config if processes > 1 else "one")
     common = {
         "model_name_or_path": folder / "vlm",
@@ -43,7 +43,7 @@ def train(folder: Path, config: str, processes: int = 2) -> Path:
     }
     flags = [part for name, value in common.items() for part in (f"--{name}", str(value))]
     runs = [["bf16", [*flags, "--output_dir", f"{output}/bf16"]]] if processes > 1 else []
-    if processes > 1 and config != "deepspeed_zero2":  # which refuses the cache
+    if processes > 1 and config != "deepspeed_zero2":  # it refuses the cache
         cache = ["--gradient_cache_chunk_size", "3"]
         runs.append(["no", [*flags, *ADAPTER, *cache, "--output_dir", f"{output}/cached-adapter"]])
     for kind, more in (("full", ACCUMULATION), ("adapter", ADAPTER)):
@@ -53,7 +53,7 @@ def train(folder: Path, config: str, processes: int = 2) -> Path:
         if config != "ddp":
             runs.append(["no", [*flags, *more, "--output_dir", resumed, *resume]])
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]  # any that is free
+    launcher += ["--num_processes", str(processes), "--main_process_port", "0"]  # any free port
     command = [*launcher, "-m", "launched_runs", json.dumps(runs)]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -91,7 +91,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def logged(run: Path, *parts: str) -> list[dict[str, float]]:
-    """What was logged of each step, by names with one of these parts."""
+    """Returns the logged values of each step whose names contain one of `parts`."""
     history = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     return [{name: value for name, value in entry.items() if any(part in name for part in parts)} for entry in steps]
@@ -109,42 +109,42 @@ def assert_same_training(run: Path, expected: Path, tolerance: float = 1e-5):
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_two_processes_train_as_one_does(kind, ddp, one):
-    """With global negatives, and tokens counted over both."""
+def test_two_processes_train_like_one(kind, ddp, one):
+    """Negatives come from both processes, and tokens are counted over both."""
     assert_same_training(ddp / kind, one / kind, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_it_trains_as_ddp_does(kind, sharded, ddp):
+def test_a_sharded_model_trains_like_ddp(kind, sharded, ddp):
     assert_same_training(sharded / kind, ddp / kind)
 
 
-def test_several_steps_with_the_gradient_cache_are_those_without(sharded, ddp):
+def test_several_steps_with_the_gradient_cache_equal_those_without(sharded, ddp):
     assert_same_training(ddp / "cached-adapter", ddp / "adapter", tolerance=1e-4)
     if sharded.name == "fsdp2":
         assert_same_training(sharded / "cached-adapter", ddp / "adapter", tolerance=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_a_resumed_run_ends_in_the_same_weights(kind, sharded):
-    at_one_go, resumed, before = (
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(kind, sharded):
+    uninterrupted, resumed, before = (
         weights(sharded / name) for name in (kind, f"{kind}-resumed", f"{kind}/checkpoint-2")
     )
     assert not (sharded / f"{kind}-resumed" / "checkpoint-2").exists()
-    assert all(torch.equal(at_one_go[name], resumed[name]) for name in at_one_go)
-    assert any(not torch.equal(at_one_go[name], before[name]) for name in at_one_go)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    assert any(not torch.equal(uninterrupted[name], before[name]) for name in uninterrupted)
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_its_checkpoints_are_ddps_and_load(kind, sharded, ddp):
-    """Besides the weights the same files, code and `auto_map` among them."""
+def test_checkpoints_of_a_sharded_model_have_the_files_of_ddp_and_load(kind, sharded, ddp):
+    """All files except the weights are the same, including the code and `auto_map`."""
     checkpoint, expected = sharded / kind / "checkpoint-2", ddp / kind / "checkpoint-2"
     names, expected_names = ({path.name for path in each.iterdir()} for each in (checkpoint, expected))
     assert names - expected_names == OWN_FILES[sharded.name]
     assert "probe.safetensors" in expected_names
     assert expected_names - names <= {"optimizer.pt", "probe.safetensors"}
     assert pushed_files(checkpoint) <= pushed_files(expected)
-    assert "README.md" not in names  # PEFT's, which says nothing
+    assert "README.md" not in names  # PEFT's empty template
     for path in expected.iterdir():
         if path.name in names and path.suffix in (".json", ".py", ".jinja") and path.stem != "trainer_state":
             assert (checkpoint / path.name).read_bytes() == path.read_bytes(), path.name
@@ -155,9 +155,9 @@ def test_its_checkpoints_are_ddps_and_load(kind, sharded, ddp):
     torch.testing.assert_close(*embeddings, atol=1e-5, rtol=0)
 
 
-def test_in_bfloat16_the_losses_are_still_computed_in_float32(sharded, ddp):
+def test_losses_are_computed_in_float32_in_a_bfloat16_run(sharded, ddp):
     found, expected = (logged(run / "bf16", "loss", "temperature")[0] for run in (sharded, ddp))
-    # FSDP2 holds the head in float32, DeepSpeed in bfloat16.
+    # FSDP2 keeps the head in float32, DeepSpeed in bfloat16.
     assert found.pop("temperature") == pytest.approx(0.07, rel=1e-6 if sharded.name == "fsdp2" else 1e-2)
     del expected["temperature"]
     assert found == pytest.approx(expected, rel=1e-3)

@@ -1,4 +1,4 @@
-"""The example script with its recipe, for two steps on a tiny model and local data of the same columns."""
+"""Runs the example script with its recipe for two steps on a tiny model and local data with the same columns."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ COUNT = 6
 
 
 def article(place):
-    """Two images, the one that was matched first at the end of the list, as MMC4's assignment gives them."""
+    """Returns an MMC4 article with two images, listed in another order than the sentences that they match."""
     return {
         "text_list": [f"A red cat {place}.", "It sleeps. It wakes.", "Two dogs."],
         "image_info": [
@@ -35,7 +35,7 @@ def article(place):
 def conversation(place):
     turns = [("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "Sure?"), ("gpt", f"Yes, cat {place}.")]
     row = {"id": str(place), "conversations": [{"from": who, "value": text} for who, text in turns]}
-    if place % 3 == 0:  # LLaVA's mixture has chats without an image
+    if place % 3 == 0:  # LLaVA's mixture includes chats without an image
         row["conversations"][0]["value"] = "What is it?"
         return row
     return {**row, "image": f"{place}a.png"}
@@ -43,7 +43,7 @@ def conversation(place):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data of the recipe's three kinds, a tiny model, tiny teachers and the recipe that names them."""
+    """A folder with the recipe's three data sets, a tiny model, tiny teachers and a recipe that names them."""
     folder = tmp_path_factory.mktemp("sugar")
     tiny = make_vlm()
     tiny.model.save_pretrained(folder / "vlm")
@@ -81,7 +81,7 @@ def logged(output):
     return [entry for entry in entries if "loss" in entry]
 
 
-def test_the_recipe_runs_for_two_steps_with_teachers_in_training_and_before(folder, monkeypatch):
+def test_the_recipe_runs_with_teachers_in_training_and_with_precomputed_features(folder, monkeypatch):
     monkeypatch.chdir(folder)
     run(monkeypatch, "--output_dir", "in_training")
     with safe_open(folder / "in_training" / "adapter_model.safetensors", "pt") as adapter:
@@ -102,11 +102,13 @@ def test_the_recipe_runs_for_two_steps_with_teachers_in_training_and_before(fold
     first, second = (logged(folder / name) for name in ("in_training", "before"))
     for one, other in zip(first, second, strict=True):
         assert one["alignment_loss"] > 0 and one["causal_lm_loss"] > 0 and "contrastive_loss" not in one
-        assert one["alignment_loss"] == pytest.approx(other["alignment_loss"], rel=1e-2)  # written in half precision
+        assert one["alignment_loss"] == pytest.approx(
+            other["alignment_loss"], rel=1e-2
+        )  # the features are stored in half precision
         assert one["causal_lm_loss"] == pytest.approx(other["causal_lm_loss"], rel=1e-3)
 
 
-def test_rows_become_the_slices_of_their_kind(folder, monkeypatch):
+def test_rows_of_every_data_set_become_slices(folder, monkeypatch):
     monkeypatch.chdir(folder)
     run(monkeypatch, "--save_rows", "rows_again")
     examples = ExampleDataset(

@@ -1,4 +1,4 @@
-"""The example script with both of its recipes, for two steps on a tiny model and local data of the same columns."""
+"""Runs the example script with both recipes for two steps on a tiny model and local data with the same columns."""
 
 import runpy
 import sys

@@ -1,7 +1,7 @@
-"""One objective, however it is run: the gradient of one global batch, by the trainer in every way, against an oracle.
+"""Compares the gradient of one global batch with an oracle, for every way to run a step.
 
-The oracle runs each row by itself, without padding, through the backbone, and writes the losses out in one process.
-`make parity` runs every case and writes docs/parity.md; `tests/trainer/test_parity.py` runs a subset.
+The oracle runs each row on its own through the backbone, without padding, and computes the losses in one process.
+`make parity` runs every case and writes docs/parity.md. `tests/trainer/test_parity.py` runs a subset.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RECIPES = {
     "sugar": {"contrastive_weight": 0.0, "alignment_weight": 1.0, "causal_lm_weight": 0.7},
     "joint": {"contrastive_weight": 0.5, "alignment_weight": 0.8, "causal_lm_weight": 1.0},
 }
-# Rows of the global batch, by process and accumulation step.
+# Rows of the global batch, per process and accumulation step.
 LAYOUTS = {
     "1 process": [[[0, 1, 2, 3, 4, 5, 6, 7]]],
     "4 steps": [[[0, 4], [1, 5], [2, 7], [3, 6]]],
@@ -49,7 +49,7 @@ LAYOUTS = {
     "2 processes, 2 steps": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
     "2 processes, uneven": [[[0, 1, 2, 3, 6, 7]], [[4, 5]]],
     "2 processes, one without targets": [[[0, 1, 3, 6, 7]], [[2, 4, 5]]],
-    "2 processes, one without pictures": [[[0, 1, 2, 3, 5, 7]], [[4, 6]]],
+    "2 processes, one without images": [[[0, 1, 2, 3, 5, 7]], [[4, 6]]],
     "4 processes": [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]],
     "4 processes, uneven": [[[0, 1, 2, 3, 5]], [[7]], [[4]], [[6]]],
 }
@@ -58,10 +58,10 @@ LAYOUTS = {
 @dataclass(frozen=True)
 class Case:
     recipe: str
-    model: str = "full"  # or "lora": LoRA, soft prompts and head
+    model: str = "full"  # or "lora", which trains LoRA, soft prompts and the head
     layout: str = "1 process"
     chunk_size: int | None = None
-    across: bool = False  # negatives across accumulation
+    across: bool = False  # `negatives_across_accumulation`
     dropout: bool = False
     checkpointing: bool = False
     train_vision: bool = False
@@ -86,7 +86,7 @@ class Case:
 
     @property
     def groups(self) -> list[list[int]]:
-        """The rows that are contrasted with each other."""
+        """The groups of rows that are contrasted with each other."""
         layout = LAYOUTS[self.layout]
         steps = [[row for rank in layout for row in rank[step]] for step in range(len(layout[0]))]
         return [[row for step in steps for row in step]] if self.across else steps
@@ -107,12 +107,12 @@ def cases() -> list[Case]:
             found += [replace(base, dropout=True), replace(base, dropout=True, checkpointing=True)]
             found.append(replace(base, layout="2 processes", dropout=True, checkpointing=True))
             found += [replace(base, chunk_size=size, checkpointing=True) for size in (None, 3)]
-        for layout in ("1 process", "2 processes, one without pictures", "4 steps"):
+        for layout in ("1 process", "2 processes, one without images", "4 steps"):
             vision = Case(recipe, "full", layout, train_vision=True, in_subset=recipe == "vladva")
             found += [vision, replace(vision, chunk_size=3)]
     for recipe in RECIPES:
         for model in ("full", "lora"):
-            for layout in ("2 processes", "2 processes, uneven", "2 processes, one without pictures"):
+            for layout in ("2 processes", "2 processes, uneven", "2 processes, one without images"):
                 base = Case(recipe, model, layout, fsdp=True, in_subset=recipe == "joint" and model == "full")
                 found += [base, replace(base, chunk_size=3)]
             steps = Case(recipe, model, "2 processes, 2 steps", fsdp=True, in_subset=recipe == "vladva")
@@ -121,7 +121,7 @@ def cases() -> list[Case]:
 
 
 class FixedTeachers:
-    """Slices' features drawn from their content: like the real ones, a function of it alone."""
+    """Teachers whose features are random but, like real ones, depend only on the content of the slice."""
 
     truncated = 0
 
@@ -190,7 +190,7 @@ def _full(gradient):
 
 
 class ParityTrainer(UniGDTrainer):
-    """The trainer, on rows that are dealt out by hand."""
+    """A trainer that reads the rows of its case's layout."""
 
     def __init__(self, case: Case, model, args, processor, **kwargs):
         self.case = case
@@ -199,7 +199,7 @@ class ParityTrainer(UniGDTrainer):
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        if self.case.fsdp:  # accelerate turns it on where there is an accelerator only; it works without one
+        if self.case.fsdp:  # accelerate enables it only with an accelerator device, but it works without one
             plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
             self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = plugin
@@ -246,7 +246,7 @@ def make_args(case: Case, folder: str) -> UniGDTrainingArguments:
 
 
 def train_one_step(case: Case, ignores_cache: bool = False):
-    """Gradients by name and the logged values."""
+    """Returns the gradients by name and the logged values."""
     AcceleratorState._reset_state()
     with tempfile.TemporaryDirectory() as folder, patch.object(trainer_module, "Teachers", FixedTeachers):
         args = make_args(case, folder)
@@ -262,7 +262,7 @@ def train_one_step(case: Case, ignores_cache: bool = False):
 
 @cache
 def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, ...], ...]):
-    """Gradients by name and what should be logged, from rows that are run one by one."""
+    """Returns the gradients by name and the expected logged values, from rows that run one by one."""
     model, processor, peft_config = make_model(kind, dropout=False)
     case = Case(recipe, kind, train_vision=train_vision)
     args = make_args(case, tempfile.gettempdir())  # nothing is saved
@@ -275,7 +275,7 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
     prefixes, teachers = PrefixSampler(args.alignment_positions, args.seed), FixedTeachers(args)
 
     def run(sequence, target=None, prompted=True):
-        """Embedding at the prompt, the summed loss of the target with its length, hidden states, spans of slices."""
+        """Returns the hidden states, spans, slice spans, the summed loss of the target and its number of tokens."""
         batch = processor.process_sequences(
             [sequence], [target], prompted=prompted, padding_side="right", sentence_ends=parse.splitter
         )
@@ -359,7 +359,7 @@ def _content(messages):
 
 
 def relative_error(gradients: dict, expected: dict) -> float:
-    """The largest deviation of any parameter's gradient, in units of that gradient's largest entry."""
+    """Returns the largest deviation of any parameter's gradient, in units of that gradient's largest entry."""
     assert gradients.keys() == expected.keys()
     overall = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
     worst = 0.0
@@ -367,7 +367,9 @@ def relative_error(gradients: dict, expected: dict) -> float:
         gradient = gradients[name]
         reference = torch.zeros(()) if reference is None else reference
         gradient = torch.zeros_like(reference) if gradient is None else gradient
-        size = max(float(reference.abs().max()), 1e-9 * overall)  # rounding noise, where the gradient is exactly zero
+        size = max(
+            float(reference.abs().max()), 1e-9 * overall
+        )  # for gradients that are zero except for rounding noise
         worst = max(worst, float((gradient - reference).abs().max()) / size)
     return worst
 
@@ -396,7 +398,7 @@ def check(case: Case) -> dict:
 
 
 def check_evaluation(fsdp: bool) -> dict:
-    """Rows that the processes cannot share evenly are each evaluated once: the metrics are those of one process."""
+    """Rows that processes cannot share evenly are evaluated once each, so the metrics are those of one process."""
     AcceleratorState._reset_state()
     case = Case("vladva", layout="2 processes", fsdp=fsdp)
     with tempfile.TemporaryDirectory() as folder:
@@ -430,12 +432,12 @@ def check_evaluation(fsdp: bool) -> dict:
 
 
 def check_non_finite_stop() -> dict:
-    """A loss that is not finite on one process stops both, which name it, with a checkpoint saved."""
+    """A loss that is not finite on one process stops both. The error names the process, and a checkpoint is saved."""
     AcceleratorState._reset_state()
     case = Case("vladva", layout="2 processes")
     with tempfile.TemporaryDirectory() as folder:
         args = make_args(case, folder)
-        args.contrastive_weight = 0.0  # which would spread it
+        args.contrastive_weight = 0.0  # the contrastive loss would be NaN on both processes
         args.loss_gradient_norm_steps = 0
         model, processor, _ = make_model("full", dropout=False)
         trainer = ParityTrainer(case, model, args, processor)
@@ -461,7 +463,7 @@ def check_non_finite_stop() -> dict:
 
 
 def run_group(world_size: int, subset: bool) -> list[dict]:
-    """Results of all cases of this many processes, run in one group of them."""
+    """Runs all cases of this world size in one group of processes and returns the results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -512,7 +514,7 @@ def is_good(result: dict) -> bool:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: the largest deviation of any gradient, by way of running, recipe and what is trained."""
+    """Returns a Markdown table of the largest deviations, per way to run a step, recipe and trained model."""
     columns = [(recipe, model) for recipe in RECIPES for model in ("full", "lora")]
     by_way: dict[str, dict] = {}
     for result in results:
@@ -529,23 +531,23 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-HEADER = """# One objective, however it is run
+HEADER = """# The objective does not depend on how it is run
 
-Made by `make parity`; `make test` runs a part of it. One global batch of eight unequal rows (captioned images, texts with
-hard negatives, a chat, interleaved images) goes through `UniGDTrainer` for one step in every way below, in float64. Each
-cell is the largest deviation of any trained parameter's gradient, in units of that gradient's largest entry, from an
-oracle that runs every row by itself, without padding, and writes the losses out in plain torch; with dropout, from the
-same chunks run without the cache and with the same random numbers. All are below {tolerance}, and so are the relative
-deviations of the logged losses and gradient norms.
+`make parity` writes this page, and `make test` runs a part of it. `UniGDTrainer` takes one step on one global batch of
+eight unequal rows (captioned images, texts with hard negatives, a chat, interleaved images), in float64, in each of the
+ways below. Each cell is the largest deviation of any trained parameter's gradient from an oracle, in units of that
+gradient's largest entry. The oracle runs every row on its own, without padding, and computes the losses in plain torch.
+With dropout, the reference is the same chunks without the cache and with the same random numbers. All deviations are below
+{tolerance}, and so are the relative deviations of the logged losses and gradient norms.
 
-`full` trains the language model and the head, `lora` LoRA, soft prompts and the head. Processes are gloo's, with DDP where
-FSDP2 is not named. "Steps" are accumulation steps, each with its own negatives unless "negatives across steps" is named.
+`full` trains the language model and the head. `lora` trains LoRA, soft prompts and the head. Processes use gloo, with DDP
+unless FSDP2 is named. "Steps" are accumulation steps. Each has its own negatives unless "negatives across steps" is named.
 
 """  # noqa: E501
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Every case, and docs/parity.md.")
+    parser = argparse.ArgumentParser(description="Runs every case and writes docs/parity.md.")
     parser.add_argument("--world_size", type=int)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs" / "parity.md")
     parser.add_argument("--subset", action="store_true")

@@ -1,4 +1,4 @@
-"""Which rows meet in a batch: streams shared out and resumed, batches of rows of one length."""
+"""Which rows share a batch: sharded and resumed streams, and batches of rows of similar lengths."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def text_of(example):
 @pytest.mark.parametrize("shards", [1, 3, 4])
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_stream_is_read_once_by_all_processes_and_workers_together(shards, workers, processes):
+def test_processes_and_workers_together_read_every_row_of_a_stream_once(shards, workers, processes):
     examples = make_examples(stream(shards=shards).shuffle(seed=1, buffer_size=5), RowParser(len))
     seen = []
     for process in range(processes):
@@ -33,7 +33,7 @@ def test_a_stream_is_read_once_by_all_processes_and_workers_together(shards, wor
     assert sorted(seen) == sorted(f"question {n}" for n in range(24))
 
 
-def test_an_endless_stream_has_every_row_once_a_pass_in_another_order():
+def test_an_endless_stream_has_every_row_once_per_pass_in_a_new_order():
     examples = make_examples(stream().shuffle(seed=1, buffer_size=24), RowParser(len)).shard(1, 0, endless=True)
     iterator = iter(examples)
     passes = [[text_of(next(iterator)) for _ in range(24)] for _ in range(3)]
@@ -44,7 +44,7 @@ def test_an_endless_stream_has_every_row_once_a_pass_in_another_order():
 
 
 def train_on_stream(folder, stop_at=None, **resume):
-    """Rows of each step. 24 rows in batches of 5: the seventh step reads across the end of the first pass."""
+    """Returns the rows of each step, and the model. The fifth step reads past the end of the first pass of 24 rows."""
     settings = {"per_device_train_batch_size": 5, "max_steps": 10, "save_strategy": "steps", "save_steps": 3}
     trainer = make_trainer(folder, stream().shuffle(seed=3, buffer_size=9), **settings)
     seen = []
@@ -65,7 +65,7 @@ def train_on_stream(folder, stop_at=None, **resume):
     return seen, trainer.model
 
 
-def test_a_resumed_stream_goes_on_where_it_stopped_past_its_first_end(tmp_path):
+def test_a_resumed_stream_continues_where_it_stopped_in_its_second_pass(tmp_path):
     whole, model = train_on_stream(tmp_path / "whole")
     train_on_stream(tmp_path / "parts", stop_at=7)
     rest, resumed = train_on_stream(tmp_path / "parts", resume_from_checkpoint=True)
@@ -87,7 +87,7 @@ with open(f"rows-{{trainer.args.process_index}}.json", "w") as file:
 """
 
 
-def test_two_processes_read_a_stream_between_them(tmp_path):
+def test_two_processes_read_different_rows_of_a_stream(tmp_path):
     here = Path(__file__).parent
     (tmp_path / "read.py").write_text(STREAM_OF_A_PROCESS.format(path=[str(here), str(here.parent)]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "read.py"]
@@ -98,16 +98,16 @@ def test_two_processes_read_a_stream_between_them(tmp_path):
     assert len(set(numbers)) == 24
 
 
-def test_a_resumed_order_by_length_is_that_of_its_epoch_on_several_processes(tmp_path):
-    """There accelerate's own `set_epoch` does not reach the sampler."""
+def test_the_order_by_length_depends_on_the_epoch_of_a_resumed_run(tmp_path):
+    """On several processes, accelerate's own `set_epoch` does not reach the sampler."""
     trainer = make_trainer(tmp_path, make_rows(32), train_sampling_strategy="group_by_length")
-    loader = trainer.get_train_dataloader()
+    loader, sampler = trainer.get_train_dataloader(), trainer._get_train_sampler()
     orders = []
     for epoch in (0.0, 1.0, 1.5):
         trainer.state.epoch = epoch
         trainer.callback_handler.train_dataloader = loader
         trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
-        orders.append(list(trainer._epoch_sampler))
+        orders.append(list(sampler))
     assert orders[0] != orders[1] == orders[2]
 
 
@@ -121,7 +121,7 @@ def test_lengths_count_image_tokens_exactly(family):
 
 
 def padding(trainer, epoch=0):
-    """Rows in their order, and the share of padding in the anchors' tokens."""
+    """Returns the rows in order, and the fraction of padding in the tokens of the anchors."""
     loader = trainer.get_train_dataloader()
     loader.set_epoch(epoch)
     rows, kept, total = [], 0, 0
@@ -132,7 +132,7 @@ def padding(trainer, epoch=0):
     return rows, 1 - kept / total
 
 
-def test_batches_by_length_spare_padding_for_pictures_of_unequal_sizes(tmp_path):
+def test_grouping_by_length_reduces_padding_for_images_of_unequal_sizes(tmp_path):
     sizes = [(16, 16), (32, 32), (64, 20), (20, 64)]
     rows = make_rows(
         64,
@@ -153,6 +153,6 @@ def test_batches_by_length_spare_padding_for_pictures_of_unequal_sizes(tmp_path)
     assert widths == sorted(widths, reverse=True) and widths[0] > 1.5 * widths[-1]
 
 
-def test_lengths_need_rows_to_be_read_before(tmp_path):
+def test_grouping_by_length_needs_check_rows(tmp_path):
     with pytest.raises(ValueError, match="check_rows=True"):
         make_trainer(tmp_path, train_sampling_strategy="group_by_length", check_rows=False)

@@ -1,4 +1,4 @@
-"""The gradient cache's memory and precision; that it computes the right thing is in test_parity.py."""
+"""Memory and precision of the gradient cache. test_parity.py tests its gradients."""
 
 import json
 
@@ -13,7 +13,7 @@ from trainer_cases import make_rows, make_trainer
 
 
 def peak_of_allocations(function, folder):
-    """Bytes that the CPU allocator held at most while `function` ran, above what it held before."""
+    """Returns the peak number of bytes that `function` allocates on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         held = torch.zeros(1)
         function()
@@ -36,27 +36,27 @@ def step_peak(folder, batch_size, chunk_size):
     def step():
         trainer.training_step(model, batch, torch.tensor(100))
 
-    step()  # gradients stay allocated from here on
+    step()  # allocates the gradients, which stay
     return peak_of_allocations(step, folder)
 
 
-def test_memory_is_flat_in_the_batch(tmp_path):
+def test_memory_does_not_grow_with_the_batch_size(tmp_path):
     small, large = step_peak(tmp_path, 32, 32), step_peak(tmp_path, 512, 32)
     whole = step_peak(tmp_path, 96, None)
     assert large <= 1.25 * small, (small, large)
     assert whole > 2 * small, (small, whole)
 
 
-def test_bfloat16_autocast_gives_the_gradients_of_the_plain_step_and_ends_with_it(tmp_path):
+def test_bfloat16_autocast_gives_the_gradients_of_the_uncached_step_and_ends_with_it(tmp_path):
     gradients = []
     for chunk_size in (None, 4):
-        AcceleratorState._reset_state()  # which would keep the precision of the first trainer of all
+        AcceleratorState._reset_state()  # it would keep the precision of an earlier trainer
         trainer = make_trainer(tmp_path, max_steps=1, bf16=True, gradient_cache_chunk_size=chunk_size)
         batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
         model = trainer.accelerator.prepare_model(trainer.model)
         trainer.training_step(model, batch, torch.tensor(60))
         assert trainer.accelerator.mixed_precision == "bf16"
-        assert not torch.is_autocast_enabled("cpu")  # nor does it leak out of the step
+        assert not torch.is_autocast_enabled("cpu")  # it does not leak out of the step
         gradients.append(
             {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
         )
@@ -66,7 +66,7 @@ def test_bfloat16_autocast_gives_the_gradients_of_the_plain_step_and_ends_with_i
         )
 
 
-def test_logits_of_a_large_vocabulary_never_stand_in_memory_whole(monkeypatch):
+def test_the_logits_of_a_large_vocabulary_are_computed_in_slices(monkeypatch):
     hidden = torch.randn(3, 12, 8, dtype=torch.double, requires_grad=True)
     targets = torch.randint(0, 50, (3, 12))
     targets[:, :4] = -100
@@ -78,12 +78,14 @@ def test_logits_of_a_large_vocabulary_never_stand_in_memory_whole(monkeypatch):
     monkeypatch.setattr("hf_unigd.modeling.modeling_unigd.MAX_LOGITS", 5 * 50)
     loss = next_token_loss(hidden, targets, head)
     gradients = torch.autograd.grad(loss, [hidden, head.weight])
-    assert max(sizes) == 5 * 50 and len(sizes) == 2 * 5  # 24 positions, forward and again in the backward pass
+    assert (
+        max(sizes) == 5 * 50 and len(sizes) == 2 * 5
+    )  # 24 positions in the forward pass, and again in the backward pass
     torch.testing.assert_close(loss, expected)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, reference)
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="gradient_cache_chunk_size=0"):
         make_trainer(tmp_path, gradient_cache_chunk_size=0)

@@ -1,4 +1,4 @@
-"""The contrastive loss against a plain reference, its masks, and several processes."""
+"""The contrastive loss: a plain reference, masks, and several processes."""
 
 import math
 import socket
@@ -18,7 +18,7 @@ def unit(*shape, seed=0):
 
 
 def reference(queries, positives, scale, negatives=(), masked=()):
-    """Equation by equation, with loops: papers.md 2.2, plus hard negatives for the queries and masked pairs."""
+    """Returns the loss as VladVA writes it, with loops, hard negatives for the queries, and masked pairs."""
     n = len(queries)
     candidates = [*positives, *negatives]
     total = 0.0
@@ -33,7 +33,7 @@ def reference(queries, positives, scale, negatives=(), masked=()):
 
 @settings(max_examples=20, deadline=None)
 @given(n=st.integers(2, 6), m=st.integers(0, 4), d=st.integers(2, 8), scale=st.floats(0.1, 50))
-def test_it_equals_the_reference_with_gradients(n, m, d, scale):
+def test_loss_and_gradients_equal_the_reference(n, m, d, scale):
     inputs = [
         unit(n, d, seed=1).requires_grad_(),
         unit(n, d, seed=2).requires_grad_(),
@@ -48,7 +48,7 @@ def test_it_equals_the_reference_with_gradients(n, m, d, scale):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_duplicates_are_masked_both_ways():
+def test_duplicates_are_masked_in_both_directions():
     queries, positives, negatives = unit(4, 5, seed=1), unit(4, 5, seed=2), unit(2, 5, seed=3)
     scale = torch.tensor(3.0, dtype=torch.float64)
     parts = InfoNCELoss()(
@@ -56,16 +56,16 @@ def test_duplicates_are_masked_both_ways():
         positives,
         scale,
         negatives,
-        query_keys=torch.tensor([1, 2, 1, 3]),  # the images of 0 and 2 are the same
-        positive_keys=torch.tensor([7, 8, 9, 8]),  # the captions of 1 and 3 are the same
-        negative_keys=torch.tensor([7, 6]),  # the first hard negative is the caption of 0
+        query_keys=torch.tensor([1, 2, 1, 3]),  # rows 0 and 2 have the same image
+        positive_keys=torch.tensor([7, 8, 9, 8]),  # rows 1 and 3 have the same caption
+        negative_keys=torch.tensor([7, 6]),  # the first hard negative is the caption of row 0
     )
     masked = {(0, 2), (2, 0), (1, 3), (3, 1), (0, 4)}
     torch.testing.assert_close(parts["loss"], reference(queries, positives, scale, negatives, masked))
     assert parts["masked_fraction"].item() == pytest.approx(len(masked) / (4 * 6 - 4))
 
 
-def test_logged_values():
+def test_the_logged_values_of_orthogonal_queries():
     queries = torch.eye(3)
     parts = InfoNCELoss()(queries, queries, torch.tensor(10.0))
     assert parts["positive_similarity"].item() == 1
@@ -86,7 +86,7 @@ def test_matryoshka_is_the_mean_over_normalised_prefixes():
     torch.testing.assert_close(InfoNCELoss([2, 4, 8])(queries, positives, scale)["loss"], expected)
 
 
-def test_a_batch_of_one_is_zero_with_a_warning_unless_it_has_a_negative(caplog):
+def test_a_batch_of_one_without_a_negative_has_zero_loss_and_a_warning(caplog):
     one, scale = unit(1, 4).requires_grad_(), torch.tensor(1.0)
     parts = InfoNCELoss()(one, one, scale)
     parts["loss"].backward()
@@ -95,14 +95,14 @@ def test_a_batch_of_one_is_zero_with_a_warning_unless_it_has_a_negative(caplog):
     assert InfoNCELoss()(one, one, scale, unit(1, 4, seed=3))["loss"] > 0
 
 
-def test_no_pair_is_a_zero_that_can_be_differentiated():
+def test_a_batch_without_pairs_has_zero_loss_that_can_be_differentiated():
     scale = torch.tensor(1.0, requires_grad=True)
     loss = InfoNCELoss()(torch.empty(0, 4), torch.empty(0, 4), scale)["loss"]
     loss.backward()
     assert loss.item() == 0
 
 
-COUNTS = [(3, 3), (4, 2), (0, 6)]  # pairs of each process
+COUNTS = [(3, 3), (4, 2), (0, 6)]  # numbers of pairs per process
 
 
 def _rank(rank, port, output):
@@ -123,11 +123,11 @@ def _loss_and_gradient(rank, counts):
     negatives = unit(2, 5, seed=3)[rank : rank + 1] @ weight
     loss = InfoNCELoss()(queries, positives, torch.tensor(7.0, dtype=torch.float64), negatives)["loss"]
     loss.backward()
-    torch.distributed.all_reduce(weight.grad)  # DDP's average
+    torch.distributed.all_reduce(weight.grad)  # DDP divides the sum by 2, as below
     return loss.detach(), weight.grad / 2
 
 
-def test_the_gradient_over_processes_is_that_of_one(tmp_path):
+def test_two_processes_give_the_gradient_of_one(tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

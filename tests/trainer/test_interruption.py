@@ -1,4 +1,4 @@
-"""A save that fails, and what a resumed run finds."""
+"""Failed saves, SIGTERM, and the checkpoint that a run resumes from."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from trainer_cases import make_trainer
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     class FillDisk(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
@@ -32,8 +32,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path):
     assert resumed.state.global_step == 6
 
 
-def test_a_signal_while_saving_waits_for_the_end_of_a_step(tmp_path):
-    """Where processes agree on it: one that leaves at once would leave the others waiting for it."""
+def test_a_signal_while_saving_takes_effect_after_the_next_step(tmp_path):
+    """Processes exchange the signal at the end of a step. If one exited at once, the others would wait for it."""
 
     class Terminate(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -48,7 +48,7 @@ def test_a_signal_while_saving_waits_for_the_end_of_a_step(tmp_path):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+def test_resuming_skips_and_removes_incomplete_checkpoints(tmp_path):
     make_trainer(tmp_path, **SETTINGS).train()
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # written last
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.')
@@ -59,6 +59,6 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_there_must_be_a_checkpoint_to_resume_from(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint in"):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)

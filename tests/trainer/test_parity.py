@@ -1,4 +1,4 @@
-"""A part of `make parity`: the same gradient however the objective is run."""
+"""A subset of `make parity`: the gradient does not depend on how the objective is run."""
 
 from functools import partial
 from pathlib import Path
@@ -14,25 +14,25 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
 
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.in_subset and c.world_size == 1], ids=str)
-def test_one_process_agrees_with_rows_run_one_by_one(case):
+def test_one_process_gives_the_gradient_of_the_oracle(case):
     result = check(case)
     assert is_good(result), result
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_many_processes_agree_with_rows_run_one_by_one(world_size):
+def test_several_processes_give_the_gradient_of_the_oracle(world_size):
     results = run_group(world_size, subset=True)
     compared = [result for result in results if result["recipe"] in RECIPES]
     assert len(compared) == sum(case.in_subset and case.world_size == world_size for case in cases())
     assert not [result for result in results if not is_good(result)]
 
 
-def test_the_documented_table_is_of_these_cases():
+def test_the_documented_table_lists_all_cases():
     lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|") and "e-" in line]
     assert {line.split(" | ")[0][2:] for line in lines} == {case.name for case in cases()}
 
 
-def test_what_fsdp_would_shard_wrongly_is_refused(tmp_path, monkeypatch):
+def test_fsdp_settings_that_would_shard_the_frozen_tower_are_refused(tmp_path, monkeypatch):
     plugin = partial(parity.FullyShardedDataParallelPlugin, cpu_ram_efficient_loading=True)
     monkeypatch.setattr(parity, "FullyShardedDataParallelPlugin", plugin)
     case = Case("vladva", fsdp=True)

@@ -1,4 +1,4 @@
-"""QLoRA, where bitsandbytes is installed."""
+"""QLoRA, if bitsandbytes is installed."""
 
 import pytest
 import torch

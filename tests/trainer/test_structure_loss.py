@@ -1,4 +1,4 @@
-"""Sugar's structure loss against the paper's equations, written out plainly."""
+"""Sugar's structure loss, compared with a reference of the paper's equations."""
 
 import math
 
@@ -18,7 +18,7 @@ IMAGE, TEXT = 0, 1
 
 @pytest.fixture
 def batch():
-    """Three samples of 3, 1 and 4 slices, and positions in them."""
+    """Three samples of 3, 1 and 4 slices with six positions."""
     torch.manual_seed(0)
     lengths = [3, 1, 4]
     slices = [
@@ -51,7 +51,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_it_equals_the_equations_with_gradients(batch, setting):
+def test_loss_and_gradients_equal_the_equations(batch, setting):
     embeddings, inputs, prefixes, samples = batch
     expected = Reference(**setting).loss(embeddings, prefixes, samples)
     (gradient,) = torch.autograd.grad(expected, embeddings)
@@ -67,7 +67,7 @@ def test_it_equals_the_equations_with_gradients(batch, setting):
     assert abs(single["loss"].item() - expected.item()) < 1e-5
 
 
-def test_every_switch_of_table_4b_changes_what_it_names_and_nothing_else(batch):
+def test_every_ablation_of_table_4b_changes_only_the_pairs_that_it_names(batch):
     _, inputs, prefixes, _ = batch
     modality_columns, cross_only = slice_columns(OWN, CROSS), slice_columns(OWN, CROSS, triple_kernel=False)
     kwargs = {key: inputs[key] for key in ("features", "modalities", "lengths")}
@@ -108,7 +108,7 @@ def test_no_gradient_reaches_the_teachers(batch):
 
 
 @pytest.mark.parametrize("normalization", ["cosine", "content"])
-def test_the_differentiable_form_aligns_the_models_own_slices(batch, normalization):
+def test_kernel_similarity_aligns_the_models_own_embeddings(batch, normalization):
     _, inputs, prefixes, samples = batch
     torch.manual_seed(1)
     vectors = torch.randn(8, 6, dtype=torch.double).requires_grad_()
@@ -146,8 +146,8 @@ def test_the_differentiable_form_aligns_the_models_own_slices(batch, normalizati
     assert torch.autograd.gradcheck(value, vectors)
 
 
-def test_its_metrics_leave_pairs_of_one_sample_out(batch):
-    embeddings, inputs, prefixes, samples = batch
+def test_the_metrics_leave_out_pairs_of_one_sample(batch):
+    embeddings, inputs, _, samples = batch
     metrics = StructureLoss()(embeddings, **inputs, modality_columns=slice_columns(OWN, CROSS))
     others = torch.tensor(samples)[:, None] != torch.tensor(samples)[None, :]
     similarity = (embeddings @ embeddings.T).detach()[others]
@@ -161,7 +161,7 @@ def test_its_metrics_leave_pairs_of_one_sample_out(batch):
     assert not metrics["alignment_target"].requires_grad
 
 
-def test_a_batch_without_positions_has_a_loss_of_zero():
+def test_a_batch_without_positions_has_zero_loss():
     empty = torch.zeros(0, dtype=torch.long)
     embeddings = torch.zeros(0, 7, requires_grad=True)
     loss = StructureLoss()(

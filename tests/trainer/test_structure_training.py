@@ -1,4 +1,4 @@
-"""Sugar and the joint recipe in the trainer."""
+"""Training with Sugar's structure loss, alone and with the other losses."""
 
 import pytest
 import torch
@@ -110,14 +110,14 @@ def test_sugar_is_the_weighted_sum_of_structure_and_next_token(teacher_args, tmp
     torch.testing.assert_close(loss, 0.5 * structure + 2.0 * backbone.loss, rtol=1e-5, atol=1e-5)
 
 
-def test_written_features_train_as_those_computed_in_training(teacher_args, tmp_path):
+def test_precomputed_features_give_the_loss_of_teachers_that_run_in_training(teacher_args, tmp_path):
     rows = make_stories()
     examples = ExampleDataset(rows, RowParser(len, splitter=SentenceSplitter()))
     write_slice_features(examples, teacher_args, tmp_path / "features")
     losses = []
     for kwargs in ({}, {"slice_features": str(tmp_path / "features")}):
         trainer = make_trainer(tmp_path / "run", teacher_args, rows, **kwargs)
-        assert ("teachers" not in vars(trainer)) == bool(kwargs)  # they are loaded only where they are needed
+        assert ("teachers" not in vars(trainer)) == bool(kwargs)  # the teachers are loaded only if they are needed
         batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
         losses.append(loss_of(trainer, batch).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -136,7 +136,7 @@ def test_written_features_train_as_those_computed_in_training(teacher_args, tmp_
     ],
     ids=str,
 )
-def test_the_losses_mix_freely_and_fall(teacher_args, tmp_path, weights, kwargs):
+def test_every_combination_of_losses_decreases(teacher_args, tmp_path, weights, kwargs):
     names = ("alignment", "contrastive", "causal_lm")
     trainer = make_trainer(
         tmp_path,
@@ -156,7 +156,7 @@ def test_the_losses_mix_freely_and_fall(teacher_args, tmp_path, weights, kwargs)
             assert f"{name}_loss" not in logs[0]
 
 
-def test_positions_depend_on_row_epoch_and_seed_alone(teacher_args, tmp_path):
+def test_positions_depend_only_on_row_epoch_and_seed(teacher_args, tmp_path):
     trainer = make_trainer(tmp_path, teacher_args, alignment_positions=3)
     dataset, sampler = trainer.train_dataset, PrefixSampler(3, seed=0)
 
@@ -173,7 +173,7 @@ def test_positions_depend_on_row_epoch_and_seed_alone(teacher_args, tmp_path):
     assert lengths(rows, 0) != lengths(rows, 0, PrefixSampler(3, seed=1))
 
 
-def test_chats_without_an_answer_train_for_structure_alone(teacher_args, tmp_path):
+def test_chats_without_an_answer_train_with_the_structure_loss_only(teacher_args, tmp_path):
     rows = Dataset.from_dict(
         {"messages": [[{"role": "user", "content": f"A cat {place}. A dog."}] for place in range(8)]}
     )
@@ -183,11 +183,11 @@ def test_chats_without_an_answer_train_for_structure_alone(teacher_args, tmp_pat
     assert trainer.state.log_history[0]["causal_lm_loss"] == 0
 
 
-def test_texts_that_an_encoder_cuts_are_counted_in_the_log(teacher_args, tmp_path):
+def test_texts_that_a_teacher_truncates_are_counted_in_the_log(teacher_args, tmp_path):
     def chat(text):
         return [{"role": "user", "content": text}]
 
-    # The cross-modal teacher takes 16 tokens, the text teacher 64; each step sees all four rows.
+    # The cross-modal teacher takes 16 tokens, the text teacher 64. Each step has all four rows.
     rows = Dataset.from_dict({"messages": [chat("A cat."), chat("A dog."), chat("cat " * 20), chat("dog " * 99)]})
     trainer = make_trainer(tmp_path, teacher_args, rows)
     trainer.train()
@@ -201,15 +201,15 @@ def test_arguments_that_cannot_train_are_refused(teacher_args, tmp_path):
             make_trainer(tmp_path, teacher_args, **wrong)
     with pytest.raises(ValueError, match="`alignment_positions=0`"):
         make_trainer(tmp_path, teacher_args, alignment_positions=0)
-    with pytest.raises(ValueError, match="`dataloader_persistent_workers=True` keeps"):
+    with pytest.raises(ValueError, match="`dataloader_persistent_workers=True` would keep"):
         make_trainer(tmp_path, teacher_args, dataloader_persistent_workers=True, dataloader_num_workers=1)
     with pytest.raises(ValueError, match="`target` must be one of"):
         make_trainer(tmp_path, teacher_args, alignment_target="dtw")
 
 
-def test_every_epoch_chooses_anew_however_batches_are_spread(teacher_args, tmp_path, monkeypatch):
+def test_every_epoch_samples_new_positions_without_accelerates_set_epoch(teacher_args, tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda self, epoch: None)
-    trainer = make_trainer(tmp_path, teacher_args, max_steps=7)  # of 3 an epoch
+    trainer = make_trainer(tmp_path, teacher_args, max_steps=7)  # 3 steps per epoch
     seen = []
     parse = trainer.train_dataset.parse
     monkeypatch.setattr(trainer.train_dataset, "parse", lambda index: seen.append(parse(index)) or seen[-1])
@@ -218,8 +218,8 @@ def test_every_epoch_chooses_anew_however_batches_are_spread(teacher_args, tmp_p
 
 
 @torch.no_grad()
-def test_evaluation_reports_the_structure_loss_of_every_block(teacher_args, tmp_path):
-    """Also where the features of the training rows were written down: the teachers then run in evaluation alone."""
+def test_evaluation_reports_the_structure_loss_over_blocks(teacher_args, tmp_path):
+    """With precomputed features of the training rows, the teachers run in evaluation only."""
     teachers, rows = Teachers(teacher_args), make_stories(6)
     examples = ExampleDataset(make_stories(), RowParser(len, splitter=SentenceSplitter()))
     write_slice_features(examples, teacher_args, tmp_path / "features")

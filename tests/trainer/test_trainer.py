@@ -1,4 +1,4 @@
-"""The trainer on a tiny LLaVA: what the objective is, what is trained, logged, saved and resumed."""
+"""The trainer on a tiny LLaVA: the objective, the trained parameters, logs, checkpoints and resuming."""
 
 import copy
 import json
@@ -36,26 +36,26 @@ def test_the_loss_is_the_weighted_sum_of_infonce_and_next_token(tmp_path):
     torch.testing.assert_close(loss, 0.5 * contrastive + 2.0 * backbone.loss, rtol=1e-5, atol=1e-5)
 
 
-def test_each_row_runs_once_and_only_labelled_positions_meet_the_head(tmp_path):
+def test_each_row_runs_once_and_only_labelled_positions_go_through_the_lm_head(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
-    rows, positions, pictures = [], [], []
+    rows, positions, images = [], [], []
     model = trainer.model
     model.vlm.model.language_model.register_forward_hook(
         lambda _module, _args, output: rows.append(output.last_hidden_state.shape[0])
     )
     model.vlm.model.vision_tower.register_forward_hook(
-        lambda _module, args, _output: pictures.append(args[0].shape[0]), with_kwargs=False
+        lambda _module, args, _output: images.append(args[0].shape[0]), with_kwargs=False
     )
     model.vlm.lm_head.register_forward_hook(lambda _module, args, _output: positions.append(args[0].shape[0]))
     trainer.compute_loss(model.train(), batch, num_items_in_batch=1)
     assert rows == [4, 4]  # the images with their captions, then the texts
-    assert pictures == [4]
+    assert images == [4]
     assert positions == [int((batch["chunks"][0]["labels"] != -100).sum()), 0]
 
 
-def test_four_accumulation_steps_normalise_by_the_tokens_of_all(tmp_path):
-    """The next-token gradient of 4 x 2 rows of unequal captions is that of one batch of 8."""
+def test_four_accumulation_steps_normalise_by_the_tokens_of_all_steps(tmp_path):
+    """The next-token gradient of four steps of 2 rows with unequal captions is that of one batch of 8."""
     rows = make_rows(8, long_caption=["A cat." + " on the grass" * place for place in range(8)])
     gradients = []
     for steps in (1, 4):
@@ -87,12 +87,14 @@ def test_training_learns_the_captions_and_the_pairs(tmp_path, family, adapter):
         tmp_path, rows, family, LORA if adapter else None, adapter, rows, max_steps=90, per_device_train_batch_size=8
     )
     before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
-    assert after["eval_perplexity"] < before["eval_perplexity"] * (0.9 if adapter else 0.25)  # a random LM is frozen
+    assert after["eval_perplexity"] < before["eval_perplexity"] * (
+        0.9 if adapter else 0.25
+    )  # the frozen language model is random
     assert after["eval_anchor_to_positive_recall_at_1"] >= 0.75 > before["eval_anchor_to_positive_recall_at_1"]
     assert after["eval_positive_to_anchor_recall_at_1"] >= 0.75
 
 
-def test_every_loss_is_logged_apart(tmp_path):
+def test_every_loss_is_logged_separately(tmp_path):
     trainer = make_trainer(tmp_path, loss_gradient_norm_steps=2, gradient_accumulation_steps=2)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -105,14 +107,14 @@ def test_every_loss_is_logged_apart(tmp_path):
     assert all(entry["causal_lm_gradient_norm"] > 0 for entry in logs[::2])
 
 
-def test_the_logged_gradient_norms_are_the_gradients_norms(tmp_path):
+def test_the_logged_gradient_norm_is_the_norm_of_the_gradient(tmp_path):
     trainer = make_trainer(tmp_path, causal_lm_weight=0.0, loss_gradient_norm_steps=1, max_steps=1)
     trainer.train()
     entry = trainer.state.log_history[0]
     assert entry["contrastive_gradient_norm"] == pytest.approx(entry["grad_norm"], rel=1e-4)
 
 
-def test_what_is_trained(tmp_path):
+def test_only_the_parameters_that_the_arguments_name_are_trained(tmp_path):
     def trained(trainer):
         return {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
 
@@ -134,7 +136,7 @@ def test_what_is_trained(tmp_path):
         make_trainer(tmp_path, peft_config=LoraConfig(target_modules=["w_proj"]))
 
 
-def test_temperature_is_clamped_and_never_decayed(tmp_path):
+def test_the_temperature_is_clamped_and_has_no_weight_decay(tmp_path):
     trainer = make_trainer(tmp_path, weight_decay=0.5, learning_rate=1.0, max_steps=2)
     decayed = trainer.get_decay_parameter_names(trainer.model)
     assert "embedding_head.logit_scale" not in decayed
@@ -145,7 +147,7 @@ def test_temperature_is_clamped_and_never_decayed(tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, adapter):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(tmp_path, adapter):
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "dataloader_num_workers": 0}
     peft_config = LoraConfig(r=4, lora_alpha=4, lora_dropout=0.1, task_type="CAUSAL_LM") if adapter else None
     whole = make_trainer(tmp_path / "whole", peft_config=peft_config, soft_prompts=adapter, **settings)
@@ -174,7 +176,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, adapter):
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-def test_an_adapter_loads_on_its_base_to_the_same_vectors(tmp_path, family):
+def test_an_adapter_loads_on_its_base_model_with_the_same_embeddings(tmp_path, family):
     tiny = make_vlm(family)
     tiny.model.save_pretrained(tmp_path / "base")
     tiny.processor.save_pretrained(tmp_path / "base")
@@ -228,7 +230,7 @@ def test_rows_of_every_kind_mix_in_one_batch(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["short_caption", "long_caption"])
-def test_batches_with_one_kind_of_caption_alone_train(tmp_path, missing):
+def test_rows_with_only_one_kind_of_caption_train(tmp_path, missing):
     trainer = make_trainer(tmp_path, make_rows().remove_columns(missing))
     trainer.train()
     entry = trainer.state.log_history[0]
@@ -243,7 +245,7 @@ def test_streaming_rows_train(tmp_path):
     assert "eval_perplexity" in trainer.evaluate()
 
 
-def test_evaluation_leaves_no_row_out(tmp_path):
+def test_evaluation_covers_every_row_of_an_incomplete_last_batch(tmp_path):
     trainer = make_trainer(tmp_path, eval_rows=make_rows(6))
     assert trainer.args.dataloader_drop_last
     assert trainer.evaluation_loop(trainer.get_eval_dataloader(), "evaluation").num_samples == 6
@@ -254,7 +256,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
         tmp_path,
         eval_rows=make_rows(8),
         max_steps=2,
-        learning_rate=0.5,  # the second step ruins what the first has learned
+        learning_rate=0.5,  # so high that the second step makes the model worse
         lr_scheduler_type="constant",
         eval_strategy="steps",
         eval_steps=1,
@@ -269,7 +271,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert trainer.evaluate()["eval_perplexity"] == pytest.approx(best, rel=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
+def test_gradient_checkpointing_does_not_change_the_losses(tmp_path):
     losses = []
     for checkpointing in (False, True):
         trainer = make_trainer(tmp_path, peft_config=LORA, soft_prompts=True, gradient_checkpointing=checkpointing)
@@ -278,7 +280,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_non_finite_loss_stops_the_run_and_loses_nothing(tmp_path):
+def test_a_non_finite_loss_stops_the_run_after_saving_a_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=6)
     step = trainer.training_step
 
@@ -305,7 +307,7 @@ def test_a_non_finite_loss_stops_the_run_and_loses_nothing(tmp_path):
     ("rows", "kwargs", "message"),
     [
         (16, {"per_device_train_batch_size": 1}, "no negatives"),
-        (3, {}, "3 rows make no batch of 4"),
+        (3, {}, "3 rows are fewer than a batch of 4"),
         (5, {"dataloader_drop_last": False}, "a batch of its own"),
     ],
 )
@@ -318,7 +320,7 @@ def test_a_batch_of_one_trains_without_the_contrastive_loss(tmp_path):
     make_trainer(tmp_path, per_device_train_batch_size=1, contrastive_weight=0.0).train()
 
 
-def test_bad_rows_stop_or_are_skipped_before_training(tmp_path, caplog):
+def test_bad_rows_are_refused_or_skipped_before_training(tmp_path, caplog):
     rows = make_rows(short_caption=["a cat"] * 3 + [""] + ["a dog"] * 12)
     with pytest.raises(RowError, match="Row 3 has an empty `short_caption`"):
         make_trainer(tmp_path, rows)
@@ -327,7 +329,7 @@ def test_bad_rows_stop_or_are_skipped_before_training(tmp_path, caplog):
     assert "Skipped 1 of 16 rows." in caplog.text
 
 
-def test_bad_rows_that_were_not_checked_before_are_skipped_as_they_come(tmp_path, caplog):
+def test_bad_rows_are_skipped_during_training_without_check_rows(tmp_path, caplog):
     rows = make_rows(8, short_caption=["a cat"] * 3 + [""] + ["a dog"] * 3 + ["a dog " * 40])
     settings = {"check_rows": False, "max_length": 60, "per_device_train_batch_size": 8, "max_steps": 1}
     trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, **settings)
@@ -342,13 +344,13 @@ def test_bad_rows_that_were_not_checked_before_are_skipped_as_they_come(tmp_path
         make_trainer(tmp_path, rows, **settings).train()
 
 
-def test_rows_longer_than_max_length_are_named(tmp_path):
+def test_an_error_names_the_row_that_is_longer_than_max_length(tmp_path):
     trainer = make_trainer(tmp_path, max_length=20)
     with pytest.raises(RowError, match=r"Row \d+ has \d+ tokens.*max_length=20"):
         trainer.train()
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="causal_lm_weight=-1"):
         make_args(tmp_path, causal_lm_weight=-1)
     with pytest.raises(ValueError, match="Every loss weight is 0"):
@@ -362,14 +364,14 @@ def test_bad_arguments(tmp_path):
         )
 
 
-def test_the_launchers_precision_is_taken_where_no_flag_says_otherwise(tmp_path, monkeypatch):
+def test_the_precision_of_the_launcher_is_used_unless_a_flag_is_set(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert make_args(tmp_path).bf16 and make_args(tmp_path, bf16=None).bf16
     args = make_args(tmp_path, fp16=True)
     assert args.fp16 and not args.bf16
 
 
-def test_the_collator_keeps_duplicates_apart_by_content():
+def test_the_collator_gives_duplicates_equal_keys():
     tiny = make_vlm()
     parser = RowParser(lambda text: len(text.split()))
     rows = [
@@ -381,8 +383,8 @@ def test_the_collator_keeps_duplicates_apart_by_content():
     assert captions[1] == captions[3] and len(set(captions)) == 3
 
 
-def test_mixed_precision_ends_with_the_step(tmp_path):
-    """Or what is computed afterwards, a checkpoint's probe for one, is in another precision than it says."""
+def test_autocast_ends_with_the_step(tmp_path):
+    """Otherwise, later computations such as the probe of a checkpoint would run in another precision."""
     trainer = make_trainer(tmp_path, bf16=True, save_strategy="steps", save_steps=4)
     trainer.train()
     assert not torch.is_autocast_enabled("cpu")

@@ -1,4 +1,4 @@
-"""`UniGDTrainer` is a Trainer: what its users call, pass and set is honoured, or refused in one sentence."""
+"""`UniGDTrainer` keeps the contract of Trainer: every method, parameter and argument is honoured or refused."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ from trainer_cases import make_args, make_rows, make_trainer
 
 LORA = LoraConfig(r=4, lora_alpha=4, task_type="CAUSAL_LM")
 
-# Every argument of `TrainingArguments`. Those of Trainer's own machinery, which UniGDTrainer leaves as it is:
+# Every field of `TrainingArguments` is in one of three tables. Trainer handles these, unchanged:
 TRAINERS_OWN = """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
@@ -47,27 +47,27 @@ TRAINERS_OWN = """
     ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
     debug skip_memory_metrics resume_from_checkpoint local_rank do_train do_eval do_predict
 """
-# Those that UniGDTrainer handles itself, and how:
+# UniGDTrainer handles these itself:
 HANDLED = {
-    "accelerator_config": "all but what would cut batches",
+    "accelerator_config": "all but what would split batches",
     "auto_find_batch_size": "stops where a batch has no negatives",
-    "dataloader_drop_last": "of training batches; evaluation leaves no row out",
+    "dataloader_drop_last": "for training batches; evaluation covers every row",
     "dataloader_in_order": "in every loader",
     "dataloader_multiprocessing_context": "in every loader",
     "dataloader_num_workers": "in every loader",
-    "dataloader_persistent_workers": "in every loader, but not with positions that change in each epoch",
+    "dataloader_persistent_workers": "in every loader, but refused with positions that change in each epoch",
     "dataloader_prefetch_factor": "in every loader",
-    "ddp_find_unused_parameters": "by default where the vision tower is trained",
+    "ddp_find_unused_parameters": "defaults to True if the vision tower is trained",
     "eval_use_gather_object": "results are always gathered as objects",
     "include_num_input_tokens_seen": "counts the tokens of all chunks",
-    "label_smoothing_factor": "in the next-token loss of training",
+    "label_smoothing_factor": "in the next-token loss, in training only",
     "logging_nan_inf_filter": "a loss that is not finite stops the run before it could be filtered",
-    "parallelism_config": "data parallelism alone",
+    "parallelism_config": "data parallelism only",
     "per_device_eval_batch_size": "rows per forward pass of a block",
-    "prediction_loss_only": "leaves retrieval and predictions out",
+    "prediction_loss_only": "leaves out retrieval and predictions",
     "train_sampling_strategy": "all but `batch_rebalance`",
 }
-# Those that would have no effect, with a value that is refused.
+# These would have no effect, so this value of each is refused:
 REFUSED = {
     "average_tokens_across_devices": False,
     "batch_eval_metrics": True,
@@ -122,12 +122,12 @@ def test_an_argument_without_effect_is_refused_with_the_reason(tmp_path, name):
         ({"eval_block_size": 1}, "eval_block_size=1"),
     ],
 )
-def test_settings_that_would_cut_batches_are_refused(tmp_path, kwargs, message):
+def test_settings_that_would_split_batches_are_refused(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **kwargs)
 
 
-def test_the_constructor_takes_trainers_parameters_in_trainers_order():
+def test_the_constructor_has_the_parameters_of_trainer_in_the_same_order():
     ours = list(inspect.signature(UniGDTrainer.__init__).parameters)
     theirs = list(inspect.signature(Trainer.__init__).parameters)
     assert ours == [*theirs, "peft_config"]
@@ -140,7 +140,7 @@ def test_a_function_that_would_never_be_called_is_refused(tmp_path, name):
         make_trainer(tmp_path, trainer_kwargs={name: lambda *args, **kwargs: None})
 
 
-# Rows of every form.
+# Forms of rows.
 
 
 class TorchRows(torch.utils.data.Dataset):
@@ -186,7 +186,7 @@ def test_several_datasets_are_evaluated_and_predicted_by_name(tmp_path):
     assert len(predicted["large"].label_ids["rows"]) == 8
 
 
-def test_rows_that_evaluation_is_given_are_read_anew_beside_persistent_workers(tmp_path):
+def test_evaluate_reads_the_given_rows_with_persistent_workers(tmp_path):
     trainer = make_trainer(
         tmp_path, eval_rows=make_rows(4), dataloader_num_workers=1, dataloader_persistent_workers=True
     )
@@ -209,7 +209,7 @@ def test_rows_that_evaluation_is_given_are_read_anew_beside_persistent_workers(t
         (3, "got int"),
     ],
 )
-def test_what_holds_no_rows_is_refused_by_name(tmp_path, rows, message):
+def test_an_object_that_holds_no_rows_is_refused_by_name(tmp_path, rows, message):
     with pytest.raises(TypeError, match=message):
         make_trainer(tmp_path, rows)
 
@@ -218,7 +218,7 @@ def test_what_holds_no_rows_is_refused_by_name(tmp_path, rows, message):
 
 
 def reference_eval_loss(model, processor, rows, block_size):
-    """The objective over blocks, each row by itself, in plain torch."""
+    """Returns the objective over blocks, with each row on its own, in plain torch."""
     contrastive, tokens_loss, tokens = [], 0.0, 0
     for start in range(0, len(rows), block_size):
         block = [rows[place] for place in range(start, min(start + block_size, len(rows)))]
@@ -238,7 +238,7 @@ def reference_eval_loss(model, processor, rows, block_size):
 
 
 @torch.no_grad()
-def test_eval_loss_is_the_objective_over_blocks_whatever_the_batch_size(tmp_path):
+def test_eval_loss_is_the_objective_over_blocks_for_every_batch_size(tmp_path):
     weights = {"contrastive_weight": 0.5, "causal_lm_weight": 2.0, "eval_block_size": 4}
     rows = make_rows(10)
     for batch_size in (1, 3, 64):
@@ -266,7 +266,7 @@ def evaluate_on_rank(rank, port, folder):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_evaluate_to_the_same_numbers(tmp_path):
+def test_two_processes_report_the_metrics_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -280,7 +280,7 @@ def evaluating(**kwargs):
     return {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, **kwargs}
 
 
-def test_the_best_model_is_found_by_eval_loss_and_training_stops_early(tmp_path):
+def test_eval_loss_finds_the_best_model_and_stops_training_early(tmp_path):
     trainer = make_trainer(
         tmp_path,
         eval_rows=make_rows(8),
@@ -294,7 +294,7 @@ def test_the_best_model_is_found_by_eval_loss_and_training_stops_early(tmp_path)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_the_learning_rate_falls_where_eval_loss_does_not(tmp_path):
+def test_reduce_lr_on_plateau_follows_eval_loss(tmp_path):
     trainer = make_trainer(
         tmp_path,
         eval_rows=make_rows(8),
@@ -309,7 +309,7 @@ def test_the_learning_rate_falls_where_eval_loss_does_not(tmp_path):
     assert rates[-1] < rates[0]
 
 
-def test_losses_alone_are_reported_where_nothing_else_is_asked_for(tmp_path):
+def test_prediction_loss_only_reports_only_losses_and_perplexity(tmp_path):
     trainer = make_trainer(tmp_path, eval_rows=make_rows(8), prediction_loss_only=True)
     metrics = trainer.evaluate()
     assert {"eval_loss", "eval_perplexity"} <= metrics.keys()
@@ -317,7 +317,7 @@ def test_losses_alone_are_reported_where_nothing_else_is_asked_for(tmp_path):
     assert trainer.predict(make_rows(4)).predictions is None
 
 
-def test_evaluation_groups_nothing_by_length_and_shows_its_progress(tmp_path):
+def test_evaluation_keeps_the_order_of_rows_and_calls_on_prediction_step(tmp_path):
     seen = []
 
     class Watch(TrainerCallback):
@@ -351,7 +351,7 @@ def test_compute_metrics_gets_embeddings_keys_and_rankings(tmp_path):
     torch.testing.assert_close(anchors.norm(dim=1), torch.ones(6))
     assert labels["rows"].tolist() == list(range(6))
     assert labels["positive_keys"][0] == labels["positive_keys"][3]
-    similarity = anchors @ positives[:3].T  # the fourth caption is the first one again
+    similarity = anchors @ positives[:3].T  # the fourth caption equals the first one
     best = predictions["anchor_to_positive"]
     assert best.shape == (6, 5) and 3 not in best
     others = anchors @ positives[[0, 1, 2, 4, 5]].T
@@ -366,7 +366,7 @@ def test_compute_metrics_gets_embeddings_keys_and_rankings(tmp_path):
 # Collators.
 
 
-def test_a_collator_of_ones_own_is_used(tmp_path):
+def test_the_users_own_collator_is_used(tmp_path):
     calls = []
 
     class Counting(UniGDDataCollator):
@@ -415,10 +415,10 @@ def test_a_foreign_collator_is_refused_at_construction(tmp_path, collator, error
         make_trainer(tmp_path, max_length=60, trainer_kwargs={"data_collator": collator})
 
 
-# Arguments that mean something here.
+# Arguments that UniGDTrainer handles itself.
 
 
-def test_label_smoothing_is_in_the_next_token_loss_of_training(tmp_path):
+def test_label_smoothing_applies_to_the_next_token_loss_in_training(tmp_path):
     trainer = make_trainer(tmp_path, contrastive_weight=0.0, label_smoothing_factor=0.25)
     batch = trainer.data_collator([trainer.train_dataset[place] for place in range(4)])
     count = trainer._get_num_items_in_batch([batch], "cpu")
@@ -439,7 +439,7 @@ def test_tokens_and_operations_are_counted(tmp_path, counted):
     name = "input_ids" if counted == "all" else "attention_mask"
     tokens = sum(chunk[name].numel() if counted == "all" else chunk[name].sum() for part in batches for chunk in part)
     trainer.train()
-    if counted == "non_padding":  # padding depends on which rows share a batch
+    if counted == "non_padding":  # the amount of padding depends on which rows share a batch
         assert trainer.state.num_input_tokens_seen == tokens
     assert trainer.state.num_input_tokens_seen > 0
     assert trainer.state.total_flos > 0
@@ -464,7 +464,7 @@ def test_model_init_makes_the_model_of_every_training(tmp_path):
         UniGDTrainer(**settings)
 
 
-def test_noise_on_embeddings_and_compilation_are_trainers_own(tmp_path):
+def test_neftune_changes_the_loss_and_torch_compile_does_not(tmp_path):
     losses = []
     for kwargs in ({}, {"neftune_noise_alpha": 50.0}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         trainer = make_trainer(tmp_path, max_steps=1, **kwargs)
@@ -498,14 +498,14 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
         UniGDTrainer(model, args, train_dataset=make_rows(), processing_class=processor)
 
 
-def test_a_checkpoint_leaves_verify_saves_as_it_was(tmp_path):
+def test_saving_a_checkpoint_does_not_change_verify_saves(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
     trainer.model.verify_saves = False
     trainer.train()
     assert trainer.model.verify_saves is False
 
 
-# Models, processors and arguments of other kinds.
+# Other kinds of models, processors and arguments.
 
 
 def make_model(**kwargs):
@@ -530,7 +530,7 @@ def test_arguments_may_be_plain_or_left_out(tmp_path, monkeypatch):
         UniGDTrainer(model, {}, processing_class=processor)
 
 
-def test_a_model_may_be_named(tmp_path):
+def test_the_model_may_be_a_name_or_a_path(tmp_path):
     tiny = make_vlm()
     tiny.model.save_pretrained(tmp_path / "plain")
     tiny.processor.save_pretrained(tmp_path / "plain")
@@ -564,7 +564,7 @@ def test_models_and_processors_of_other_kinds_are_refused(tmp_path):
     assert UniGDTrainer(model, make_args(tmp_path)).processing_class is processor
 
 
-def test_an_adapter_of_ones_own_trains_and_saves_the_head_or_is_refused(tmp_path):
+def test_the_users_own_adapter_trains_the_head_or_is_refused(tmp_path):
     model, processor = make_model(head_type="linear", embedding_dim=8)
     plain = LoraConfig(r=4, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"'embedding_head' in its `modules_to_save`.*`peft_config`"):
@@ -586,7 +586,7 @@ def test_an_adapter_of_ones_own_trains_and_saves_the_head_or_is_refused(tmp_path
         UniGDTrainer(get_peft_model(model, config), make_args(tmp_path), processing_class=processor)
 
 
-def test_an_adapter_that_is_loaded_for_inference_is_not_trained(tmp_path):
+def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
     trainer = make_trainer(tmp_path / "adapter", peft_config=LORA)
     trainer.save_model()
     model, processor = make_model()
@@ -599,10 +599,10 @@ def test_an_adapter_that_is_loaded_for_inference_is_not_trained(tmp_path):
     ).train()
 
 
-# Settings of the user's own that the head or the soft prompts also need.
+# Settings of the user that the head or the soft prompts also need.
 
 
-def test_the_settings_of_an_adapter_are_extended_not_overwritten(tmp_path):
+def test_the_users_adapter_settings_are_extended_not_overwritten(tmp_path):
     config = LoraConfig(
         r=4,
         target_modules=["q_proj"],
@@ -616,7 +616,7 @@ def test_the_settings_of_an_adapter_are_extended_not_overwritten(tmp_path):
     assert {5, 6, *trainer.processing_class.soft_prompt_ids} == set(used.trainable_token_indices["embed_tokens"])
     adapted = {name.split(".lora_")[0] for name, _ in trainer.model.named_parameters() if ".lora_A" in name}
     assert adapted == {"base_model.model.vlm.model.language_model.layers.1.self_attn.q_proj"}
-    assert config.trainable_token_indices == {"embed_tokens": [5, 6]}  # the user's own settings stay theirs
+    assert config.trainable_token_indices == {"embed_tokens": [5, 6]}  # the object of the user is not changed
     trainer.save_model()
     assert LoraConfig.from_pretrained(tmp_path).target_modules == set(used.target_modules)
 
@@ -629,15 +629,15 @@ def test_the_settings_of_an_adapter_are_extended_not_overwritten(tmp_path):
         (LoraConfig(inference_mode=True), "inference_mode=True"),
     ],
 )
-def test_settings_without_a_place_for_the_head_or_the_soft_prompts_are_refused(tmp_path, config, message):
+def test_settings_that_cannot_hold_the_head_or_the_soft_prompts_are_refused(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, peft_config=config, soft_prompts=True)
 
 
-# What the documentation shows.
+# Documentation.
 
 
-def test_the_example_of_the_class_runs(tmp_path, monkeypatch):
+def test_the_example_of_the_class_docstring_runs(tmp_path, monkeypatch):
     example = inspect.getdoc(UniGDTrainer).split("```python\n")[1].split("```")[0]
     tiny = make_vlm()
     tiny.model.save_pretrained(tmp_path / "llava")

@@ -1,4 +1,4 @@
-"""A frozen vision tower's features: computed once a step, and once in all where they are kept on disk."""
+"""Features of a frozen vision tower are computed once per step, or only once if they are kept on disk."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from trainer_cases import make_rows, make_trainer
 
 
 def train(folder, **kwargs):
-    """Logged losses, and how many pictures went through the vision tower in each forward pass of it."""
+    """Returns the logged losses, and the number of forward passes of the vision tower."""
     trainer = make_trainer(folder / "out", **kwargs)
     base = trainer.model.vlm.model
     tower = base.vision_tower if hasattr(base, "vision_tower") else base.visual
@@ -24,8 +24,8 @@ def train(folder, **kwargs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_frozen_tower_runs_once_a_chunk_of_pictures_and_serves_both_passes(tmp_path, family):
-    """4 steps of 4 pictures in chunks of 2: without reuse each chunk would run it in both passes."""
+def test_a_frozen_tower_runs_once_per_chunk_for_both_passes(tmp_path, family):
+    """There are 4 steps of 4 images in chunks of 2. A trained tower runs in both passes of each chunk."""
     settings = {"family": family, "gradient_cache_chunk_size": 2, "max_steps": 4}
     losses, passes = train(tmp_path, **settings)
     assert passes == 4 * 2
@@ -37,10 +37,10 @@ def test_a_frozen_tower_runs_once_a_chunk_of_pictures_and_serves_both_passes(tmp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_features_spare_the_tower_and_change_nothing(tmp_path, family):
+def test_features_on_disk_replace_the_tower_without_changing_the_losses(tmp_path, family):
     settings = {"family": family, "max_steps": 8, "vision_cache": str(tmp_path / "cache")}
     losses, passes = train(tmp_path, **settings)
-    assert passes == 4  # 16 pictures, 4 a step: the second epoch reads all of them, if in other batches
+    assert passes == 4  # 16 images, 4 per step: the second epoch reads all features from disk, in other batches
     again, passes = train(tmp_path, **settings, gradient_cache_chunk_size=3)
     assert passes == 0
     assert torch.allclose(torch.tensor(again), torch.tensor(losses), rtol=1e-4)
@@ -48,7 +48,7 @@ def test_kept_features_spare_the_tower_and_change_nothing(tmp_path, family):
     assert torch.equal(torch.tensor(uncached), torch.tensor(losses))
 
 
-def test_another_tower_or_a_torn_file_is_not_read(tmp_path):
+def test_features_of_another_tower_and_incomplete_files_are_not_read(tmp_path):
     settings = {"max_steps": 4, "vision_cache": str(tmp_path / "cache")}
     losses, _ = train(tmp_path, **settings)
     for file in (tmp_path / "cache").rglob("*.safetensors"):
@@ -62,7 +62,7 @@ def test_another_tower_or_a_torn_file_is_not_read(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_text_rows_need_no_tower(tmp_path):
+def test_text_rows_write_no_features(tmp_path):
     rows = Dataset.from_dict(
         {"anchor": [f"question {n}" for n in range(8)], "positive": [f"answer {n}" for n in range(8)]}
     )
@@ -71,9 +71,9 @@ def test_text_rows_need_no_tower(tmp_path):
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_a_trained_tower_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`vision_cache` keeps what a frozen vision tower"):
+def test_vision_cache_with_a_trained_tower_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`vision_cache` keeps the features of a frozen vision tower"):
         make_trainer(tmp_path, freeze_vision_tower=False, vision_cache=str(tmp_path))
     in_tower = LoraConfig(r=2, target_modules=r".*vision_tower.*q_proj", task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="keep LoRA out of it"):
+    with pytest.raises(ValueError, match="keep LoRA out of the tower"):
         make_trainer(tmp_path, make_rows(8), peft_config=in_tower, vision_cache=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Rows for a tiny LLaVA, trainers of it, and a reference of the structure loss: the paper's equations written out."""
+"""Rows and trainers for tiny models, and a reference implementation of the structure loss."""
 
 import math
 
@@ -71,7 +71,7 @@ def stream(rows=24, shards=4):
 
 
 def alignments(n, m):
-    """Every alignment of n with m slices: paths from (0, 0) to (n-1, m-1) by steps right, down or both."""
+    """Yields every alignment of n with m slices: the paths from (0, 0) to (n-1, m-1) by steps right, down or both."""
     if (n, m) == (1, 1):
         yield [(0, 0)]
         return
@@ -82,7 +82,7 @@ def alignments(n, m):
 
 
 class Reference:
-    """Equations 2 to 4 for sequences of (modality, own vector, cross vector), in Python's float64."""
+    """Equations 2 to 4 of the paper for sequences of (modality, own vector, cross vector), in Python's float64."""
 
     def __init__(self, delta=1.0, normalization="cosine", one_slice="cosine", target="kernel", triple=True):
         self.delta, self.normalization, self.one_slice = delta, normalization, one_slice
@@ -96,7 +96,7 @@ class Reference:
         return float(a[i] @ b[j])
 
     def kernel(self, x, y, constant=False):
-        """Equation 2: the sum over all alignments."""
+        """Returns the sum over all alignments (equation 2). If `constant`, all slices are alike."""
         sigma = self.delta * math.sqrt((len(x) + len(y)) / 2)
         total = 0.0
         for path in alignments(len(x), len(y)):

@@ -1,4 +1,4 @@
-"""Losses over tensors, usable without our trainer. The next-token loss is the model's own (`labels=`)."""
+"""Losses that take tensors and work without the trainer. The model itself computes the next-token loss (`labels=`)."""
 
 from .info_nce import InfoNCELoss
 from .structure import StructureLoss

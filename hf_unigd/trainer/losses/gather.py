@@ -1,14 +1,14 @@
-"""Gathering rows of all processes with exact gradients."""
+"""Gathers the rows of all processes with exact gradients."""
 
 import torch
 import torch.distributed as dist
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows `(n_rank, ...)` of all processes, in order of rank; processes may have different numbers of rows.
+    """Returns the rows `(n_rank, ...)` of all processes, in order of rank. The number of rows may differ per process.
 
-    The gradient of each row is the sum of what all processes send back to it. (`torch.distributed.nn.all_gather`
-    returns wrong gradients on gloo where they arrive non-contiguous.)
+    The gradient of a row is the sum of its gradients on all processes. (`torch.distributed.nn.all_gather` on gloo
+    returns wrong gradients if the incoming gradients are non-contiguous.)
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
@@ -22,7 +22,7 @@ class _GatherRows(torch.autograd.Function):
         counts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(counts, own)
         ctx.counts = [int(count) for count in counts]
-        # Collectives want equal shapes: pad to the longest and cut again.
+        # Collectives need equal shapes, so the rows are padded and the padding is removed again.
         padded = rows.new_zeros(max(ctx.counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in ctx.counts]

@@ -1,4 +1,4 @@
-"""Symmetric contrastive loss with hard negatives and masked duplicates."""
+"""The symmetric contrastive loss, with hard negatives and masked duplicates."""
 
 import torch
 from torch import nn
@@ -13,18 +13,19 @@ logger = logging.get_logger(__name__)
 
 class InfoNCELoss(nn.Module):
     r"""
-    InfoNCE in both directions (VladVA, section 3.2; the sum of the directions, without a factor of 1/2, as reported):
+    InfoNCE in both directions (VladVA, section 3.2). The directions are summed without a factor of 1/2, as reported:
 
         L = mean_k [ -log softmax_j(s · q_k·c_j)[k] - log softmax_j(s · q_j·p_k)[k] ]
 
-    with queries `q`, positives `p`, and candidates `c` = positives followed by hard negatives, which only the first
-    direction sees. In training mode the rows of all processes are used, with exact gradients: averaged over processes,
-    as DDP does, the gradient is that of one process with the whole batch. In eval mode each process uses its own rows.
+    with queries `q`, positives `p`, and candidates `c`, which are the positives followed by the hard negatives. Only
+    the first direction uses the hard negatives. In training mode, the loss covers the rows of all processes with exact
+    gradients: their average over processes, which DDP computes, is the gradient of one process with the whole batch.
+    In eval mode, each process uses its own rows.
 
-    Two rows with the same content are not each other's negatives: such pairs are masked by equal keys.
+    Rows of the same content are not each other's negatives: pairs with equal keys are masked.
 
     Args:
-        matryoshka_dims (`list[int]`, *optional*): Average the loss over these prefixes, each normalised again.
+        matryoshka_dims (`list[int]`, *optional*): Prefix sizes to average the loss over. Each prefix is normalised.
 
     Citation: Ouali et al., "VladVA: Discriminative Fine-tuning of LVLMs", CVPR 2025; Oord et al., "Representation
     Learning with Contrastive Predictive Coding", 2018.
@@ -53,10 +54,10 @@ class InfoNCELoss(nn.Module):
             query_keys, positive_keys, negative_keys (`torch.LongTensor`, *optional*): Content keys of the rows.
 
         Returns:
-            `dict` of scalars: `loss`, and detached `positive_similarity`, `negative_similarity` (cosines),
+            `dict` of scalars: `loss` and, detached, `positive_similarity` and `negative_similarity` (mean cosines) and
             `masked_fraction` (of all pairs that are not positives).
 
-        Where there is one query and no negative, every softmax has one term: the loss is zero, and a warning says so.
+        With one query and no negative, every softmax has one term, so the loss is zero and a warning is logged.
         """
         if negatives is None:
             negatives = queries.new_empty(0, queries.shape[1])
@@ -71,8 +72,8 @@ class InfoNCELoss(nn.Module):
             return dict.fromkeys(("loss", "positive_similarity", "negative_similarity", "masked_fraction"), zero)
         if len(candidates) == 1:
             logger.warning_once(
-                "A batch has one query and one candidate: there are no negatives, and its contrastive loss is zero. "
-                "Raise the batch size, or give hard negatives."
+                "A batch has one query and one candidate: there are no negatives, so its contrastive loss is zero. "
+                "Raise the batch size, or add hard negatives."
             )
         masked = self._masked_pairs(count, candidates, *keys)
         dims = self.matryoshka_dims or [queries.shape[1]]
@@ -100,7 +101,7 @@ class InfoNCELoss(nn.Module):
 
     @staticmethod
     def _masked_pairs(count, candidates, query_keys, positive_keys, negative_keys):
-        """`(n, n + m)` mask of pairs that are no positives, yet match: the same candidate, or the same query."""
+        """Returns the `(n, n + m)` mask of pairs that are not positives, but have an equal query or candidate."""
         masked = torch.zeros(count, len(candidates), dtype=torch.bool, device=candidates.device)
         if positive_keys is not None:
             masked[:, :count] |= positive_keys[:, None] == positive_keys[None, :]

@@ -1,4 +1,4 @@
-"""Similarities of hidden states regressed onto an alignment kernel between their inputs (Sugar)."""
+"""The structure loss: regresses similarities of hidden states onto an alignment kernel of their inputs (Sugar)."""
 
 import torch
 from torch import nn
@@ -13,30 +13,31 @@ class StructureLoss(nn.Module):
 
         L_d = 1/n · sum_i sum_j (m^r_ij - m^l_ij)²
 
-    over `n` positions, each the end of a slice (an image or a sentence) in its sequence. `m^r` are the cosine
-    similarities of the embeddings at these positions. `m^l` are the similarities of what the model has read up to
-    there, prefixes of sequences of slices as frozen teachers see them: the normalised global alignment kernel
-    (equation 2, section 3.2) with bandwidth `δ · sqrt((length_i + length_j) / 2)`, the cosine where both prefixes are
-    one slice (theorem 3), and 1 for two positions of one sample. No gradient flows into it. In training mode the
-    positions of all processes are used, with exact gradients, as in [`InfoNCELoss`]; in eval mode each process uses
+    over `n` positions. A position is the end of a slice (an image or a sentence) of a sequence, and the slices up to
+    there are its prefix. `m^r` are the cosine similarities of the model's embeddings at the positions. `m^l` are the
+    similarities of the prefixes, computed from the features of frozen teachers: the normalised global alignment kernel
+    (equation 2, section 3.2) with bandwidth `δ · sqrt((length_i + length_j) / 2)`, the cosine if both prefixes are one
+    slice (theorem 3), and 1 for two positions of one sample. No gradient flows into `m^l`. In training mode, the loss
+    covers the positions of all processes with exact gradients, as in [`InfoNCELoss`]. In eval mode, each process uses
     its own.
 
-    What the paper leaves open are arguments here. That the kernel is normalised at all is one: without, it exceeds 1.
+    The arguments are what the paper leaves open. It also leaves open whether the kernel is normalised; it is
+    normalised here, because it exceeds 1 otherwise.
 
     Args:
-        target (`str`, *optional*, defaults to `"kernel"`): `"kernel"`, or `"mean_slice"`: the mean similarity of all
+        target (`str`, *optional*, defaults to `"kernel"`): `"kernel"`, or `"mean_slice"`, the mean similarity of all
             slices of the two prefixes (table 4b, "w/o GAK").
-        normalization (`str`, *optional*, defaults to `"content"`): Of the kernel: `"cosine"`, or `"content"`, which
-            also takes out the part that the two lengths alone explain. Limited to 1.
+        normalization (`str`, *optional*, defaults to `"content"`): Normalisation of the kernel: `"cosine"`, or
+            `"content"`, which also removes what the two lengths alone explain. The target is clamped to at most 1.
         bandwidth (`float`, *optional*, defaults to 1.0): `δ`, in units of the distance of unit vectors.
         one_slice (`str`, *optional*, defaults to `"cosine"`): Target of two prefixes of one slice: `"cosine"` or
             `"kernel"`.
-        similarity (`str`, *optional*, defaults to `"cosine"`): How the model's own similarities `m^r` are computed:
-            `"cosine"`, or (ours) `"kernel"`: the same kernel over the model's embeddings of all slices of the two
-            prefixes, with gradients through it.
+        similarity (`str`, *optional*, defaults to `"cosine"`): How the model's similarities `m^r` are computed:
+            `"cosine"`, or (ours) `"kernel"`, the same kernel over the model's embeddings of all slices of the two
+            prefixes. Gradients flow through it.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an argument is not one of its choices.
 
     Citation: Chow et al., "Unified Generative and Discriminative Training for Multi-modal Large Language Models",
     NeurIPS 2024.
@@ -73,9 +74,9 @@ class StructureLoss(nn.Module):
     ) -> dict[str, torch.Tensor]:
         r"""
         Args:
-            embeddings (`torch.FloatTensor` of shape `(n, d)`): Unit vectors at the positions; with
-                `similarity="kernel"`, of shape `(num_slices, d)`, of all slices.
-            features (`torch.FloatTensor` of shape `(num_slices, width)`): The teachers' view of all slices, sequence
+            embeddings (`torch.FloatTensor` of shape `(n, d)`): Unit vectors of the positions. With
+                `similarity="kernel"`, those of all slices, of shape `(num_slices, d)`.
+            features (`torch.FloatTensor` of shape `(num_slices, width)`): Teacher features of all slices, sequence
                 after sequence.
             modalities (`torch.LongTensor` of shape `(num_slices,)`): 0 for an image, 1 for a text.
             starts, lengths (`torch.LongTensor` of shape `(n,)`): The prefix of position `i` is
@@ -85,12 +86,12 @@ class StructureLoss(nn.Module):
                 [`~hf_unigd.kernels.alignment_kernel`].
 
         Returns:
-            `dict` of scalars: `loss`, and detached, over pairs of different samples, `alignment_target` and
+            `dict` of scalars: `loss` and, detached and over pairs of different samples, `alignment_target` and
             `alignment_similarity` (means of `m^l` and `m^r`) and `alignment_correlation` (Pearson's, between them).
         """
         slices = _prefix_slices(starts, lengths)
-        gather = gather_rows if self.training else _keep
-        # Gathered once, packed prefix by prefix: processes differ in their numbers of prefixes and slices.
+        gather = gather_rows if self.training else _identity
+        # Slices are gathered prefix by prefix, because numbers of prefixes and slices differ between processes.
         ends = starts + lengths - 1
         lengths, sample_keys = gather(lengths), gather(sample_keys)
         features = gather(features[slices].to(torch.promote_types(features.dtype, torch.float32)))
@@ -154,7 +155,7 @@ class StructureLoss(nn.Module):
             zero = similarity.new_zeros(())
             return dict.fromkeys(("alignment_target", "alignment_similarity", "alignment_correlation"), zero)
         pairs = torch.stack([similarity[others], target[others]])
-        correlation = torch.corrcoef(pairs)[0, 1].nan_to_num()  # undefined where either is constant
+        correlation = torch.corrcoef(pairs)[0, 1].nan_to_num()  # undefined if either is constant
         return {
             "alignment_target": pairs[1].mean(),
             "alignment_similarity": pairs[0].mean(),
@@ -162,7 +163,7 @@ class StructureLoss(nn.Module):
         }
 
 
-def _keep(rows: torch.Tensor) -> torch.Tensor:
+def _identity(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
@@ -171,7 +172,7 @@ def _offsets(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _prefix_slices(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Indices of the slices of all prefixes, one prefix after the other."""
+    """Returns the indices of the slices of all prefixes, prefix after prefix."""
     prefix = torch.repeat_interleave(lengths)
     place = torch.arange(len(prefix), device=lengths.device) - (lengths.cumsum(0) - lengths)[prefix]
     return starts[prefix] + place
