@@ -1,4 +1,4 @@
-"""`python -m hf_unigd`, and so `accelerate launch -m hf_unigd`."""
+"""Runs `hf-unigd` as `python -m hf_unigd`, which `accelerate launch -m hf_unigd` needs."""
 
 from .cli.main import main
 

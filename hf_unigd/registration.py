@@ -19,12 +19,13 @@ from types import ModuleType
 def register_with_transformers() -> None:
     """Registers the classes now if transformers is already imported, otherwise when it is."""
     if "transformers" in sys.modules:
-        _register()
+        register_classes()
     else:
         sys.meta_path.insert(0, _TransformersFinder())
 
 
-def _register() -> None:
+def register_classes() -> None:
+    """Registers the classes with every Auto class that loads a checkpoint, which imports torch and transformers."""
     import transformers
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -69,5 +70,5 @@ class _TransformersLoader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _register()
+        register_classes()
         sys.meta_path.remove(self.finder)

@@ -96,7 +96,7 @@ def test_threads_that_import_transformers_and_the_package_both_find_the_classes(
 import threading, time
 from hf_unigd import registration
 
-register, reached, failures = registration._register, threading.Event(), []
+register, reached, failures = registration.register_classes, threading.Event(), []
 
 def register_late():
     reached.set()
@@ -114,7 +114,7 @@ def import_modeling():
     import hf_unigd.modeling
     hf_unigd.modeling.UniGDModel
 
-registration._register = register_late
+registration.register_classes = register_late
 threading.excepthook = failures.append
 threads = [threading.Thread(target=target) for target in (import_transformers, import_modeling)]
 for thread in threads:
