@@ -343,10 +343,16 @@ class UniGDScriptArguments(ScriptArguments):
     TRL's [`~trl.ScriptArguments`] plus the columns to rename.
 
     Args:
+        dataset_name (`str`, *optional*):
+            Rows to read: a Hub id, a folder, a file, or one of the offline sources `icons` and `stories`.
         rename_columns (`list[str]`, *optional*):
             Columns to rename when the rows are loaded, as pairs `old:new`, for example `jpg:image txt:caption`.
     """
 
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Rows to read: a Hub id, a folder, a file, or the offline sources `icons` and `stories`."},
+    )
     rename_columns: list[str] | None = field(
         default=None, metadata={"help": "Columns to rename, as pairs old:new, for example `jpg:image txt:caption`."}
     )

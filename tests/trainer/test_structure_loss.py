@@ -147,7 +147,7 @@ def test_kernel_similarity_aligns_the_models_own_embeddings(batch, normalization
 
 
 def test_the_metrics_leave_out_pairs_of_one_sample(batch):
-    embeddings, inputs, _, samples = batch
+    embeddings, inputs, prefixes, samples = batch
     metrics = StructureLoss()(embeddings, **inputs, modality_columns=slice_columns(OWN, CROSS))
     others = torch.tensor(samples)[:, None] != torch.tensor(samples)[None, :]
     similarity = (embeddings @ embeddings.T).detach()[others]
