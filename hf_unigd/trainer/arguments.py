@@ -367,7 +367,7 @@ class UniGDScriptArguments(ScriptArguments):
     def load_rows(self, split: str) -> Dataset | IterableDataset:
         """Loads the rows of a split with [`~hf_unigd.data.load_rows`]."""
         return load_rows(
-            self.dataset_name,
+            self.dataset_name,  # type: ignore[arg-type]  # None is refused in `__post_init__`
             self.dataset_config,
             split,
             self.dataset_streaming,
