@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
+    Gemma3Config,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     LlavaConfig,
     LlavaNextConfig,
     LlavaNextImageProcessorPil,
@@ -21,6 +24,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
 )
 
 
@@ -45,6 +50,15 @@ QWEN_TEMPLATE = (
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# Gemma's: the assistant is called model, and turns end with a mark and a line break.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}"
+    "{{ c['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
 
 # transformers builds these two only with a video processor, which needs torchvision. The tests use images only.
 class ImageOnevisionProcessor(LlavaOnevisionProcessor):
@@ -57,6 +71,12 @@ class ImageOnevisionProcessor(LlavaOnevisionProcessor):
 
 
 class ImageQwen2VLProcessor(Qwen2VLProcessor):
+    def __init__(self, image_processor, tokenizer, chat_template):
+        self.image_token, self.image_token_id = "<|image_pad|>", tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class ImageQwen3VLProcessor(Qwen3VLProcessor):
     def __init__(self, image_processor, tokenizer, chat_template):
         self.image_token, self.image_token_id = "<|image_pad|>", tokenizer.convert_tokens_to_ids("<|image_pad|>")
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -200,7 +220,77 @@ def _qwen2_vl():
     return config, processor
 
 
-_BUILDERS = {"llava": _llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision, "qwen2_vl": _qwen2_vl}
+def _qwen3_vl():
+    """Its vision tower returns features of inner layers too, which the language model adds to its own."""
+    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = make_tokenizer(specials, eos="<|im_end|>")
+    ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials), strict=True))
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "patch_size": 8,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 16,
+        },
+        text_config=_text_config(
+            "qwen3_vl_text",
+            tokenizer,
+            head_dim=8,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    processor = ImageQwen3VLProcessor(
+        Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16 * 16, max_pixels=32 * 32),
+        tokenizer,
+        chat_template=QWEN_TEMPLATE.replace("image_placeholder", "'<|vision_start|><|image_pad|><|vision_end|>'"),
+    )
+    return config, processor
+
+
+def _gemma3():
+    """Its vision tower returns one tensor for all images, and its images attend in both directions."""
+    tokenizer = make_tokenizer(
+        ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"], bos="<bos>"
+    )
+    for name, token in (("boi", "<start_of_image>"), ("eoi", "<end_of_image>"), ("image", "<image_soft_token>")):
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    config = Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, **_VISION},
+        text_config=_text_config("gemma3_text", tokenizer, head_dim=8, tie_word_embeddings=True),
+        mm_tokens_per_image=4,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+        tie_word_embeddings=True,
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 16, "width": 16}),
+        tokenizer,
+        chat_template=GEMMA_TEMPLATE,
+        image_seq_length=4,
+    )
+    return config, processor
+
+
+_BUILDERS = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "qwen2_vl": _qwen2_vl,
+    "qwen3_vl": _qwen3_vl,
+    "gemma3": _gemma3,
+}
 
 
 def make_vlm(family: str = "llava", seed: int = 0, **from_config_kwargs) -> TinyVLM:

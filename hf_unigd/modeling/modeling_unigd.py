@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .checkpoint_unigd import UniGDCheckpointModel
@@ -256,26 +255,30 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
         embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)
         return embeddings if truncate_dim is None else F.normalize(embeddings[:, :truncate_dim], dim=-1)
 
-    def image_features(self, **inputs) -> tuple[torch.Tensor, ...]:
+    @property
+    def accepts_image_features(self) -> bool:
+        """Whether the backbone takes the output of its vision tower instead of pixels."""
+        return "mm_encoder_outputs" in inspect.signature(self.vlm.base_model.forward).parameters
+
+    def image_features(self, **inputs) -> ModelOutput:
         """
-        Runs only the vision tower and its projector, which give what the language model receives for each image.
+        Runs the vision tower and its projector.
 
         Args:
             inputs: A batch as [`UniGDProcessor`] returns it, with images.
 
         Returns:
-            `tuple` of `torch.FloatTensor` of shape `(num_image_tokens, hidden_size)`, one per image, in their order.
-            `forward` and `embed` accept it as `image_features` instead of `pixel_values`.
+            The backbone's own output, whole: families differ in what their language model reads of it. `forward` and
+            `embed` accept it as `image_features` instead of `pixel_values`.
         """
         encode = self.vlm.base_model.get_image_features
         names = inspect.signature(encode).parameters.keys() & inputs.keys()
-        outputs = encode(**{name: inputs[name] for name in names}, return_dict=True)
-        return tuple(outputs.pooler_output)
+        return encode(**{name: inputs[name] for name in names}, return_dict=True)
 
     def _decode(self, image_features=None, **inputs):
         """Runs the backbone without its language-modelling head. Inputs that are None are not passed on."""
         if image_features is not None:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(image_features))}
+            inputs["mm_encoder_outputs"] = {"image": image_features}
         return self.vlm.base_model(**{name: value for name, value in inputs.items() if value is not None})
 
     def _pool(self, last_hidden_state, attention_mask, spans) -> torch.Tensor:

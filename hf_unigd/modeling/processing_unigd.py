@@ -6,15 +6,17 @@ The processor holds the embedding prompts and saves them; the model only sees sp
 import json
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import PROCESSOR_NAME
 
 from .configuration_unigd import check_choice
@@ -129,7 +131,17 @@ class UniGDProcessor(ProcessorMixin):
         Returns:
             `MultiModalData` with `num_image_tokens` (`list[int]`).
         """
-        return self.vlm_processor._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+        if hasattr(self.vlm_processor, "_get_num_multimodal_tokens"):
+            return self.vlm_processor._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+        counts = [self._count_image_tokens(tuple(size)) for size in image_sizes or []]
+        return MultiModalData(num_image_tokens=counts)
+
+    @lru_cache(maxsize=4096)  # noqa: B019  # processors live as long as the process
+    def _count_image_tokens(self, size: tuple[int, int]) -> int:
+        """The number of image tokens of an image of this height and width, found by processing one."""
+        image = Image.new("RGB", size[::-1])
+        inputs = self.vlm_processor(text=[self.image_placeholder], images=[[image]], add_special_tokens=False)
+        return inputs["input_ids"][0].count(self.image_token_id)
 
     def __repr__(self):
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings.items())

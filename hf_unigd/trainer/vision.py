@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 
@@ -34,7 +36,8 @@ def with_image_features(
     model: UniGDForConditionalGeneration, chunk: Chunk, cache: "VisionFeatureCache | None" = None
 ) -> Chunk:
     """
-    Returns the chunk with `image_features` in place of `pixel_values`.
+    Returns the chunk with `image_features` in place of `pixel_values`. The chunk of a backbone that takes no features
+    is returned as it is, and its tower runs in every forward pass.
 
     Args:
         model: The model, whose vision tower is frozen.
@@ -43,16 +46,15 @@ def with_image_features(
     """
     chunk = dict(chunk)
     keys = chunk.pop("image_keys", None)
-    if "pixel_values" not in chunk:
+    if "pixel_values" not in chunk or not model.accepts_image_features:
         return chunk
-    features = None if cache is None else cache.load(keys)
+    features = None if cache is None else cache.load(keys, chunk["input_ids"].device)
     if features is None:
         features = model.image_features(**chunk)
         if cache is not None:
             cache.save(keys, features)
     del chunk["pixel_values"]
-    device = chunk["input_ids"].device
-    return {**chunk, "image_features": tuple(feature.to(device) for feature in features)}
+    return {**chunk, "image_features": features}
 
 
 def image_key(image: Image.Image) -> str:
@@ -95,16 +97,30 @@ class VisionFeatureCache:
         dtype: Any = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype)
         return cls(folder, tower_key(model, processor, dtype))
 
-    def load(self, keys: list[str]) -> tuple[torch.Tensor, ...] | None:
+    def load(self, keys: list[str], device: torch.device) -> ModelOutput | None:
         """Returns the features of the images, or `None` if those of any image are missing."""
         try:
-            return tuple(load_file(self._file(key))["features"] for key in keys)
+            features = [load_file(self._file(key))["features"].to(device) for key in keys]
+            return BaseModelOutputWithPooling(pooler_output=features)
         except (FileNotFoundError, SafetensorError):  # not written, or incomplete
             return None
 
-    def save(self, keys: list[str], features: tuple[torch.Tensor, ...]) -> None:
-        """Writes the features of the images."""
-        for key, feature in zip(keys, features, strict=True):
+    def save(self, keys: list[str], features: ModelOutput) -> None:
+        """
+        Writes the features of the images.
+
+        Raises:
+            ValueError: the tower's output is not a list with one tensor per image.
+        """
+        pooled = features.pooler_output
+        extra = features.keys() - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
+        if not isinstance(pooled, (list, tuple)) or len(pooled) != len(keys) or extra:
+            raise ValueError(
+                "`vision_cache` cannot store what the vision tower of this backbone returns "
+                f"({type(features).__name__} for {len(keys)} images). Leave it out: a frozen tower still runs once "
+                "per step."
+            )
+        for key, feature in zip(keys, pooled, strict=True):
             file = self._file(key)
             file.parent.mkdir(exist_ok=True)
             unfinished = file.with_suffix(f".{os.getpid()}")  # processes may write the same image at once

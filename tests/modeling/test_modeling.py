@@ -149,6 +149,21 @@ def test_compiled_embedding_gives_the_same_vectors(llava):
         torch.testing.assert_close(torch.compile(model.embed)(**batch), model.embed(**batch), atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl", "gemma3"])
+def test_the_output_of_the_tower_replaces_the_pixels(family):
+    tiny = make_vlm(family)
+    model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
+    batch = processor.process_sequences(
+        [[make_image(1)], "a cat", ["see", make_image(2), "there"]], ["one", None, "two"]
+    )
+    expected = model(**batch)
+    features = model.image_features(**batch)
+    del batch["pixel_values"]
+    outputs = model(**batch, image_features=features)
+    assert torch.equal(outputs.embeddings, expected.embeddings) and torch.equal(outputs.loss, expected.loss)
+
+
 def test_next_token_loss_meets_the_head_at_labelled_positions_only():
     torch.manual_seed(0)
     hidden = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)

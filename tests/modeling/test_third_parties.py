@@ -108,6 +108,16 @@ def test_the_processor_counts_the_tokens_of_images(processor):
     assert counted == (ids == processor.image_token_id).sum(1).tolist()
 
 
+def test_the_tokens_of_images_are_counted_for_processors_that_cannot_say(processor, monkeypatch):
+    sizes = [(20, 24), (64, 20), (16, 16)]
+    expected = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+    for owner in type(processor.vlm_processor).__mro__:
+        if "_get_num_multimodal_tokens" in vars(owner):
+            monkeypatch.delattr(owner, "_get_num_multimodal_tokens")
+    assert not hasattr(processor.vlm_processor, "_get_num_multimodal_tokens")
+    assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == expected
+
+
 def shifted(labels):
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
 

@@ -23,7 +23,7 @@ def train(folder, **kwargs):
     return losses, len(passes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl", "gemma3"])
 def test_a_frozen_tower_runs_once_per_chunk_for_both_passes(tmp_path, family):
     """There are 4 steps of 4 images in chunks of 2. A trained tower runs in both passes of each chunk."""
     settings = {"family": family, "gradient_cache_chunk_size": 2, "max_steps": 4}
@@ -60,6 +60,12 @@ def test_features_of_another_tower_and_incomplete_files_are_not_read(tmp_path):
         next(trainer.model.vlm.model.vision_tower.parameters()).mul_(1.01)
     trainer.train()
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_features_that_cannot_be_stored_per_image_are_refused(tmp_path, family):
+    with pytest.raises(ValueError, match="`vision_cache` cannot store what the vision tower of this backbone returns"):
+        train(tmp_path, family=family, vision_cache=str(tmp_path / "cache"))
 
 
 def test_text_rows_write_no_features(tmp_path):
