@@ -117,8 +117,8 @@ for name in ("whole", "adapter"):
     model = SentenceTransformer(f"ada/{name}", trust_remote_code=True)
     pictures, mixed = [a, "a.png"], {"text": "two blue dogs", "image": b}
     vectors = [model.encode(["a red cat", picture, mixed, chat]) for picture in pictures]
-    # In processes of their own, which get the model pickled, here after it has seen images.
-    vectors.append(model.encode(["a red cat", a, mixed, chat], device=["cpu", "cpu"], batch_size=1, chunk_size=1))
+    if name == "whole":  # other processes get the model pickled, here after it has run on images
+        vectors.append(model.encode(["a red cat", a, mixed, chat], device=["cpu", "cpu"], batch_size=1, chunk_size=2))
     narrow = SentenceTransformer(f"ada/{name}", trust_remote_code=True, truncate_dim=4)
     answers[name] = {
         "embeddings": [each.tolist() for each in vectors],
@@ -225,7 +225,7 @@ def test_a_consumer_without_our_code_embeds_and_speaks_the_same(way, consumer):
             compared += 1
         for spoken in answers[name].get("spoken", []):
             assert spoken == expected[name]["spoken"], name
-    assert compared == {"transformers": 7, "sentence-transformers": 6, "PEFT": 2, "plain LLaVA": 1}[consumer]
+    assert compared == {"transformers": 7, "sentence-transformers": 5, "PEFT": 2, "plain LLaVA": 1}[consumer]
     for name, answer in answers.items():
         if "similarity" in answer:
             vectors = torch.tensor(expected[name]["embeddings"])
