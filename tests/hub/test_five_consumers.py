@@ -115,8 +115,8 @@ SENTENCE_TRANSFORMERS = """
 from sentence_transformers import SentenceTransformer
 for name in ("whole", "adapter"):
     model = SentenceTransformer(f"ada/{name}", trust_remote_code=True)
-    pictures, mixed = [a, "a.png"], {"text": "two blue dogs", "image": b}
-    vectors = [model.encode(["a red cat", picture, mixed, chat]) for picture in pictures]
+    images, mixed = [a, "a.png"], {"text": "two blue dogs", "image": b}
+    vectors = [model.encode(["a red cat", image, mixed, chat]) for image in images]
     if name == "whole":  # other processes get the model pickled, here after it has run on images
         vectors.append(model.encode(["a red cat", a, mixed, chat], device=["cpu", "cpu"], batch_size=1, chunk_size=2))
     narrow = SentenceTransformer(f"ada/{name}", trust_remote_code=True, truncate_dim=4)
@@ -165,7 +165,7 @@ MTEB = """
 import mteb
 from mteb_tasks import CATEGORIES, OTHER_TASKS, retrieval
 from mteb.models import SentenceTransformerEncoderWrapper
-# What `mteb.get_model` does, which insists on torchvision for pictures.
+# What `mteb.get_model` does, which needs torchvision for images.
 model = SentenceTransformerEncoderWrapper("ada/whole", trust_remote_code=True)
 model.mteb_model_meta = mteb.get_model_meta("ada/whole", fetch_from_hf=True)
 answers["modalities"] = model.mteb_model_meta.modalities
