@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from .configuration_unigd import UniGDConfig
-from .hub_files_unigd import find_file, hub_arguments, inherited_trust
+from .hub_files_unigd import find_file, hub_arguments
 from .loading_info_unigd import raise_if_random
 from .probe_unigd import PROBE_NAME, load_probe
 from .processing_unigd import UniGDProcessor
@@ -45,7 +45,7 @@ def load_with_adapter(model_class, name, check_probe: bool = True, **kwargs):
         RuntimeError: a tensor would be random; or neither the adapter nor its base model has a trained head.
     """
     where = hub_arguments(kwargs)
-    processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where, **inherited_trust())
+    processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where)
     model, head_is_new = _load_base_model(model_class, name, check_probe, kwargs)
     new_tensors = [f"embedding_head.{key}" for key in model.embedding_head.state_dict()] if head_is_new else []
     reserved = set(model.vlm.generation_config.suppress_tokens or [])

@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 
 from .adapter_unigd import CONFIG_ARGUMENTS, is_adapter, load_with_adapter
 from .configuration_unigd import UniGDConfig
-from .hub_files_unigd import commit_of, find_file, hub_arguments, inherited_trust
+from .hub_files_unigd import commit_of, find_file, hub_arguments
 from .loading_info_unigd import raise_if_random
 from .probe_unigd import PROBE_NAME, load_probe, probe_difference, probe_tolerance, save_probe
 from .processing_unigd import UniGDProcessor
@@ -234,9 +234,12 @@ class UniGDCheckpointModel(PreTrainedModel):
         if self.verify_saves and can_be_opened:
             type(self).from_pretrained(folder, dtype=self.dtype)
 
+    # Models of transformers that have run once cannot be pickled, and unpickled ones cannot run everything. Processes
+    # that `SentenceTransformer.encode` starts get the model pickled.
+
     def __getstate__(self):
-        # transformers captures outputs by hooks, installed at the first forward pass that needs them. They are local
-        # functions, which cannot be pickled; without this mark, transformers installs them again.
+        # The first forward pass that captures outputs installs hooks, local functions which cannot be pickled. Without
+        # this mark, the next one installs them again.
         for module in self.modules():
             if vars(module).pop("_output_capturing_hooks_installed", False):
                 for hooked in module.modules():
@@ -245,12 +248,18 @@ class UniGDCheckpointModel(PreTrainedModel):
                             del hooked._forward_hooks[key]
         return vars(self).copy()
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # What the classes of the backbone can capture is registered when a model is made, for the whole process.
+        with torch.device("meta"):
+            type(self.vlm)(self.vlm.config)
+
     def processor_of_checkpoint(self) -> UniGDProcessor | None:
         """The processor in the checkpoint that this model was loaded from, if there is one."""
         if not self.name_or_path:
             return None
         with suppress(OSError, ValueError):  # the checkpoint has none, or a plain model's
-            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision, **inherited_trust())
+            return UniGDProcessor.from_pretrained(self.name_or_path, **self._hub_revision)
         return None
 
     @property

@@ -41,12 +41,3 @@ def commit_of(name: str | Path, kwargs: dict) -> str | None:
     config = find_file(name, "config.json", kwargs)
     snapshot = Path(config or "").parent
     return snapshot.name if snapshot.parent.name == "snapshots" else None
-
-
-def inherited_trust() -> dict[str, bool]:
-    """
-    `trust_remote_code=True` if this code itself was loaded as remote code, else nothing.
-
-    The user has then trusted the checkpoint that the code came with, and the code loads other parts of it.
-    """
-    return {"trust_remote_code": True} if __name__.startswith("transformers_modules.") else {}

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import PROCESSOR_NAME
@@ -427,6 +427,9 @@ class UniGDProcessor(ProcessorMixin):
                 f"The processor of {pretrained_model_name_or_path} has no embedding prompts. "
                 f"`{cls.__name__}.from_vlm_pretrained(...)` loads it and adds them."
             )
+        # Its parts name their classes themselves. Without an (empty) config, AutoTokenizer would load the model's and
+        # run its code a second time, and whatever has a class of the first time could then not be pickled.
+        kwargs["config"] = PreTrainedConfig()
         vlm_processor_class = getattr(transformers, config["vlm_processor_class"])
         vlm_processor = vlm_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         names = ("prompts", "soft_prompts", "embedding_position", "image_pooling")

@@ -1,4 +1,4 @@
-"""MTEB's abstract tasks of images and texts, fed with a few local pictures."""
+"""MTEB's abstract tasks of images and texts, fed with a few local images."""
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from mteb.abstasks.classification import AbsTaskClassification
@@ -20,7 +20,7 @@ IMAGES = [make_image(place) for place in range(COUNT)]
 def metadata(task_type, category, modalities, main_score, **more):
     return TaskMetadata(
         name=f"Local{task_type}{category}",
-        description="Pictures made in code.",
+        description="Images made in code.",
         reference=None,
         dataset={"path": "local", "revision": "1"},
         type=task_type,
@@ -62,7 +62,7 @@ class _Retrieval(AbsTaskRetrieval):
 
 
 def items(prefix, kinds):
-    """`"t"`: captions, `"i"`: pictures, `"it"`: both in one item."""
+    """`"t"`: captions, `"i"`: images, `"it"`: both in one item."""
     columns = {"id": [f"{prefix}{place}" for place in range(COUNT)]}
     features = {"id": Value("string")}
     if "i" in kinds:
