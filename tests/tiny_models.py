@@ -186,10 +186,19 @@ def _llava_onevision():
     return config, processor
 
 
+QWEN_VL_TEMPLATE = QWEN_TEMPLATE.replace("image_placeholder", "'<|vision_start|><|image_pad|><|vision_end|>'")
+
+
+def _qwen_tokenizer():
+    """The tokenizer of a Qwen-VL, and the ids of its special tokens as its config names them."""
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    tokens = {name: f"<|{token}|>" for name, token in names.items()}
+    tokenizer = make_tokenizer(["<|im_start|>", *tokens.values()], eos="<|im_end|>")
+    return tokenizer, {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
 def _qwen2_vl():
-    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = make_tokenizer(specials, eos="<|im_end|>")
-    ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials), strict=True))
+    tokenizer, ids = _qwen_tokenizer()
     config = Qwen2VLConfig(
         vision_config={
             "depth": 2,
@@ -205,26 +214,21 @@ def _qwen2_vl():
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
         ),
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **ids,
         tie_word_embeddings=True,
     )
     sizes = {"patch_size": 8, "min_pixels": 16 * 16, "max_pixels": 32 * 32}
     processor = ImageQwen2VLProcessor(
         Qwen2VLImageProcessorPil(**sizes),
         tokenizer,
-        chat_template=QWEN_TEMPLATE.replace("image_placeholder", "'<|vision_start|><|image_pad|><|vision_end|>'"),
+        chat_template=QWEN_VL_TEMPLATE,
     )
     return config, processor
 
 
 def _qwen3_vl():
     """Its vision tower returns features of inner layers too, which the language model adds to its own."""
-    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = make_tokenizer(specials, eos="<|im_end|>")
-    ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials), strict=True))
+    tokenizer, ids = _qwen_tokenizer()
     config = Qwen3VLConfig(
         vision_config={
             "depth": 2,
@@ -243,16 +247,13 @@ def _qwen3_vl():
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
         ),
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **ids,
         tie_word_embeddings=True,
     )
     processor = ImageQwen3VLProcessor(
         Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16 * 16, max_pixels=32 * 32),
         tokenizer,
-        chat_template=QWEN_TEMPLATE.replace("image_placeholder", "'<|vision_start|><|image_pad|><|vision_end|>'"),
+        chat_template=QWEN_VL_TEMPLATE,
     )
     return config, processor
 
