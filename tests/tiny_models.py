@@ -191,7 +191,7 @@ QWEN_VL_TEMPLATE = QWEN_TEMPLATE.replace("image_placeholder", "'<|vision_start|>
 
 def _qwen_tokenizer():
     """The tokenizer of a Qwen-VL, and the ids of its special tokens as its config names them."""
-    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
     tokens = {name: f"<|{token}|>" for name, token in names.items()}
     tokenizer = make_tokenizer(["<|im_start|>", *tokens.values()], eos="<|im_end|>")
     return tokenizer, {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
