@@ -351,7 +351,6 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         batches: list[dict] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        label_smoothing: float = 0.0,
         **kwargs,
     ) -> UniGDCausalLMOutput:
         r"""
@@ -375,10 +374,10 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
                 spreads over the whole vocabulary.
             kwargs: All other inputs are passed to the backbone. `image_features` can replace the images.
         """
+        # If they were named parameters, Trainer would take them for labels and expect them in every batch.
+        label_smoothing, shift_labels = kwargs.pop("label_smoothing", 0.0), kwargs.pop("shift_labels", None)
         if batches is not None:
             return self._forward_all(batches, num_items_in_batch, label_smoothing)
-        # If it were a named parameter, Trainer would expect it in every batch that it evaluates.
-        shift_labels = kwargs.pop("shift_labels", None)
         targets = _targets(labels, shift_labels)
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         hidden_states = outputs.last_hidden_state
