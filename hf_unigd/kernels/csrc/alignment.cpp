@@ -90,7 +90,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, double> align(
 
 }  // namespace
 
-TORCH_LIBRARY(TORCH_EXTENSION_NAME, m) {
+// torch 2.9 takes the name of a library as it is written, so a macro of ours expands it first.
+#define TORCH_LIBRARY_OF_NAME(name, module) TORCH_LIBRARY(name, module)
+
+TORCH_LIBRARY_OF_NAME(TORCH_EXTENSION_NAME, m) {
   m.def(
       "align(Tensor x, Tensor x_offsets, Tensor? x_modalities, Tensor? y, Tensor? y_offsets, Tensor? y_modalities, "
       "Tensor? pairs, Tensor? grad, int[] modality_columns, float scale, bool per_pair, bool gaussian, "
