@@ -403,13 +403,13 @@ def check_evaluation(fsdp: bool) -> dict:
     case = Case("vladva", layout="2 processes", fsdp=fsdp)
     with tempfile.TemporaryDirectory() as folder:
         args = make_args(case, folder)
-        args.per_device_eval_batch_size = 2
+        args.eval_block_size = 2
         model, processor, _ = make_model("full", dropout=False)
         trainer = ParityTrainer(case, model, args, processor)
         trainer.train()
         parse = make_parser(processor, args)
         examples = [parse(row, place) for place, row in enumerate(rows()[:5])]
-        metrics = trainer.evaluate(examples)
+        metrics = trainer.evaluate(rows()[:5])
     whole, _, _ = make_model("full", dropout=False)
     (anchors, candidates), total, count = trainer.data_collator(examples)["chunks"], 0.0, 0
     with torch.no_grad():
