@@ -228,7 +228,7 @@ def test_what_should_be_private_is_not_pushed_where_all_can_read_it(hub, other_k
 
 
 def test_an_adapter_on_a_folder_of_this_machine_is_not_pushed(hub, checkpoint, other_kinds):
-    for part in ("adapter_config.json", str(checkpoint), "Push that model first", "hf-unigd merge"):
+    for part in ("adapter_config.json", str(checkpoint), "Push the base model first", "hf-unigd merge"):
         assert part in other_kinds["local_base"]
     assert "ada/local" not in hub.repositories
 
