@@ -169,5 +169,5 @@ def test_what_should_be_private_is_refused_before_training(hub, answers):
 
 
 def test_an_adapter_that_nobody_could_load_is_refused_before_training(hub, answers):
-    assert "is not on the Hub, so nobody could load it" in answers["local"]
+    assert "is not on the Hub, so nobody could load the adapter" in answers["local"]
     assert "ada/local" not in hub.repositories
