@@ -90,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, double> align(
 
 }  // namespace
 
-// torch 2.9 takes the name of a library as it is written, so a macro of ours expands it first.
+// TORCH_LIBRARY of torch 2.10 does not expand the name that it is given, so a macro of ours does.
 #define TORCH_LIBRARY_OF_NAME(name, module) TORCH_LIBRARY(name, module)
 
 TORCH_LIBRARY_OF_NAME(TORCH_EXTENSION_NAME, m) {
