@@ -22,14 +22,15 @@ def load_for_training(
     new head. Soft prompts are added if `model_args.soft_prompts` is set and the processor has none.
 
     Args:
-        model_args: The parsed arguments. `embedding_position` and `image_pooling` apply to a new model only.
+        model_args: The parsed arguments.
         seed: Seed of the weights of a new head.
 
     Returns:
         The model, its processor, and the settings of the adapter if `model_args.use_peft` is set.
 
     Raises:
-        ValueError: the name is that of an adapter, or a UniGD checkpoint has another head than the arguments say.
+        ValueError: the name is that of an adapter, or a UniGD checkpoint has another head, `embedding_position` or
+            `image_pooling` than the arguments say.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if is_adapter(name, {"revision": revision}):
@@ -57,6 +58,12 @@ def load_for_training(
             raise ValueError(f"{name} already has a head. Leave out {', '.join(f'`{key}`' for key in given)}.")
         model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)
         processor = UniGDProcessor.from_pretrained(name, revision=revision)
+        for key, default in (("embedding_position", "prompt"), ("image_pooling", "mean")):
+            if getattr(model_args, key) not in (default, getattr(processor, key)):
+                raise ValueError(
+                    f"{name} was saved with `{key}={getattr(processor, key)!r}`, which its embeddings depend on. "
+                    f"Leave `{key}` out."
+                )
     else:
         set_seed(seed)
         model = UniGDForConditionalGeneration.from_vlm_pretrained(name, **kwargs, **head)
