@@ -154,7 +154,8 @@ class UniGDTrainer(EvaluatingTrainer):
             train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: self._prepare_dataset(rows, processing_class, args, name) for name, rows in eval_dataset.items()
+                name: self._prepare_dataset(rows, processing_class, args, f"eval_{name}")
+                for name, rows in eval_dataset.items()
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
@@ -212,6 +213,7 @@ class UniGDTrainer(EvaluatingTrainer):
 
     def call_model_init(self, trial=None):
         made = super().call_model_init(trial)
+        self._vision_features = None  # the features of the previous model's tower
         model, processor = resolve_model(made, self.processing_class, self.args, self._peft_config)
         return prepare_model(model, processor, self.args, self._peft_config)
 
@@ -226,8 +228,8 @@ class UniGDTrainer(EvaluatingTrainer):
             dataset: The rows.
             processing_class: The processor.
             args: The arguments.
-            dataset_name: `"train"`, `"eval"` or the key of one of several evaluation datasets in the constructor;
-                `"test"` in [`evaluate`] and [`predict`].
+            dataset_name: `"train"`, `"eval"`, or `"eval_NAME"` for one of several evaluation datasets, in the
+                constructor; `"test"` in [`evaluate`] and [`predict`].
 
         Raises:
             TypeError, ValueError: the dataset is of another kind, or has no accepted format.

@@ -25,6 +25,8 @@ from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.data import RowError
 from hf_unigd.evaluation import retrieval_metrics
 from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.trainer.arguments import UniGDModelConfig
+from hf_unigd.trainer.loading import load_for_training
 from tiny_models import make_vlm
 from trainer_cases import make_args, make_rows, make_trainer
 
@@ -400,7 +402,7 @@ def test_the_users_own_collator_is_used(tmp_path):
     hooked = Hooked(model, make_args(tmp_path), None, make_rows(), {"a": make_rows(4)}, processor)
     assert isinstance(hooked.data_collator, Counting)
     hooked.predict(make_rows(4))
-    assert names == ["train", "a", "test"]
+    assert names == ["train", "eval_a", "test"]
 
 
 @pytest.mark.parametrize(
@@ -462,6 +464,27 @@ def test_model_init_makes_the_model_of_every_training(tmp_path):
     assert any("lora_" in name for name in trained) and not any("vision_tower" in name for name in trained)
     with pytest.raises(ValueError, match="`model_init` needs `processing_class`"):
         UniGDTrainer(**settings)
+
+
+def test_each_model_of_model_init_has_image_features_of_its_own(tmp_path):
+    seeds = iter(range(9))
+    trainer = UniGDTrainer(
+        model_init=lambda: UniGDForConditionalGeneration.from_vlm(make_vlm(seed=next(seeds)).model),
+        args=make_args(tmp_path / "out", max_steps=1, vision_cache=str(tmp_path / "cache")),
+        train_dataset=make_rows(),
+        processing_class=UniGDProcessor(make_vlm().processor),
+    )
+    trainer.train()
+    trainer.train()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_evaluation_dataset_may_be_named_train(tmp_path):
+    """It is prepared as an evaluation dataset: without the lengths that sorting the training rows needs."""
+    settings = {"train_sampling_strategy": "group_by_length"}
+    stream = make_rows(8).to_iterable_dataset()  # whose rows cannot be sorted
+    trainer = make_trainer(tmp_path, eval_rows={"train": stream}, **settings)
+    assert trainer.evaluate()["eval_train_loss"] > 0
 
 
 def test_neftune_changes_the_loss_and_torch_compile_does_not(tmp_path):
@@ -540,6 +563,9 @@ def test_the_model_may_be_a_name_or_a_path(tmp_path):
     again = UniGDTrainer(tmp_path / "out", make_args(tmp_path / "again"), train_dataset=make_rows())
     weights, reloaded = trainer.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in reloaded.items())
+    for setting in ({"embedding_position": "last_slice"}, {"image_pooling": "last"}):
+        with pytest.raises(ValueError, match=f"was saved with `{next(iter(setting))}=.*Leave"):
+            load_for_training(UniGDModelConfig(model_name_or_path=str(tmp_path / "out"), **setting))
     adapted = UniGDTrainer(
         str(tmp_path / "plain"), make_args(tmp_path / "adapter"), train_dataset=make_rows(), peft_config=LORA
     )
