@@ -1,10 +1,12 @@
 """Sugar's structure loss, compared with a reference of the paper's equations."""
 
 import math
+import socket
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from hf_unigd.data.teachers import slice_columns
@@ -18,6 +20,10 @@ IMAGE, TEXT = 0, 1
 
 @pytest.fixture
 def batch():
+    return make_batch()
+
+
+def make_batch():
     """Three samples of 3, 1 and 4 slices with six positions."""
     torch.manual_seed(0)
     lengths = [3, 1, 4]
@@ -175,3 +181,57 @@ def test_a_batch_without_positions_has_zero_loss():
 def test_an_unknown_choice_is_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` must be one of '.*', '.*', but is 'other'"):
         StructureLoss(**{name: "other"})
+
+
+def part_of(inputs, embeddings, rank):
+    """The first two samples for one process, the third for the other."""
+    slices, positions = (slice(0, 4), slice(0, 3)) if rank == 0 else (slice(4, 8), slice(3, 6))
+    part = {name: inputs[name][slices] for name in ("features", "modalities")}
+    part |= {name: inputs[name][positions] for name in ("starts", "lengths", "sample_keys")}
+    return {**part, "starts": part["starts"] - slices.start}, embeddings[slices if len(embeddings) == 8 else positions]
+
+
+def losses_of(embeddings, slice_embeddings, inputs):
+    """The loss and its gradient with both similarities. The kernel's compares the embeddings of all slices."""
+    results = []
+    for similarity, given in (("cosine", embeddings), ("kernel", slice_embeddings)):
+        given = given.detach().requires_grad_()
+        loss = StructureLoss(similarity=similarity)
+        value = loss(given, **inputs, modality_columns=slice_columns(OWN, CROSS))["loss"]
+        own = loss.eval()(given, **inputs, modality_columns=slice_columns(OWN, CROSS))["loss"]
+        results.append((value.detach(), torch.autograd.grad(value, given)[0], own.detach()))
+    return results
+
+
+def losses_on_rank(rank, port, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    embeddings, inputs, _, _ = make_batch()
+    part, own = part_of(inputs, embeddings, rank)
+    _, own_slices = part_of(inputs, slice_embeddings(), rank)
+    torch.save(losses_of(own, own_slices, part), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def slice_embeddings():
+    return F.normalize(torch.randn(8, 7, dtype=torch.double, generator=torch.Generator().manual_seed(3)), dim=1)
+
+
+def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(losses_on_rank, (port, tmp_path), nprocs=2)
+    embeddings, inputs, _, _ = make_batch()
+    whole = losses_of(embeddings, slice_embeddings(), inputs)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for rank in range(2):  # in eval mode, a process compares its own positions alone
+        part, own = part_of(inputs, embeddings, rank)
+        alone = losses_of(own, part_of(inputs, slice_embeddings(), rank)[1], part)
+        for (_, _, found), (expected, _, _) in zip(ranks[rank], alone, strict=True):
+            torch.testing.assert_close(found, expected)
+    for number, (loss, gradient, _) in enumerate(whole):
+        for rank in range(2):
+            torch.testing.assert_close(ranks[rank][number][0], loss)
+        # The gradient that a process sees is summed over processes, and DDP divides it by their number.
+        torch.testing.assert_close(torch.cat([ranks[0][number][1], ranks[1][number][1]]) / 2, gradient)
