@@ -84,14 +84,13 @@ def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProce
 
 def embedding_template(processor: UniGDProcessor) -> str:
     """A chat template that adds the embedding prompt to a sequence, as [`UniGDProcessor.process_sequences`] does."""
-    placeholder = processor.image_placeholder
     prompts = {
         modality: "".join(processor.soft_prompts[modality]) if processor.soft_prompts else prompt
         for modality, prompt in processor.prompts.items()
     }
     constants = {
-        "IMAGE_PLACEHOLDER": placeholder,
-        "IMAGES_TOUCH": placeholder.strip() == placeholder,
+        "KEEPS_ORDER": processor.chat_template_keeps_order,
+        "IMAGE_PLACEHOLDER": processor.image_placeholder,
         "IMAGE_PROMPT": prompts["image"],
         "TEXT_PROMPT": prompts["text"],
     }

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrain
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from .adapter_unigd import CONFIG_ARGUMENTS, is_adapter, load_with_adapter
+from .backbone_unigd import check_backbone
 from .configuration_unigd import UniGDConfig
 from .hub_files_unigd import commit_of, find_file, hub_arguments
 from .loading_info_unigd import raise_if_random
@@ -42,13 +43,10 @@ class UniGDCheckpointModel(PreTrainedModel):
             config_kwargs: Arguments of [`UniGDConfig`] other than `vlm_config`.
 
         Raises:
-            ValueError: `vlm` has no language-modelling head, or an argument of the config is out of range.
+            ValueError: `vlm` lacks a part that embedding needs, for example its language-modelling head, or an
+                argument of the config is out of range.
         """
-        if vlm.get_output_embeddings() is None:
-            raise ValueError(
-                f"{type(vlm).__name__} has no language-modelling head. Pass the class that generates, as "
-                "`AutoModelForImageTextToText` loads it."
-            )
+        check_backbone(vlm)
         config = UniGDConfig(vlm_config=vlm.config, dtype=vlm.dtype, name_or_path=vlm.name_or_path, **config_kwargs)
         model = cls(config, vlm=vlm)
         model.embedding_head.to(vlm.get_output_embeddings().weight.device)

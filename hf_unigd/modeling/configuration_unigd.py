@@ -69,19 +69,7 @@ class UniGDConfig(PreTrainedConfig):
             vlm_config = {"model_type": "llava"}
         if isinstance(vlm_config, dict):
             vlm_config = AutoConfig.for_model(**vlm_config)
-        if vlm_config.is_encoder_decoder:
-            raise ValueError(
-                f"`vlm_config` is the configuration of an encoder-decoder ({vlm_config.model_type!r}); the backbone "
-                "must be a decoder-only model."
-            )
-        text_config = vlm_config.get_text_config(decoder=True)
-        for scaling in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(text_config, scaling, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"The text config of the backbone ({vlm_config.model_type!r}) sets `{scaling}`. Backbones that "
-                    "scale their logits are not supported."
-                )
-        hidden_size = text_config.hidden_size
+        hidden_size = _hidden_size(vlm_config)
 
         check_choice("head_type", head_type, HEAD_TYPES)
         if head_type == "none" and embedding_dim not in (None, hidden_size):
@@ -155,6 +143,26 @@ class UniGDConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def _hidden_size(vlm_config: PreTrainedConfig) -> int:
+    """Width of the backbone's language model.
+
+    Raises:
+        ValueError: the backbone is not a decoder-only model of texts and images.
+    """
+    if getattr(vlm_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`vlm_config` is the configuration of an encoder-decoder ({vlm_config.model_type!r}); the backbone must be "
+            "a decoder-only model."
+        )
+    hidden_size = getattr(vlm_config.get_text_config(decoder=True), "hidden_size", None)
+    if not isinstance(hidden_size, int):
+        raise ValueError(
+            f"The configuration of the backbone ({vlm_config.model_type!r}) does not say which part of it is the "
+            "language model, or how wide that is, so it cannot have an embedding head."
+        )
+    return hidden_size
 
 
 def check_choice(name: str, value, choices: Iterable) -> None:

@@ -4,7 +4,6 @@ The backbone is a whole model of its own (`self.vlm`), not a base class: transfo
 code, so a subclass would load native checkpoints with a random `lm_head`.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, Cache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .backbone_unigd import accepts_image_features, backbone_logits, check_backbone, image_features
 from .checkpoint_unigd import UniGDCheckpointModel
 from .configuration_unigd import UniGDConfig
 from .processing_unigd import UniGDProcessor
@@ -167,6 +167,7 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
     def __init__(self, config: UniGDConfig, vlm: PreTrainedModel | None = None):
         super().__init__(config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config) if vlm is None else vlm
+        check_backbone(self.vlm)
         config.vlm_config = self.vlm.config  # `from_config` copies it, but resizing must change the same config
         self.embedding_head = UniGDHead(config)
         self.processor: UniGDProcessor | None = None
@@ -258,7 +259,7 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
     @property
     def accepts_image_features(self) -> bool:
         """Whether the backbone takes the output of its vision tower instead of pixels."""
-        return "mm_encoder_outputs" in inspect.signature(self.vlm.base_model.forward).parameters
+        return accepts_image_features(self.vlm)
 
     def image_features(self, **inputs) -> ModelOutput:
         """
@@ -271,9 +272,22 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
             The backbone's own output, whole: families differ in what their language model reads of it. `forward` and
             `embed` accept it as `image_features` instead of `pixel_values`.
         """
-        encode = self.vlm.base_model.get_image_features
-        names = inspect.signature(encode).parameters.keys() & inputs.keys()
-        return encode(**{name: inputs[name] for name in names}, return_dict=True)
+        return image_features(self.vlm, inputs)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Computes next-token scores as the backbone does, with the scaling or capping that its family applies.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`): From the decoder's last layer, after its
+                final norm.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., vocab_size)`.
+        """
+        batch = hidden_states.reshape(1, -1, hidden_states.shape[-1]) if hidden_states.ndim < 3 else hidden_states
+        logits = backbone_logits(self.vlm, batch)
+        return logits.reshape(*hidden_states.shape[:-1], logits.shape[-1])
 
     def _decode(self, image_features=None, **inputs):
         """Runs the backbone without its language-modelling head. Inputs that are None are not passed on."""
@@ -381,17 +395,16 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         targets = _targets(labels, shift_labels)
         outputs = self._decode(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
         hidden_states = outputs.last_hidden_state
-        lm_head = self.get_output_embeddings()
 
         loss = None
         if targets is not None:
-            loss = next_token_loss(hidden_states, targets, lm_head, num_items_in_batch, label_smoothing)
+            loss = self._next_token_loss(hidden_states, targets, num_items_in_batch, label_smoothing)
         if skip_logits is None:
             skip_logits = self.training and targets is not None
         logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = lm_head(hidden_states[:, kept])
+            logits = self.logits(hidden_states[:, kept])
 
         embeddings = None
         is_cached_step = attention_mask is not None and attention_mask.shape[1] != hidden_states.shape[1]
@@ -417,13 +430,18 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         for batch, targets in zip(batches, all_targets, strict=True):
             inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels", "spans")}
             hidden_states = self._decode(use_cache=False, **inputs).last_hidden_state
-            lm_head = self.get_output_embeddings()
-            losses.append(next_token_loss(hidden_states, targets, lm_head, num_items_in_batch, label_smoothing))
+            losses.append(self._next_token_loss(hidden_states, targets, num_items_in_batch, label_smoothing))
             embeddings.append(self._pool(hidden_states, batch.get("attention_mask"), batch.get("spans")))
         return UniGDCausalLMOutput(
             loss=torch.stack(losses).sum(),
             embeddings=torch.cat(embeddings),
             inverse_temperature=self.embedding_head.inverse_temperature,
+        )
+
+    def _next_token_loss(self, hidden_states, targets, num_items_in_batch, label_smoothing):
+        vocab_size = self.config.get_text_config().vocab_size
+        return next_token_loss(
+            hidden_states, targets, self.logits, vocab_size, num_items_in_batch, label_smoothing
         )
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
@@ -432,7 +450,9 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
 
 
-def next_token_loss(hidden_states, targets, lm_head, num_items_in_batch=None, label_smoothing=0.0) -> torch.Tensor:
+def next_token_loss(
+    hidden_states, targets, lm_head, vocab_size, num_items_in_batch=None, label_smoothing=0.0
+) -> torch.Tensor:
     """Cross-entropy of the labelled tokens, each predicted from the position before it (VladVA, section 3.2).
 
     More than `MAX_LOGITS` logits are never in memory at once: they are computed in slices, and again in the backward
@@ -442,8 +462,9 @@ def next_token_loss(hidden_states, targets, lm_head, num_items_in_batch=None, la
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
         targets (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The token that follows each position;
             -100 where there is no target.
-        lm_head (`nn.Module`): Maps hidden states to logits, one per row of its weight. It only runs at labelled
-            positions.
+        lm_head (`Callable`): Maps hidden states `(n, hidden_size)` to logits `(n, vocab_size)`. It only runs at
+            labelled positions.
+        vocab_size (`int`): Number of logits of a position.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): Divisor of the summed cross-entropy: in training, the
             number of labelled tokens of all processes and accumulation steps. Defaults to the number in this batch.
         label_smoothing (`float`, *optional*, defaults to 0.0): As in `torch.nn.functional.cross_entropy`.
@@ -454,7 +475,7 @@ def next_token_loss(hidden_states, targets, lm_head, num_items_in_batch=None, la
     targets = targets.to(hidden_states.device)
     labelled = targets != -100
     hidden_states, targets = hidden_states[labelled], targets[labelled]
-    rows = max(1, MAX_LOGITS // len(lm_head.weight))
+    rows = max(1, MAX_LOGITS // vocab_size)
     if len(targets) <= rows:
         total = _summed_cross_entropy(hidden_states, targets, lm_head, label_smoothing)
     else:

@@ -136,7 +136,7 @@ def _outputs(model, tensors) -> dict[str, torch.Tensor]:
         at_last = hidden_states[torch.arange(len(last), device=last.device), last]
         outputs = {
             "embeddings": model._pool(hidden_states, mask, spans),
-            "logits": model.get_output_embeddings()(at_last),
+            "logits": model.logits(at_last),
             # Not its logarithm, which may be zero: a relative distance would be infinite.
             "inverse_temperature": model.embedding_head.inverse_temperature.reshape(1, 1),
         }

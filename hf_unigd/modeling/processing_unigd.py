@@ -5,9 +5,11 @@ The processor holds the embedding prompts and saves them; the model only sees sp
 
 import json
 import logging
+import os
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import PROCESSOR_NAME
 
+from .chat_template_unigd import freeze_dates
 from .configuration_unigd import check_choice
 from .hub_files_unigd import find_file
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
@@ -77,6 +80,8 @@ class UniGDProcessor(ProcessorMixin):
             raise ValueError(f"`prompts` takes the keys {sorted(DEFAULT_PROMPTS)}, got {sorted(prompts)}.")
         check_choice("embedding_position", embedding_position, ("prompt", "last_slice"))
         check_choice("image_pooling", image_pooling, ("mean", "last"))
+        _check_processor(vlm_processor)
+        vlm_processor.chat_template = freeze_dates(vlm_processor.chat_template)
         self.vlm_processor = vlm_processor
         self.prompts = prompts
         self.soft_prompts = soft_prompts
@@ -154,6 +159,7 @@ class UniGDProcessor(ProcessorMixin):
         *,
         prompted: bool | list[bool] = True,
         sentence_ends: Callable[[str], list[int]] | None = None,
+        image_lengths: bool = False,
         max_length: int | None = None,
         padding_side: str | None = None,
     ) -> BatchFeature:
@@ -169,6 +175,7 @@ class UniGDProcessor(ProcessorMixin):
             sentence_ends (`Callable[[str], list[int]]`, *optional*): Returns where the sentences of a text end, in
                 characters. With it, the spans of all slices are returned too. Each image is a slice, and so is each
                 sentence of every turn except the system's.
+            image_lengths (`bool`, *optional*, defaults to `False`): Return the number of tokens of each image too.
             max_length (`int`, *optional*): Maximum number of tokens in a row, including image tokens and target.
             padding_side (`str`, *optional*): `"left"` or `"right"`. Defaults to the tokenizer's padding side.
 
@@ -180,6 +187,8 @@ class UniGDProcessor(ProcessorMixin):
               tokens that are not part of one.
             - `slice_spans` (`torch.LongTensor` of shape `(num_slices, 3)`), with `sentence_ends`: in order of row and
               position, including the slices of the targets.
+            - `image_lengths` (`torch.LongTensor` of shape `(num_images,)`), if they are asked for: the number of image
+              tokens of each image, in order.
 
         Raises:
             SequenceError: if a sequence is empty, contains an empty text, an image placeholder or something that is
@@ -201,30 +210,39 @@ class UniGDProcessor(ProcessorMixin):
         ]
 
         bos_token = self.tokenizer.bos_token
-        add_special_tokens = not (bos_token and rows[0].prompt.startswith(bos_token))
+        at_last_slice = self.embedding_position == "last_slice"
+        with_slices = at_last_slice or sentence_ends is not None
         images = [row.images for row in rows]
         batch = self.vlm_processor(
             text=[row.prompt for row in rows],
             images=images if any(images) else None,
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=not (bos_token and rows[0].prompt.startswith(bos_token)),
             padding=True,
             padding_side="right",
             return_tensors="pt",
+            return_text_replacement_offsets=True,
+            **({"return_offsets_mapping": True} if with_slices else {}),
         )
+        offsets, replacements = batch.pop("offset_mapping", None), batch.pop("text_replacement_offsets")
+        if image_lengths:
+            tokens = self.tokenizer.convert_ids_to_tokens(self.vlm_processor.image_token_ids)
+            texts = [replacement["replacement"] for row in replacements for replacement in row]
+            counts = [sum(text.count(token) for token in tokens) for text in texts]
+            batch["image_lengths"] = torch.tensor(counts, dtype=torch.long)
         lengths = batch["attention_mask"].sum(1).tolist()
-        answers = [self._tokenize_answer(row.prompt, row.answer)[0] for row in rows]
+        answers = self._answers(rows, with_slices)
         for index, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
-            if max_length is not None and length + len(answer) > max_length:
+            if max_length is not None and length + len(answer["input_ids"]) > max_length:
                 raise SequenceError(
                     index,
-                    f"has {length + len(answer)} tokens ({len(answer)} of them the target), more than "
-                    f"`max_length={max_length}`. Shorten it or raise `max_length`.",
+                    f"has {length + len(answer['input_ids'])} tokens ({len(answer['input_ids'])} of them the target), "
+                    f"more than `max_length={max_length}`. Shorten it or raise `max_length`.",
                 )
-        at_last_slice = self.embedding_position == "last_slice"
         slices: list[list[tuple[int, int]]] = [[] for _ in rows]
-        if at_last_slice or sentence_ends is not None:
+        if with_slices:
             for index, (row, ids, length) in enumerate(zip(rows, batch["input_ids"], lengths, strict=True)):
-                slices[index] = self._slice_spans(index, row, ids[:length].tolist(), add_special_tokens)
+                ends = [tuple(pair) for pair in offsets[index][:length].tolist()]
+                slices[index] = self._slice_spans(row, ids[:length], ends, replacements[index], answers[index])
 
         side = padding_side or self.tokenizer.padding_side
         fill = {"input_ids": self.tokenizer.pad_token_id}
@@ -232,14 +250,18 @@ class UniGDProcessor(ProcessorMixin):
         for name in per_token:
             answered = []
             for values, length, answer in zip(batch[name], lengths, answers, strict=True):
-                more = {"input_ids": answer, "attention_mask": [1] * len(answer)}.get(name, [0] * len(answer))
-                answered.append(torch.cat([values[:length], torch.tensor(more, dtype=values.dtype)]))
+                if name not in answer and answer["input_ids"]:
+                    raise ValueError(
+                        f"{type(self.vlm_processor).__name__} returns a value of `{name}` for each token of a prompt, "
+                        "but none for the tokens of a text alone, so no target can follow a prompt."
+                    )
+                answered.append(torch.cat([values[:length], torch.tensor(answer[name], dtype=values.dtype)]))
             batch[name] = pad_sequence(answered, True, fill.get(name, 0), side)
 
         width = batch["input_ids"].shape[1]
         spans, slice_spans = [], []
         for index, (length, answer, flag) in enumerate(zip(lengths, answers, flags, strict=True)):
-            padding = 0 if side == "right" else width - length - len(answer)
+            padding = 0 if side == "right" else width - length - len(answer["input_ids"])
             if flag and at_last_slice:
                 start, end = [span for span in slices[index] if span[1] <= length][-1]
                 spans.append((index, padding + start, padding + end))
@@ -252,7 +274,7 @@ class UniGDProcessor(ProcessorMixin):
             batch["slice_spans"] = torch.tensor(slice_spans, dtype=torch.long).reshape(-1, 3)
         if any(target is not None for target in targets):
             labels = [
-                torch.tensor([-100] * length + answer, dtype=torch.long)
+                torch.tensor([-100] * length + answer["input_ids"], dtype=torch.long)
                 for length, answer in zip(lengths, answers, strict=True)
             ]
             batch["labels"] = pad_sequence(labels, True, -100, side)
@@ -273,22 +295,39 @@ class UniGDProcessor(ProcessorMixin):
                 "This processor already has soft prompts. New ones would replace them, and what was trained would be "
                 "lost."
             )
-        soft_prompts = {
-            modality: [f"<|unigd_{modality}_{place}|>" for place in range(len(self._prompt_ids(modality)))]
-            for modality in self.prompts
-        }
-        self.tokenizer.add_tokens([token for tokens in soft_prompts.values() for token in tokens], special_tokens=True)
-        self.soft_prompts = soft_prompts
+        self.soft_prompts = {modality: [] for modality in self.prompts}
+        for modality in self.prompts:
+            # The first token shows where in the rendered text the others will be.
+            self._reserve_tokens(modality, 1)
+            self._reserve_tokens(modality, len(self._source_ids(modality)))
         return self.soft_prompt_tokens
+
+    def _reserve_tokens(self, modality: str, count: int) -> None:
+        tokens = [f"<|unigd_{modality}_{place}|>" for place in range(count)]
+        self.tokenizer.add_tokens(tokens, special_tokens=True)
+        self.soft_prompts[modality] = tokens
+        self._renderer = SequenceRenderer(self.vlm_processor)
 
     @property
     def soft_prompt_tokens(self) -> dict[str, list[int]]:
         """`token_ids`, the ids of the reserved tokens, and `source_ids`, the ids of the tokens that they replace."""
-        source_ids = [token for modality in self.soft_prompts or {} for token in self._prompt_ids(modality)]
+        source_ids = [token for modality in self.soft_prompts or {} for token in self._source_ids(modality)]
         return {"token_ids": self.soft_prompt_ids, "source_ids": source_ids}
 
-    def _prompt_ids(self, modality: str) -> list[int]:
-        return self.tokenizer(self.prompts[modality], add_special_tokens=False)["input_ids"]
+    def _source_ids(self, modality: str) -> list[int]:
+        """The tokens of a hand-written prompt in its place. Many tokenizers tokenize the first word of a text in
+        another way than the same word after a line break."""
+        sequence = Image.new("RGB", (64, 64)) if modality == "image" else "a"
+        reserved = self.soft_prompts[modality]
+        hard, soft = (
+            self.tokenizer(self._renderer.render(0, sequence, prompts={modality: prompt}).prompt)["input_ids"]
+            for prompt in (self.prompts[modality], "".join(reserved))
+        )
+        first, *_, last = self.tokenizer.convert_tokens_to_ids([reserved[0], *reserved])
+        before, after = soft[: soft.index(first)], soft[soft.index(last) + 1 :]
+        start = len(os.path.commonprefix([hard, before]))
+        end = len(hard) - len(os.path.commonprefix([hard[start:][::-1], after[::-1]]))
+        return hard[start:end]
 
     @property
     def soft_prompt_ids(self) -> list[int]:
@@ -304,61 +343,65 @@ class UniGDProcessor(ProcessorMixin):
         return {modality: "".join(tokens) for modality, tokens in self.soft_prompts.items()}
 
     @property
+    def chat_template_keeps_order(self) -> bool:
+        """Whether the chat template renders a turn's images and texts in their order."""
+        return self._renderer.template.keeps_order
+
+    @property
     def image_placeholder(self) -> str:
         """What the chat template renders for an image."""
-        return self._renderer.image_placeholder
+        return self._renderer.template.image_placeholder
 
-    def _slice_spans(self, index, row: RenderedSequence, ids: list[int], add_special_tokens: bool):
+    def _slice_spans(self, row: RenderedSequence, ids, offsets, replacements, answer) -> list[tuple[int, int]]:
         """Start and end of every slice of a row, in order. They count the tokens of its prompt and answer.
 
-        `ids` are the tokens of the prompt as the backbone's processor returns them, where the image token is repeated
-        for each image.
+        Args:
+            row: The row.
+            ids: The tokens of its prompt, in which the backbone's processor has put image tokens.
+            offsets: Where each of them starts and ends, in characters of the prompt with the images' texts.
+            replacements: What the processor has put in the place of each image, and where.
+            answer: The tokens of its answer, as [`_answers`] returns them.
         """
-        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        rendered = self.tokenizer(row.prompt, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-        is_image = [token == image_id for token in rendered["input_ids"]]
-        runs = [len(list(run)) for is_run, run in groupby(ids, lambda token: token == image_id) if is_run]
-        lengths = iter(runs)
-        repeats = [next(lengths, 0) if image else 1 for image in is_image]
-        expanded = [token for token, count in zip(rendered["input_ids"], repeats, strict=True) for _ in range(count)]
-        if expanded != ids:
-            raise SequenceError(
-                index,
-                "cannot be divided into slices: the backbone's processor changes more of its tokens than the number "
-                "of image tokens.",
-            )
-        token_ends = list(accumulate(repeats))
-
-        spans = [
-            (end - (count if self.image_pooling == "mean" else 1), end)
-            for end, count, image in zip(token_ends, repeats, is_image, strict=True)
-            if image
-        ]
-        answer_ids, answer_offsets = self._tokenize_answer(row.prompt, row.answer)
-        offsets = [end for _, end in rendered["offset_mapping"]] + [len(row.prompt) + end for end in answer_offsets]
-        token_ends += [len(ids) + place + 1 for place in range(len(answer_ids))]
+        is_image = torch.isin(ids, torch.tensor(self.vlm_processor.image_token_ids)).tolist()
+        spans = []
+        for replacement in replacements:
+            start, end = replacement["new_span"]
+            places = [
+                place for place, pair in enumerate(offsets) if is_image[place] and start <= pair[0] < pair[1] <= end
+            ]
+            spans.append((places[0] if self.image_pooling == "mean" else places[-1], places[-1] + 1))
+        grown = [(each["span"][1], each["new_span"][1] - each["span"][1]) for each in replacements]
+        length = len(row.prompt) + (grown[-1][1] if grown else 0)
+        characters = [*offsets, *((length + start, length + end) for start, end in answer["offset_mapping"])]
+        places, starts = zip(*((place, start) for place, (start, end) in enumerate(characters) if start < end))
         for end in row.slice_ends:
-            # The token that holds the slice's last character.
-            place = next(place for place, offset in enumerate(offsets) if offset >= end)
-            spans.append((token_ends[place] - 1, token_ends[place]))
+            gain = next((gain for place, gain in reversed(grown) if place <= end), 0)
+            last = places[bisect_left(starts, end + gain) - 1]  # the token that holds the slice's last character
+            spans.append((last, last + 1))
         return sorted(spans)
 
-    def _tokenize_answer(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Ids of the tokens that continue those of `prompt`, and where each ends, in characters of `answer`."""
-        if not answer:
-            return [], []
-        # The text after the last image is enough, and free of image tokens, which the processor would repeat.
-        *_, tail = prompt.rpartition(self.image_token)
-        tokenized = self.tokenizer([tail, tail + answer], add_special_tokens=False, return_offsets_mapping=True)
-        tail_ids, joint_ids = tokenized["input_ids"]
-        start, offsets = len(tail), tokenized["offset_mapping"][1]
-        if joint_ids[: len(tail_ids)] == tail_ids:
-            joint_ids, offsets = joint_ids[len(tail_ids) :], offsets[len(tail_ids) :]
-        else:
-            # The tokenizer would merge the end of the prompt with the answer, and change the tokens of the prompt.
-            alone = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-            start, joint_ids, offsets = 0, alone["input_ids"], alone["offset_mapping"]
-        return joint_ids, [end - start for _, end in offsets]
+    def _answers(self, rows: list[RenderedSequence], with_offsets: bool) -> list[dict[str, list]]:
+        """The values of all per-token inputs at the tokens of each row's answer, as the backbone's processor continues
+        those of its prompt, and with `with_offsets` where the tokens start and end, in characters of the answer."""
+        answers: list[dict[str, list]] = [defaultdict(list) for _ in rows]
+        for index, row in enumerate(rows):
+            if not row.answer:
+                continue
+            # The text after the last image is enough, and free of image tokens, which the processor would expand.
+            *_, tail = row.prompt.rpartition(self.image_token)
+            inputs = self.vlm_processor(
+                text=[tail, tail + row.answer, row.answer],
+                add_special_tokens=False,
+                **({"return_offsets_mapping": True} if with_offsets else {}),
+            )
+            start, joint = len(inputs["input_ids"][0]), inputs["input_ids"][1]
+            # Otherwise the tokenizer would merge the end of the prompt with the answer, and change the prompt's tokens.
+            continues = joint[:start] == inputs["input_ids"][0]
+            answers[index] = {name: value[1][start:] if continues else value[2] for name, value in inputs.items()}
+            if with_offsets and continues:
+                offsets = answers[index]["offset_mapping"]
+                answers[index]["offset_mapping"] = [(first - len(tail), last - len(tail)) for first, last in offsets]
+        return answers
 
     @property
     def _settings(self) -> dict:
@@ -467,6 +510,27 @@ class UniGDProcessor(ProcessorMixin):
         """
         vlm_processor = AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(vlm_processor, prompts, embedding_position=embedding_position, image_pooling=image_pooling)
+
+
+def _check_processor(vlm_processor) -> None:
+    """
+    Raises:
+        ValueError: the backbone's processor lacks something that sequences need.
+    """
+    name = type(vlm_processor).__name__
+    if getattr(vlm_processor, "image_token", None) is None or type(
+        vlm_processor
+    ).replace_image_token is ProcessorMixin.replace_image_token:
+        raise ValueError(
+            f"{name} is not supported: it does not say by which tokens it replaces an image (it has no `image_token` or "
+            "no `replace_image_token`)."
+        )
+    try:
+        vlm_processor(text=["a"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} is not supported: it processes no text without an image ({error}), so texts cannot be embedded."
+        ) from error
 
 
 def _shape(value):

@@ -1,17 +1,20 @@
 """Renders sequences of texts and images as the strings that the backbone's processor tokenizes.
 
-Many chat templates put all images of a turn first. Here each image is replaced by its placeholder before the template
-is rendered, so that images and texts keep their order. A mark after each text slice shows where the slice ends in the
+Images and texts keep their order. A chat template that puts all images of a turn first gets each turn as one text, in
+which the images are replaced by their placeholders. A mark after each text slice shows where the slice ends in the
 rendered string, and is then removed.
 """
 
-import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from jinja2 import TemplateError
 from PIL import Image
+
+from .chat_template_unigd import ChatTemplate
 
 
 # A code point that no text may contain.
@@ -60,6 +63,7 @@ class SequenceRenderer:
 
     def __init__(self, vlm_processor):
         self.vlm_processor = vlm_processor
+        self.template = ChatTemplate(vlm_processor)
 
     def render(
         self,
@@ -83,30 +87,23 @@ class SequenceRenderer:
             SequenceError: if the sequence or the target cannot be rendered.
             ValueError: if the chat template cannot continue a prompt with an answer.
         """
-        messages, images = self._to_messages(index, sequence, sentence_ends)
+        turns, images = self._to_turns(index, sequence, sentence_ends)
         if prompts is not None:
-            *earlier, last = messages
-            separator = "" if last["content"].endswith(self.image_placeholder) else "\n"
-            prompt = prompts["image" if images else "text"]
-            messages = [*earlier, {**last, "content": last["content"] + separator + prompt}]
-        marked = self._apply_template(messages, add_generation_prompt=True)
-        marked_answer, marks = "", sum(turn["content"].count(_SLICE_END) for turn in messages)
-        if target is not None:
-            if not target.strip():
-                raise SequenceError(index, "has an empty target.")
-            answer = _mark_ends(target, sentence_ends)
-            marks += answer.count(_SLICE_END)
-            answered = self._apply_template([*messages, {"role": "assistant", "content": answer}])
-            if not answered.startswith(marked):
-                raise ValueError(
-                    "The chat template renders a conversation differently once it is answered, so that no answer can "
-                    "follow the prompt. Use a template that only appends to what it renders with "
-                    "`add_generation_prompt=True`."
-                )
-            marked_answer = answered[len(marked) :].rstrip()
-            eos_token = self.vlm_processor.tokenizer.eos_token
-            marked_answer = marked_answer if marked_answer.endswith(eos_token) else marked_answer + eos_token
+            _append_text(turns[-1]["content"], prompts["image" if images else "text"], separator="\n")
+        marked_answer = ""
+        try:
+            marked = self._apply_template(turns, add_generation_prompt=True)
+            if target is not None:
+                if not target.strip():
+                    raise SequenceError(index, "has an empty target.")
+                self._check_text(index, target, "target")
+                answer = {"type": "text", "text": _mark_ends(target, sentence_ends)}
+                turns = [*turns, {"role": "assistant", "content": [answer]}]
+                marked_answer = self._answer(turns, marked)
+        except TemplateError as error:
+            raise SequenceError(index, f"is refused by the chat template: {error}") from error
         pieces = (marked + marked_answer).split(_SLICE_END)
+        marks = sum(part.get("text", "").count(_SLICE_END) for turn in turns for part in turn["content"])
         if len(pieces) != marks + 1:
             raise SequenceError(
                 index,
@@ -119,28 +116,50 @@ class SequenceRenderer:
         )
 
     @cached_property
-    def image_placeholder(self) -> str:
-        """What the chat template renders for an image: the difference between a turn with an image and one without.
+    def reserved_tokens(self) -> list[str]:
+        """What no text may contain, because the tokenizer would read it as a token of control: placeholders of images
+        and videos, marks of turns, the end of a sequence, soft prompts."""
+        processor, tokenizer = self.vlm_processor, self.vlm_processor.tokenizer
+        tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokens |= set(tokenizer.all_special_tokens) | set(processor.all_special_multimodal_tokens)
+        return sorted((token for token in tokens if token), key=len, reverse=True)
+
+    def find_reserved(self, text: str) -> str | None:
+        """The first of the [`reserved_tokens`] in a text, if there is one."""
+        found = self._reserved.search(text)
+        return None if found is None else found[0]
+
+    @cached_property
+    def _reserved(self) -> re.Pattern:
+        return re.compile("|".join(map(re.escape, [*self.reserved_tokens, _SLICE_END])))
+
+    def _answer(self, turns, marked: str) -> str:
+        """What the template renders after `marked` once the last of the turns has answered.
 
         Raises:
-            ValueError: if it does not contain the image token of the backbone's processor.
+            ValueError: if no answer can follow `marked`.
         """
-        text = {"type": "text", "text": "@"}
-        rendered = [
-            self.vlm_processor.apply_chat_template([{"role": "user", "content": content}])
-            for content in ([{"type": "image"}, text], [text])
-        ]
-        start = len(os.path.commonprefix(rendered))  # noqa: RUF071
-        placeholder = rendered[0][start : start + len(rendered[0]) - len(rendered[1])]
-        if self.vlm_processor.image_token not in placeholder:
-            raise ValueError(
-                f"The chat template renders an image as {placeholder!r}, without the processor's image token "
-                f"{self.vlm_processor.image_token!r}."
-            )
-        return placeholder
+        answered = self._apply_template(turns)
+        if answered.startswith(marked):
+            answer = answered[len(marked) :].rstrip()
+        else:
+            # Some templates end with another white space before an answer that is there than before one that is not.
+            *earlier, last = turns
+            start = {"type": "text", "text": _SLICE_END + last["content"][0]["text"]}
+            parts = self._apply_template([*earlier, {**last, "content": [start]}]).split(_SLICE_END)
+            place = marked.count(_SLICE_END) + 1
+            if _SLICE_END.join(parts[:place]).rstrip() != marked.rstrip():
+                raise ValueError(
+                    "The chat template renders a conversation differently once it is answered, so that no answer can "
+                    "follow the prompt. Use a template that only appends to what it renders with "
+                    "`add_generation_prompt=True`."
+                )
+            answer = _SLICE_END.join(parts[place:]).rstrip()
+        eos_token = self.vlm_processor.tokenizer.eos_token
+        return answer if answer.endswith(eos_token) else answer + eos_token
 
-    def _to_messages(self, index, sequence, sentence_ends):
-        """The messages, with one string as the content of each, and the images in order."""
+    def _to_turns(self, index, sequence, sentence_ends):
+        """The turns, with a list of parts as the content of each, and the images in order."""
         slices = sequence if isinstance(sequence, (list, tuple)) else [sequence]
         if not slices:
             raise SequenceError(index, "is empty: it needs at least one text or image.")
@@ -149,47 +168,65 @@ class SequenceRenderer:
         if slices[-1]["role"] != "user":
             raise SequenceError(index, f"ends with the role {slices[-1]['role']!r}; it must end with the user's turn.")
         images: list[Image.Image] = []
-        messages = [
-            {**turn, "content": self._to_string(index, turn["role"], turn["content"], images, sentence_ends)}
+        turns = [
+            {**turn, "content": self._to_parts(index, turn["role"], turn["content"], images, sentence_ends)}
             for turn in slices
         ]
-        return messages, images
+        return turns, images
 
-    def _to_string(self, index, role, content, images, sentence_ends):
-        """The content of one turn, with placeholders for images and marks after text slices. Appends to `images`."""
-        text, previous = "", None
+    def _to_parts(self, index, role, content, images, sentence_ends) -> list[dict]:
+        """The parts of one turn, with marks after text slices. Neighbouring texts are joined. Appends to `images`."""
+        parts: list[dict] = []
         for part in [content] if isinstance(content, str) else content:
+            given = part
             if isinstance(part, dict):
                 part = part.get("image", part.get("text"))
             if isinstance(part, Image.Image):
                 images.append(part)
-                # Two images need a separator, because their tokens would otherwise look like those of one image.
-                touches = previous == "image" and self.image_placeholder.strip() == self.image_placeholder
-                text += ("\n" if previous == "text" or touches else "") + self.image_placeholder
-                previous = "image"
+                parts.append({"type": "image"})
             elif isinstance(part, str):
                 if not part.strip():
                     raise SequenceError(index, "holds an empty text.")
-                for forbidden, name in ((self.vlm_processor.image_token, "image placeholder"), (_SLICE_END, "marker")):
-                    if forbidden in part:
-                        raise SequenceError(
-                            index,
-                            f"holds the {name} {forbidden!r} inside a text. Remove it from the text; pass images as "
-                            "parts of the sequence, in their place.",
-                        )
+                self._check_text(index, part, "text")
                 # The system's text is not a slice.
-                marked = part if role == "system" else _mark_ends(part, sentence_ends)
-                text += (" " if previous == "text" else "") + marked
-                previous = "text"
+                _append_text(parts, part if role == "system" else _mark_ends(part, sentence_ends), separator=" ")
             else:
-                raise SequenceError(index, f"holds a {type(part).__name__}; each part must be a text or a PIL image.")
-        if previous is None:
+                kind = given.get("type") if isinstance(given, dict) else type(given).__name__
+                raise SequenceError(index, f"holds a {kind}; each part must be a text or a PIL image.")
+        if not parts:
             raise SequenceError(index, "holds an empty turn: it needs at least one text or image.")
-        return text
+        return parts
 
-    def _apply_template(self, messages, add_generation_prompt=False) -> str:
-        messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        return self.vlm_processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+    def _check_text(self, index, text: str, name: str) -> None:
+        reserved = self.find_reserved(text)
+        if reserved is not None:
+            raise SequenceError(
+                index,
+                f"holds the reserved token {reserved!r} inside a {name}. Remove it from the {name}; pass images as "
+                "parts of the sequence, in their place.",
+            )
+
+    def _apply_template(self, turns, add_generation_prompt=False) -> str:
+        if not self.template.keeps_order:
+            turns = [{**turn, "content": [self._as_text(turn["content"])]} for turn in turns]
+        return self.template.render(turns, add_generation_prompt)
+
+    def _as_text(self, parts: list[dict]) -> dict:
+        """One text with the parts of a turn in order, in which placeholders stand for the images."""
+        placeholder, text = self.template.image_placeholder, ""
+        for part in parts:
+            if part["type"] == "text":
+                text += part["text"]
+            else:
+                text += placeholder if not text or text.endswith(placeholder) else f"\n{placeholder}"
+        return {"type": "text", "text": text}
+
+
+def _append_text(parts: list[dict], text: str, separator: str) -> None:
+    """Adds a text to the parts of a turn: to its last part, if that is a text."""
+    if parts and parts[-1]["type"] == "text":
+        text = parts.pop()["text"] + separator + text
+    parts.append({"type": "text", "text": text})
 
 
 def _mark_ends(text: str, sentence_ends) -> str:

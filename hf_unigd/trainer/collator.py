@@ -48,7 +48,7 @@ class UniGDDataCollator:
         contrastive: Whether anchors are embedded and contrasted.
         causal_lm: Whether targets are labelled. If not, they are only read if the example has slices.
         with_image_keys: Whether chunks with images get the `image_keys` of the images
-            ([`~hf_unigd.trainer.vision.image_key`]).
+            ([`~hf_unigd.trainer.vision.image_key`]), with their numbers of tokens.
 
     Raises:
         RowError: a row cannot be processed and `skip_bad_rows` is off.
@@ -132,6 +132,7 @@ class UniGDDataCollator:
                     max_length=self.max_length,
                     padding_side="right",
                     sentence_ends=sentence_ends,
+                    image_lengths=self.with_image_keys,
                 )
             except SequenceError as error:
                 raise RowError(owners[part[error.index]].row, error.reason) from error
@@ -141,8 +142,11 @@ class UniGDDataCollator:
                 table.append(torch.column_stack([sequence, torch.full_like(sequence, len(chunks)), spans]))
             if "labels" not in inputs or not self.causal_lm:
                 inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
-            if self.with_image_keys and "pixel_values" in inputs:
-                inputs["image_keys"] = [image_key(image) for place in part for image in iter_images(sequences[place])]
+            if self.with_image_keys:
+                images = [image for place in part for image in iter_images(sequences[place])]
+                # Some families make fewer tokens of an image that has others beside it.
+                lengths = inputs.pop("image_lengths").tolist()
+                inputs["image_keys"] = [(image_key(image), n) for image, n in zip(images, lengths, strict=True)]
             chunks.append(dict(inputs))
         none = torch.empty(0, 5, dtype=torch.long)
         spans, slice_spans = [torch.cat([none, *table]) for table in tables.values()]

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 
 
 Chunk = dict[str, Any]
+ImageKey = tuple[str, int]  # the result of `image_key`, and the number of tokens that the image became
 
 
 def vision_parameters(model: UniGDForConditionalGeneration) -> list[torch.nn.Parameter]:
@@ -97,35 +97,96 @@ class VisionFeatureCache:
         dtype: Any = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype)
         return cls(folder, tower_key(model, processor, dtype))
 
-    def load(self, keys: list[str], device: torch.device) -> ModelOutput | None:
+    def load(self, keys: list[ImageKey], device: torch.device) -> ModelOutput | None:
         """Returns the features of the images, or `None` if those of any image are missing."""
         try:
-            features = [load_file(self._file(key))["features"].to(device) for key in keys]
-            return BaseModelOutputWithPooling(pooler_output=features)
+            images = [load_file(self._file(key), device=str(device)) for key in keys]
         except (FileNotFoundError, SafetensorError):  # not written, or incomplete
             return None
+        return join_images(images)
 
-    def save(self, keys: list[str], features: ModelOutput) -> None:
+    def save(self, keys: list[ImageKey], features: ModelOutput) -> None:
         """
         Writes the features of the images.
 
         Raises:
-            ValueError: the tower's output is not a list with one tensor per image.
+            ValueError: the tower's output cannot be divided into images.
         """
-        pooled = features.pooler_output
-        extra = features.keys() - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
-        if not isinstance(pooled, (list, tuple)) or len(pooled) != len(keys) or extra:
-            raise ValueError(
-                "`vision_cache` cannot store what the vision tower of this backbone returns "
-                f"({type(features).__name__} for {len(keys)} images). Leave it out: a frozen tower still runs once "
-                "per step."
-            )
-        for key, feature in zip(keys, pooled, strict=True):
+        for key, tensors in zip(keys, split_images(features, [length for _, length in keys]), strict=True):
             file = self._file(key)
             file.parent.mkdir(exist_ok=True)
             unfinished = file.with_suffix(f".{os.getpid()}")  # processes may write the same image at once
-            save_file({"features": feature.cpu().contiguous()}, unfinished)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
             unfinished.replace(file)
 
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def _file(self, key: ImageKey) -> Path:
+        name, length = key
+        return self.folder / name[:2] / f"{name}-{length}.safetensors"
+
+
+# What encoders return besides the features that the language model reads.
+_INNER_OUTPUTS = {"last_hidden_state", "hidden_states", "attentions"}
+_LISTED = "listed"
+
+
+def split_images(features: ModelOutput, lengths: list[int]) -> list[dict[str, torch.Tensor]]:
+    """
+    Divides the output of a vision tower into images. [`join_images`] is the inverse.
+
+    transformers' towers return features of all images as a list with a tensor for each image, or as one tensor whose
+    first dimension goes over images, tiles or tokens. `pooler_output` is either; other outputs may be lists of either,
+    one for each layer.
+
+    Args:
+        features: The output for all images.
+        lengths: The number of tokens of each image.
+
+    Returns:
+        For each image, its tensors by name. A name is that of the output, followed by the number of the layer and by
+        `listed` if they apply, as in `deepstack_features.0.listed`.
+
+    Raises:
+        ValueError: an output has another number of tokens than the images.
+    """
+    images: list[dict[str, torch.Tensor]] = [{} for _ in lengths]
+    for name, value in features.items():
+        if name in _INNER_OUTPUTS or value is None:
+            continue
+        has_layers = name != "pooler_output" and isinstance(value, (list, tuple))
+        layers = {f"{name}.{number}": layer for number, layer in enumerate(value)} if has_layers else {name: value}
+        for part, layer in layers.items():
+            tensors = _split_tokens(layer, lengths)
+            if tensors is None:
+                raise ValueError(
+                    f"`vision_cache` cannot store `{name}` of the vision tower's {type(features).__name__}: it cannot "
+                    f"be divided into {len(lengths)} images of {lengths} tokens. Leave `vision_cache` out: a frozen "
+                    "tower still runs once per step."
+                )
+            for image, tensor in zip(images, tensors, strict=True):
+                image[part if isinstance(layer, torch.Tensor) else f"{part}.{_LISTED}"] = tensor
+    return images
+
+
+def join_images(images: list[dict[str, torch.Tensor]]) -> ModelOutput:
+    """Makes the output of a vision tower from what [`split_images`] made of it."""
+    features = ModelOutput()
+    for stored in sorted(images[0], key=lambda name: (len(name), name)):  # layer 2 before layer 10
+        tensors = [image[stored] for image in images]
+        name, *form = stored.split(".")
+        value = tensors if _LISTED in form else torch.cat(tensors)
+        features[name] = [*features.get(name, []), value] if form[:1] not in ([], [_LISTED]) else value
+    return features
+
+
+def _split_tokens(features: Any, lengths: list[int]) -> list[torch.Tensor] | None:
+    """The features of each image, from a list of them or from one tensor. None if the numbers of tokens differ."""
+    if isinstance(features, (list, tuple)):
+        return list(features) if [_count_tokens(each) for each in features] == lengths else None
+    per_entry = features.shape[1:-1].numel()
+    if _count_tokens(features) != sum(lengths) or any(length % per_entry for length in lengths):
+        return None
+    return list(features.split([length // per_entry for length in lengths]))
+
+
+def _count_tokens(tensor: torch.Tensor) -> int:
+    return tensor.shape[:-1].numel()

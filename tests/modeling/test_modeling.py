@@ -172,12 +172,12 @@ def test_next_token_loss_meets_the_head_at_labelled_positions_only():
     targets[0, 3:5], targets[1, 1] = torch.tensor([2, 7]), 8
     seen = []
     head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[0]))
-    loss = next_token_loss(hidden, targets, head)
+    loss = next_token_loss(hidden, targets, head, 9)
     assert seen == [3]
     expected = torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), ignore_index=-100)
     torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(next_token_loss(hidden, targets, head, num_items_in_batch=6), loss / 2)
-    assert next_token_loss(hidden, torch.full((2, 6), -100), head).item() == 0
+    torch.testing.assert_close(next_token_loss(hidden, targets, head, 9, num_items_in_batch=6), loss / 2)
+    assert next_token_loss(hidden, torch.full((2, 6), -100), head, 9).item() == 0
 
 
 def test_logits_are_skipped_in_training_with_labels(llava):

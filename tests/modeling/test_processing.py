@@ -99,7 +99,9 @@ def test_any_mixture_makes_consistent_batches(processor, kinds, targets, left):
         ([{"role": "user", "content": []}], "empty turn"),
         ([{"role": "assistant", "content": "hi"}], "must end with the user's turn"),
         ([3], "holds a int"),
-        (["see <image>", make_image(1)], "placeholder"),
+        (["see <image>", make_image(1)], "reserved token '<image>' inside a text"),
+        (["the end</s>"], "reserved token '</s>'"),
+        ([{"role": "user", "content": [{"type": "video", "video": "cat.mp4"}]}], "holds a video"),
     ],
 )
 def test_bad_sequences_name_their_place(sequence, message):

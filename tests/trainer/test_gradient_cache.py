@@ -71,12 +71,12 @@ def test_the_logits_of_a_large_vocabulary_are_computed_in_slices(monkeypatch):
     targets = torch.randint(0, 50, (3, 12))
     targets[:, :4] = -100
     head = torch.nn.Linear(8, 50).double()
-    expected = next_token_loss(hidden, targets, head)
+    expected = next_token_loss(hidden, targets, head, head.out_features)
     expected_gradients = torch.autograd.grad(expected, [hidden, head.weight])
     sizes = []
     head.register_forward_hook(lambda _module, _args, output: sizes.append(output.numel()))
     monkeypatch.setattr("hf_unigd.modeling.modeling_unigd.MAX_LOGITS", 5 * 50)
-    loss = next_token_loss(hidden, targets, head)
+    loss = next_token_loss(hidden, targets, head, head.out_features)
     gradients = torch.autograd.grad(loss, [hidden, head.weight])
     assert (
         max(sizes) == 5 * 50 and len(sizes) == 2 * 5

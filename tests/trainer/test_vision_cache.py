@@ -4,7 +4,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers.utils import ModelOutput
 
+from hf_unigd.trainer.vision import join_images, split_images
 from tiny_models import FAMILIES
 from trainer_cases import make_rows, make_trainer
 
@@ -36,7 +38,7 @@ def test_a_frozen_tower_runs_once_per_chunk_for_both_passes(tmp_path, family):
     assert passes == 4 * 2 * 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl", "gemma3"])
 def test_features_on_disk_replace_the_tower_without_changing_the_losses(tmp_path, family):
     settings = {"family": family, "max_steps": 8, "vision_cache": str(tmp_path / "cache")}
     losses, passes = train(tmp_path, **settings)
@@ -62,10 +64,32 @@ def test_features_of_another_tower_and_incomplete_files_are_not_read(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
-def test_features_that_cannot_be_stored_per_image_are_refused(tmp_path, family):
-    with pytest.raises(ValueError, match="`vision_cache` cannot store what the vision tower of this backbone returns"):
-        train(tmp_path, family=family, vision_cache=str(tmp_path / "cache"))
+def test_features_of_every_form_are_divided_into_images_and_joined_again():
+    """A list of images, tiles of 4 tokens, tokens, and layers of tokens, of images of 8, 4 and 12 tokens."""
+    lengths = [8, 4, 12]
+    forms = {
+        "list": [torch.randn(length, 3) for length in lengths],
+        "tiles": torch.randn(6, 4, 3),
+        "tokens": torch.randn(24, 3),
+    }
+    layers = [torch.randn(24, 3) for _ in range(12)]
+    for pooled in forms.values():
+        features = ModelOutput(pooler_output=pooled, deepstack_features=layers, last_hidden_state=torch.randn(1))
+        images = split_images(features, lengths)
+        joined = join_images([dict(sorted(images[place].items())) for place in (2, 0)])
+        expected = [split_images(features, lengths)[place] for place in (2, 0)]
+        whole = joined.pooler_output if isinstance(pooled, list) else [joined.pooler_output]
+        assert isinstance(joined.pooler_output, list) == isinstance(pooled, list)
+        assert torch.equal(torch.cat(list(whole)), torch.cat([list(image.values())[0] for image in expected]))
+        again = join_images(images)
+        assert all(torch.equal(*pair) for pair in zip(again.deepstack_features, layers, strict=True))
+        assert torch.equal(torch.cat(list(again.pooler_output)), torch.cat(list(pooled)))
+
+
+@pytest.mark.parametrize("pooled", [[torch.zeros(8, 3)], torch.zeros(11, 3), torch.zeros(2, 6, 3)])
+def test_features_that_cannot_be_divided_into_images_are_refused(pooled):
+    with pytest.raises(ValueError, match=r"`vision_cache` cannot store `pooler_output` .* 2 images of \[8, 4\] tokens"):
+        split_images(ModelOutput(pooler_output=pooled), [8, 4])
 
 
 def test_text_rows_write_no_features(tmp_path):

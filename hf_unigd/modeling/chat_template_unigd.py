@@ -1,0 +1,90 @@
+"""What a backbone's chat template does with images and dates, found by rendering it."""
+
+import logging
+import os
+import re
+from datetime import datetime
+from functools import cached_property
+
+
+logger = logging.getLogger(__name__)
+
+_DATE = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+
+
+class ChatTemplate:
+    """The chat template of a backbone's processor.
+
+    Args:
+        vlm_processor (`ProcessorMixin`): The backbone's processor.
+
+    Raises:
+        ValueError: if the template renders no image token for an image.
+    """
+
+    def __init__(self, vlm_processor):
+        self.vlm_processor = vlm_processor
+        if vlm_processor.image_token not in self.image_placeholder:
+            raise ValueError(
+                f"The chat template renders an image as {self.image_placeholder!r}, without the processor's image "
+                f"token {vlm_processor.image_token!r}."
+            )
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """
+        Args:
+            messages (`list[dict]`): Turns with a `role` and a `content`, which is a list of `{"type": "image"}` and
+                `{"type": "text", "text": str}`.
+            add_generation_prompt (`bool`, *optional*, defaults to `False`): End with what an answer follows.
+
+        Raises:
+            jinja2.TemplateError: if the template refuses the messages.
+        """
+        return self.vlm_processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def keeps_order(self) -> bool:
+        """Whether a turn's images and texts are rendered in their order. Many templates put all images first."""
+        rendered = self.render([_turn("@1", None, "@2", None, "@3")])
+        texts = [re.findall("@[123]", part) for part in rendered.split(self.vlm_processor.image_token)]
+        return texts == [["@1"], ["@2"], ["@3"]]
+
+    @cached_property
+    def image_placeholder(self) -> str:
+        """What is rendered for an image: what a second image adds to a turn with one."""
+        one, two = self.render([_turn(None, "@")]), self.render([_turn(None, None, "@")])
+        start = len(os.path.commonprefix([one, two]))  # noqa: RUF071
+        return two[start : start + len(two) - len(one)]
+
+
+def freeze_dates(template: str | dict[str, str]) -> str | dict[str, str]:
+    """
+    Replaces calls of `strftime_now` in a chat template, or in several by name, by today's date, with a warning: a checkpoint must make the
+    same inputs tomorrow.
+
+    Raises:
+        ValueError: a format is not written in the call, so that the date cannot be replaced.
+    """
+    if isinstance(template, dict):
+        return {name: freeze_dates(each) for name, each in template.items()}
+    if "strftime_now(" not in template:
+        return template
+    now = datetime.now()
+    frozen = _DATE.sub(lambda call: repr(now.strftime(call["format"])), template)
+    if "strftime_now(" in frozen:
+        raise ValueError(
+            "The chat template writes the current date in a format that it computes, so its inputs would change from "
+            "day to day. Replace `strftime_now(...)` in `vlm_processor.chat_template` by a fixed date."
+        )
+    logger.warning(
+        "The chat template writes the current date. It is replaced by today's, %s, so that the checkpoint makes the "
+        "same inputs on every day.",
+        f"{now:%Y-%m-%d}",
+    )
+    return frozen
+
+
+def _turn(*parts: str | None) -> dict:
+    """A user's turn. None stands for an image."""
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return {"role": "user", "content": content}
