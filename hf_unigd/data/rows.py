@@ -58,6 +58,8 @@ class RowParser:
         splitter: Splits texts into sentences. If given, examples get `slices`, and a chat needs neither an answer nor
             a match.
         requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
+        find_reserved: Returns the reserved token that a text holds, or None
+            ([`~hf_unigd.UniGDProcessor.find_reserved`]). If given, a row with such a text is refused.
     """
 
     count_tokens: Callable[[str], int]
@@ -66,6 +68,7 @@ class RowParser:
     image_folder: str | Path | None = None
     splitter: SentenceSplitter | None = None
     requires_match: bool = True
+    find_reserved: Callable[[str], str | None] | None = None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Example:
         """
@@ -79,6 +82,7 @@ class RowParser:
         if not isinstance(row, Mapping):
             raise RowError(index, f"is a {type(row).__name__}, and a row is a dict of its columns.")
         example = self._parse(row, index)
+        self._check_texts(example)
         if self.splitter is not None:
             try:
                 example.slices = slices_of(example.anchor, example.target, self.splitter)
@@ -86,9 +90,27 @@ class RowParser:
                 raise RowError(index, f"{error}.") from error
         return example
 
+    def _check_texts(self, example: Example) -> None:
+        """Raises if a tokenizer would read a part of a text as an image, the end of a sequence, or a soft prompt."""
+        if self.find_reserved is None:
+            return
+        sequences = [example.anchor, example.positive or [], *example.negatives]
+        texts = [part["text"] for sequence in sequences for _, part in iter_parts(sequence) if part["type"] == "text"]
+        for text in [*texts, example.target or ""]:
+            reserved = self.find_reserved(text)
+            if reserved is not None:
+                raise RowError(
+                    example.row,
+                    f"has the reserved token {reserved!r} in the text {_shortened(text, reserved)!r}, which the model "
+                    "would not read as text. Remove it from the row.",
+                )
+
     def _parse(self, row: Mapping[str, Any], index: int) -> Example:
         row = {name: value for name, value in row.items() if value is not None}
         try:
+            for name in ("video", "videos"):
+                if row.get(name):
+                    raise ValueError(f"has a video in `{name}`, but only images and texts are supported")
             if "messages" in row:
                 return self._from_messages(row, index)
             if "conversations" in row:
@@ -208,6 +230,8 @@ class RowParser:
             if not part["text"].strip():
                 raise ValueError(f"has an empty text in the {role}'s turn of `{name}`")
             return {"type": "text", "text": part["text"]}
+        if isinstance(part, dict) and part.get("type") not in ("image", None):
+            raise ValueError(f"has a part of type {part['type']!r} in `{name}`, but only images and texts are supported")
         if isinstance(part, dict) and part.get("type") == "image":
             part = next(part[key] for key in ("image", "path", "url") if part.get(key) is not None)
         return {"type": "image", "image": open_image(part, self.image_folder)}
@@ -229,6 +253,12 @@ class RowParser:
 
 def _turn(content) -> Messages:
     return [{"role": "user", "content": content}]
+
+
+def _shortened(text: str, part: str) -> str:
+    """The text around `part`."""
+    start = text.index(part)
+    return text[max(0, start - 20) : start + len(part) + 20]
 
 
 def _caption(value, name) -> str:

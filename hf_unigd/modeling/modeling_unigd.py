@@ -291,6 +291,9 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
 
     def _decode(self, image_features=None, **inputs):
         """Runs the backbone without its language-modelling head. Inputs that are None are not passed on."""
+        videos = [name for name, value in inputs.items() if "video" in name and value is not None]
+        if videos:
+            raise ValueError(f"Videos are not supported, but the inputs hold `{videos[0]}`. Pass images and texts.")
         if image_features is not None:
             inputs["mm_encoder_outputs"] = {"image": image_features}
         return self.vlm.base_model(**{name: value for name, value in inputs.items() if value is not None})

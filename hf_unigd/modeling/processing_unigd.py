@@ -9,7 +9,8 @@ import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ class UniGDProcessor(ProcessorMixin):
         return ["image_processor", "tokenizer"]
 
     def __call__(self, images=None, text=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
-        """Calls the backbone's processor, without prompts and spans.
+        """Calls the backbone's processor, without prompts and spans. Videos are refused.
 
         Args:
             images: The images of all texts, in order.
@@ -113,6 +114,8 @@ class UniGDProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` as the backbone's processor returns it.
         """
+        if kwargs.get("videos") is not None:
+            raise ValueError("`videos` are not supported; pass images and texts.")
         return self.vlm_processor(images=images, text=text, **kwargs)
 
     def apply_chat_template(self, *args, **kwargs):
@@ -145,8 +148,25 @@ class UniGDProcessor(ProcessorMixin):
     def _count_image_tokens(self, size: tuple[int, int]) -> int:
         """The number of image tokens of an image of this height and width, found by processing one."""
         image = Image.new("RGB", size[::-1])
-        inputs = self.vlm_processor(text=[self.image_placeholder], images=[[image]], add_special_tokens=False)
-        return inputs["input_ids"][0].count(self.image_token_id)
+        return self.tokenizer(self._expand(image), add_special_tokens=False)["input_ids"].count(self._patch_id)
+
+    @cached_property
+    def _patch_id(self) -> int:
+        """The token that stands for a part of an image: the one that the backbone's processor repeats longest. It is
+        not always the image token of the text, and others mark the beginnings of images, rows and tiles."""
+        ids = self.tokenizer(self._expand(Image.new("RGB", (512, 512))), add_special_tokens=False)["input_ids"]
+        return max((len(list(run)), token) for token, run in groupby(ids))[1]
+
+    def _expand(self, image: Image.Image) -> str:
+        """What the backbone's processor puts in the place of an image's placeholder."""
+        inputs = self.vlm_processor(
+            text=[self.image_token],
+            images=[[image]],
+            images_kwargs={"return_tensors": "pt"},
+            text_kwargs={"return_tensors": None},
+            return_text_replacement_offsets=True,
+        )
+        return inputs["text_replacement_offsets"][0][0]["replacement"]
 
     def __repr__(self):
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
@@ -216,18 +236,22 @@ class UniGDProcessor(ProcessorMixin):
         batch = self.vlm_processor(
             text=[row.prompt for row in rows],
             images=images if any(images) else None,
-            add_special_tokens=not (bos_token and rows[0].prompt.startswith(bos_token)),
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
             return_text_replacement_offsets=True,
-            **({"return_offsets_mapping": True} if with_slices else {}),
+            images_kwargs={"return_tensors": "pt"},
+            text_kwargs={
+                "add_special_tokens": not (bos_token and rows[0].prompt.startswith(bos_token)),
+                "padding": True,
+                "padding_side": "right",
+                "return_offsets_mapping": with_slices,
+                "return_tensors": None,  # some processors would make a tensor of the replacements too
+            },
         )
-        offsets, replacements = batch.pop("offset_mapping", None), batch.pop("text_replacement_offsets")
+        offsets = batch.pop("offset_mapping", None)
+        replacements = batch.pop("text_replacement_offsets", [[] for _ in rows])
+        batch = batch.convert_to_tensors("pt")
         if image_lengths:
-            tokens = self.tokenizer.convert_ids_to_tokens(self.vlm_processor.image_token_ids)
-            texts = [replacement["replacement"] for row in replacements for replacement in row]
-            counts = [sum(text.count(token) for token in tokens) for text in texts]
+            patch = self.tokenizer.convert_ids_to_tokens(self._patch_id)
+            counts = [replacement["replacement"].count(patch) for row in replacements for replacement in row]
             batch["image_lengths"] = torch.tensor(counts, dtype=torch.long)
         lengths = batch["attention_mask"].sum(1).tolist()
         answers = self._answers(rows, with_slices)
@@ -241,8 +265,9 @@ class UniGDProcessor(ProcessorMixin):
         slices: list[list[tuple[int, int]]] = [[] for _ in rows]
         if with_slices:
             for index, (row, ids, length) in enumerate(zip(rows, batch["input_ids"], lengths, strict=True)):
-                ends = [tuple(pair) for pair in offsets[index][:length].tolist()]
-                slices[index] = self._slice_spans(row, ids[:length], ends, replacements[index], answers[index])
+                slices[index] = self._slice_spans(
+                    row, ids[:length], offsets[index][:length], replacements[index], answers[index]
+                )
 
         side = padding_side or self.tokenizer.padding_side
         fill = {"input_ids": self.tokenizer.pad_token_id}
@@ -342,6 +367,11 @@ class UniGDProcessor(ProcessorMixin):
             return self.prompts
         return {modality: "".join(tokens) for modality, tokens in self.soft_prompts.items()}
 
+    def find_reserved(self, text: str) -> str | None:
+        """The first reserved token in a text, or `None`: a placeholder of images or videos, a mark of a turn, the end
+        of a sequence, a soft prompt. The tokenizer would not read it as text, so no text of a sequence may hold one."""
+        return self._renderer.find_reserved(text)
+
     @property
     def chat_template_keeps_order(self) -> bool:
         """Whether the chat template renders a turn's images and texts in their order."""
@@ -362,13 +392,11 @@ class UniGDProcessor(ProcessorMixin):
             replacements: What the processor has put in the place of each image, and where.
             answer: The tokens of its answer, as [`_answers`] returns them.
         """
-        is_image = torch.isin(ids, torch.tensor(self.vlm_processor.image_token_ids)).tolist()
         spans = []
-        for replacement in replacements:
-            start, end = replacement["new_span"]
-            places = [
-                place for place, pair in enumerate(offsets) if is_image[place] and start <= pair[0] < pair[1] <= end
-            ]
+        is_patch = (ids == self._patch_id).tolist() if replacements else []
+        for start, end in (replacement["new_span"] for replacement in replacements):
+            places = [place for place, (first, last) in enumerate(offsets) if start <= first < last <= end]
+            places = [place for place in places if is_patch[place]]
             spans.append((places[0] if self.image_pooling == "mean" else places[-1], places[-1] + 1))
         grown = [(each["span"][1], each["new_span"][1] - each["span"][1]) for each in replacements]
         length = len(row.prompt) + (grown[-1][1] if grown else 0)
@@ -391,8 +419,12 @@ class UniGDProcessor(ProcessorMixin):
             *_, tail = row.prompt.rpartition(self.image_token)
             inputs = self.vlm_processor(
                 text=[tail, tail + row.answer, row.answer],
-                add_special_tokens=False,
-                **({"return_offsets_mapping": True} if with_offsets else {}),
+                text_kwargs={
+                    "add_special_tokens": False,
+                    "padding": False,
+                    "return_offsets_mapping": with_offsets,
+                    "return_tensors": None,
+                },
             )
             start, joint = len(inputs["input_ids"][0]), inputs["input_ids"][1]
             # Otherwise the tokenizer would merge the end of the prompt with the answer, and change the prompt's tokens.

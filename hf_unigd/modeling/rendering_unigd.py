@@ -1,7 +1,7 @@
 """Renders sequences of texts and images as the strings that the backbone's processor tokenizes.
 
-Images and texts keep their order. A chat template that puts all images of a turn first gets each turn as one text, in
-which the images are replaced by their placeholders. A mark after each text slice shows where the slice ends in the
+Images and texts keep their order. A chat template that puts all images of a turn first gets a turn in which a text comes
+before an image as one text, in which placeholders stand for the images. A mark after each text slice shows where the slice ends in the
 rendered string, and is then removed.
 """
 
@@ -207,19 +207,22 @@ class SequenceRenderer:
             )
 
     def _apply_template(self, turns, add_generation_prompt=False) -> str:
-        if not self.template.keeps_order:
-            turns = [{**turn, "content": [self._as_text(turn["content"])]} for turn in turns]
+        turns = [{**turn, "content": self._in_template_order(turn["content"])} for turn in turns]
         return self.template.render(turns, add_generation_prompt)
 
-    def _as_text(self, parts: list[dict]) -> dict:
-        """One text with the parts of a turn in order, in which placeholders stand for the images."""
+    def _in_template_order(self, parts: list[dict]) -> list[dict]:
+        """The parts of a turn, if the template renders them in order. If not, one text with them in order, in which
+        placeholders stand for the images."""
+        types = [part["type"] for part in parts]
+        if self.template.keeps_order or types == sorted(types):  # an image before a text
+            return parts
         placeholder, text = self.template.image_placeholder, ""
         for part in parts:
             if part["type"] == "text":
                 text += part["text"]
             else:
                 text += placeholder if not text or text.endswith(placeholder) else f"\n{placeholder}"
-        return {"type": "text", "text": text}
+        return [{"type": "text", "text": text}]
 
 
 def _append_text(parts: list[dict], text: str, separator: str) -> None:

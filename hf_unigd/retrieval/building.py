@@ -95,7 +95,13 @@ def build_index(
         make_faiss_index(faiss, width)  # hours later would be too late to learn that it cannot be made
     _open(folder, description, model, processor, overwrite)
 
-    parser = RowParser(len, long_caption_max_tokens=sys.maxsize, image_folder=image_folder, requires_match=False)
+    parser = RowParser(
+        len,
+        long_caption_max_tokens=sys.maxsize,
+        image_folder=image_folder,
+        requires_match=False,
+        find_reserved=processor.find_reserved,
+    )
     writer = _PartWriter(model, processor, rows, parser, description, width, skip_bad_rows, batch_size)
     done = rows_done(folder)
     if 0 < done < len(rows):

@@ -242,6 +242,7 @@ class UniGDTrainer(EvaluatingTrainer):
             long_caption_max_tokens=args.long_caption_max_tokens,
             image_folder=args.image_folder,
             splitter=args.splitter if args.alignment_weight else None,
+            find_reserved=processing_class.find_reserved,
         )
         is_training, length_of = dataset_name == "train", None
         if is_training and args.train_sampling_strategy == "group_by_length":

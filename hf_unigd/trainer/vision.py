@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,25 @@ def with_image_features(
         return chunk
     features = None if cache is None else cache.load(keys, chunk["input_ids"].device)
     if features is None:
-        features = model.image_features(**chunk)
+        with _in_eval_mode(model.vlm):
+            features = _for_language_model(model.image_features(**chunk))
         if cache is not None:
             cache.save(keys, features)
     del chunk["pixel_values"]
     return {**chunk, "image_features": features}
+
+
+@contextmanager
+def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """In training mode, a frozen tower would still change: batch normalisation counts what passes, and dropout would
+    make other features in every step."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def image_key(image: Image.Image) -> str:
@@ -124,18 +140,26 @@ class VisionFeatureCache:
         return self.folder / name[:2] / f"{name}-{length}.safetensors"
 
 
-# What encoders return besides the features that the language model reads.
-_INNER_OUTPUTS = {"last_hidden_state", "hidden_states", "attentions"}
-_LISTED = "listed"
+_LISTED, _SHARED = "listed", "shared"
+
+
+def _for_language_model(features: ModelOutput) -> ModelOutput:
+    """The output of a vision tower without the states of the tower's own layers, which would fill the memory while the
+    chunks of a step wait."""
+    kept = ModelOutput()
+    for name in features.keys() - {"last_hidden_state", "hidden_states", "attentions"}:
+        kept[name] = features[name]
+    return kept
 
 
 def split_images(features: ModelOutput, lengths: list[int]) -> list[dict[str, torch.Tensor]]:
     """
     Divides the output of a vision tower into images. [`join_images`] is the inverse.
 
-    transformers' towers return features of all images as a list with a tensor for each image, or as one tensor whose
-    first dimension goes over images, tiles or tokens. `pooler_output` is either; other outputs may be lists of either,
-    one for each layer.
+    transformers' towers return the features of all images as one tensor whose first dimension goes over images, tiles
+    or tokens, or as a list of such tensors, for each image, tile or row. `pooler_output` is one of these; other
+    outputs may be lists of them, one for each layer, or may not depend on the images, as Ovis2's
+    `visual_indicator_features`.
 
     Args:
         features: The output for all images.
@@ -143,50 +167,58 @@ def split_images(features: ModelOutput, lengths: list[int]) -> list[dict[str, to
 
     Returns:
         For each image, its tensors by name. A name is that of the output, followed by the number of the layer and by
-        `listed` if they apply, as in `deepstack_features.0.listed`.
+        `listed` or `shared` if they apply, as in `deepstack_features.0.listed`.
 
     Raises:
-        ValueError: an output has another number of tokens than the images.
+        ValueError: `pooler_output` or a layer has another number of tokens than the images.
     """
     images: list[dict[str, torch.Tensor]] = [{} for _ in lengths]
     for name, value in features.items():
-        if name in _INNER_OUTPUTS or value is None:
-            continue
         has_layers = name != "pooler_output" and isinstance(value, (list, tuple))
         layers = {f"{name}.{number}": layer for number, layer in enumerate(value)} if has_layers else {name: value}
         for part, layer in layers.items():
-            tensors = _split_tokens(layer, lengths)
+            is_listed = isinstance(layer, (list, tuple))
+            tensors = _split_tokens(torch.cat(tuple(layer)) if is_listed else layer, lengths)
+            form = f".{_LISTED}" if is_listed else ""
             if tensors is None:
-                raise ValueError(
-                    f"`vision_cache` cannot store `{name}` of the vision tower's {type(features).__name__}: it cannot "
-                    f"be divided into {len(lengths)} images of {lengths} tokens. Leave `vision_cache` out: a frozen "
-                    "tower still runs once per step."
-                )
+                if name == "pooler_output" or has_layers:
+                    raise ValueError(
+                        f"`vision_cache` cannot store `{name}` of the vision tower's output: it "
+                        f"cannot be divided into {len(lengths)} images of {lengths} tokens. Leave `vision_cache` out: "
+                        "a frozen tower still runs once per step."
+                    )
+                tensors, form = [layer] * len(lengths), f".{_SHARED}"
             for image, tensor in zip(images, tensors, strict=True):
-                image[part if isinstance(layer, torch.Tensor) else f"{part}.{_LISTED}"] = tensor
+                image[part + form] = tensor
     return images
 
 
 def join_images(images: list[dict[str, torch.Tensor]]) -> ModelOutput:
-    """Makes the output of a vision tower from what [`split_images`] made of it."""
+    """Makes the output of a vision tower from what [`split_images`] made of it.
+
+    Raises:
+        ValueError: an output that cannot be divided into images is not the same for all of them.
+    """
     features = ModelOutput()
     for stored in sorted(images[0], key=lambda name: (len(name), name)):  # layer 2 before layer 10
         tensors = [image[stored] for image in images]
         name, *form = stored.split(".")
+        if _SHARED in form:
+            if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+                raise ValueError(
+                    f"`vision_cache` cannot keep `{name}`, which depends on the images beside an image. Leave "
+                    "`vision_cache` out: a frozen tower still runs once per step."
+                )
+            features[name] = tensors[0]
+            continue
         value = tensors if _LISTED in form else torch.cat(tensors)
         features[name] = [*features.get(name, []), value] if form[:1] not in ([], [_LISTED]) else value
     return features
 
 
-def _split_tokens(features: Any, lengths: list[int]) -> list[torch.Tensor] | None:
-    """The features of each image, from a list of them or from one tensor. None if the numbers of tokens differ."""
-    if isinstance(features, (list, tuple)):
-        return list(features) if [_count_tokens(each) for each in features] == lengths else None
+def _split_tokens(features: torch.Tensor, lengths: list[int]) -> list[torch.Tensor] | None:
+    """The features of each image, if the first dimension can be split so that each has as many as its tokens."""
     per_entry = features.shape[1:-1].numel()
-    if _count_tokens(features) != sum(lengths) or any(length % per_entry for length in lengths):
+    if features.shape[:-1].numel() != sum(lengths) or any(length % per_entry for length in lengths):
         return None
     return list(features.split([length // per_entry for length in lengths]))
-
-
-def _count_tokens(tensor: torch.Tensor) -> int:
-    return tensor.shape[:-1].numel()
