@@ -36,7 +36,7 @@ KERNEL_USERS = {"trainer", "evaluation", "cli.kernels"}
 # follows `from .file import name` alone. Loading a folder may import REQUIRED; functions, and files that loading the
 # folder does not import, may also import OPTIONAL.
 SIBLINGS = {"modeling": r"\.\w+", "kernels": r"\.\w*"}
-REQUIRED = {"modeling": {"torch", "transformers", "PIL", "safetensors"}, "kernels": {"torch"}}
+REQUIRED = {"modeling": {"torch", "transformers", "PIL", "jinja2", "safetensors"}, "kernels": {"torch"}}
 OPTIONAL = {"modeling": {"peft", "sentence_transformers"}, "kernels": {"triton"}}
 
 

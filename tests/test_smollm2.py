@@ -19,7 +19,7 @@ from transformers import (
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import load_icons
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
-from tiny_models import QWEN_TEMPLATE
+from tiny_models.qwen import QWEN_TEMPLATE
 
 
 pytestmark = [

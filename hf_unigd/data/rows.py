@@ -231,7 +231,9 @@ class RowParser:
                 raise ValueError(f"has an empty text in the {role}'s turn of `{name}`")
             return {"type": "text", "text": part["text"]}
         if isinstance(part, dict) and part.get("type") not in ("image", None):
-            raise ValueError(f"has a part of type {part['type']!r} in `{name}`, but only images and texts are supported")
+            raise ValueError(
+                f"has a part of type {part['type']!r} in `{name}`, but only images and texts are supported"
+            )
         if isinstance(part, dict) and part.get("type") == "image":
             part = next(part[key] for key in ("image", "path", "url") if part.get(key) is not None)
         return {"type": "image", "image": open_image(part, self.image_folder)}

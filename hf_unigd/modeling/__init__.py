@@ -6,10 +6,10 @@ They never import `hf_unigd`, and import each other with one dot, because transf
 import transformers  # noqa: F401 - first of all: its import registers the classes (hf_unigd/registration.py)
 
 from .configuration_unigd import UniGDConfig
+from .head_unigd import UniGDHead
 from .modeling_unigd import (
     UniGDCausalLMOutput,
     UniGDForConditionalGeneration,
-    UniGDHead,
     UniGDModel,
     UniGDModelOutput,
     UniGDPreTrainedModel,

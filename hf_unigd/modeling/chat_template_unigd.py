@@ -57,10 +57,10 @@ class ChatTemplate:
         return two[start : start + len(two) - len(one)]
 
 
-def freeze_dates(template: str | dict[str, str]) -> str | dict[str, str]:
+def freeze_dates(template):
     """
-    Replaces calls of `strftime_now` in a chat template, or in several by name, by today's date, with a warning: a checkpoint must make the
-    same inputs tomorrow.
+    Replaces calls of `strftime_now` in a chat template, or in several by name, by today's date, with a warning: a
+    checkpoint must make the same inputs tomorrow.
 
     Raises:
         ValueError: a format is not written in the call, so that the date cannot be replaced.

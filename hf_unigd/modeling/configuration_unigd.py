@@ -99,7 +99,9 @@ class UniGDConfig(PreTrainedConfig):
         self.checkpoint_format = CHECKPOINT_FORMAT  # the format that is saved, whichever format was loaded
 
         # The backbone ties its own embeddings. PEFT asks this config whether trained tokens are tied to the output.
-        kwargs["tie_word_embeddings"] = vlm_config.tie_word_embeddings
+        text_config = vlm_config.get_text_config(decoder=True)
+        holder = vlm_config if hasattr(vlm_config, "tie_word_embeddings") else text_config
+        kwargs["tie_word_embeddings"] = getattr(holder, "tie_word_embeddings", False)
         # The base class sets the attention implementation of sub-configs. This keeps the one that the backbone has.
         kwargs.setdefault("attn_implementation", {"": None, "vlm_config": _attention_implementations(vlm_config)})
         super().__init__(**kwargs)
@@ -153,8 +155,8 @@ def _hidden_size(vlm_config: PreTrainedConfig) -> int:
     """
     if getattr(vlm_config, "is_encoder_decoder", False):
         raise ValueError(
-            f"`vlm_config` is the configuration of an encoder-decoder ({vlm_config.model_type!r}); the backbone must be "
-            "a decoder-only model."
+            f"`vlm_config` is the configuration of an encoder-decoder ({vlm_config.model_type!r}); the backbone must "
+            "be a decoder-only model."
         )
     hidden_size = getattr(vlm_config.get_text_config(decoder=True), "hidden_size", None)
     if not isinstance(hidden_size, int):

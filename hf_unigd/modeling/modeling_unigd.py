@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .backbone_unigd import accepts_image_features, backbone_logits, check_backbone, image_features
 from .checkpoint_unigd import UniGDCheckpointModel
 from .configuration_unigd import UniGDConfig
+from .head_unigd import UniGDHead, at_least_float32, last_token_spans, pool_spans
 from .processing_unigd import UniGDProcessor
 
 
@@ -64,84 +65,6 @@ class UniGDCausalLMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 or better, whatever the data type of its weights."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = _at_least_float32(self.weight), _at_least_float32(self.bias)
-        return F.linear(input.to(weight.dtype), weight, bias)
-
-
-class UniGDHead(nn.Module):
-    """Turns pooled hidden states `(n, hidden_size)` into embeddings `(n, embedding_dim)`, and owns the temperature.
-
-    The head is kept in float32 whatever the backbone's data type is. It computes in float32 or better even if it is
-    cast by autocast, by hand, or by FSDP or DeepSpeed in bfloat16. The temperature is a part of the head so that a
-    PEFT adapter which saves the head (`modules_to_save`) holds everything that embedding needs.
-    """
-
-    def __init__(self, config: UniGDConfig):
-        super().__init__()
-        hidden_size = config.get_text_config().hidden_size
-        if config.head_type == "none":
-            self.projection: nn.Module = nn.Identity()
-        elif config.head_type == "linear":
-            self.projection = Float32Linear(hidden_size, config.embedding_dim)
-        else:
-            inner_size = config.head_hidden_dim or hidden_size
-            self.projection = nn.Sequential(
-                Float32Linear(hidden_size, inner_size), nn.GELU(), Float32Linear(inner_size, config.embedding_dim)
-            )
-        # The shape is (1,) because FSDP cannot shard scalars.
-        self.logit_scale = nn.Parameter(torch.tensor([float(config.logit_scale_init_value)]))
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device_type=pooled.device.type, enabled=False):
-            return F.normalize(self.projection(_at_least_float32(pooled)), dim=-1)
-
-    @property
-    def inverse_temperature(self) -> torch.Tensor:
-        """The factor by which similarities are multiplied, a float32 tensor of shape `()`."""
-        return _at_least_float32(self.logit_scale).exp().squeeze()
-
-
-def last_token_spans(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Spans `(batch_size, 3)` of the last attended token of each row, with padding on either side.
-
-    Args:
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 for tokens, 0 for padding.
-    """
-    length = attention_mask.shape[1]
-    last = length - 1 - attention_mask.flip(1).to(torch.int32).argmax(1)
-    rows = torch.arange(attention_mask.shape[0], device=attention_mask.device)
-    return torch.stack([rows, last, last + 1], dim=1)
-
-
-def pool_spans(hidden_states: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-    """Mean hidden state of each span, summed in float32 or better.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
-        spans (`torch.LongTensor` of shape `(num_spans, 3)`): row, start and end (exclusive) of each span.
-
-    Returns:
-        `torch.FloatTensor` of shape `(num_spans, hidden_size)`.
-    """
-    if len(spans) == 0:  # `segment_reduce` refuses this; of a slice, the gradient is zero instead of missing
-        return _at_least_float32(hidden_states.flatten(0, 1)[:0])
-    rows, starts, ends = spans.to(hidden_states.device).unbind(1)
-    lengths = ends - starts
-    # The flat index of every pooled token: the start of its span, plus its place inside the span.
-    segment = torch.repeat_interleave(lengths)
-    place = torch.arange(segment.shape[0], device=segment.device) - (lengths.cumsum(0) - lengths)[segment]
-    tokens = hidden_states.flatten(0, 1)[(rows * hidden_states.shape[1] + starts)[segment] + place]
-    return torch.segment_reduce(_at_least_float32(tokens), "mean", lengths=lengths)
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class UniGDPreTrainedModel(UniGDCheckpointModel):
@@ -220,8 +143,12 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
             self.vlm.resize_token_embeddings(max(token_ids) + 1, mean_resizing=False)
         # A reserved token is never generated: its untied output row starts at zero, and generation suppresses it.
         tied = self.get_output_embeddings().weight is self.get_input_embeddings().weight
+        size = self.get_input_embeddings().num_embeddings
         with torch.no_grad():
-            self.get_input_embeddings().weight[token_ids] = self.get_input_embeddings().weight[source_ids]
+            # Some families look tokens up in tables of their layers too.
+            for table in {self.get_input_embeddings(), *self.vlm.get_decoder().modules()}:
+                if isinstance(table, nn.Embedding) and table.num_embeddings == size:
+                    table.weight[token_ids] = table.weight[source_ids]
             if not tied:
                 self.get_output_embeddings().weight[token_ids] = 0
         suppressed = set(self.vlm.generation_config.suppress_tokens or []) | set(token_ids)
@@ -443,9 +370,7 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
 
     def _next_token_loss(self, hidden_states, targets, num_items_in_batch, label_smoothing):
         vocab_size = self.config.get_text_config().vocab_size
-        return next_token_loss(
-            hidden_states, targets, self.logits, vocab_size, num_items_in_batch, label_smoothing
-        )
+        return next_token_loss(hidden_states, targets, self.logits, vocab_size, num_items_in_batch, label_smoothing)
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """Generates as the backbone does. `spans` is ignored, so that a batch can be passed unchanged."""
@@ -500,7 +425,7 @@ def _targets(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> 
 
 
 def _summed_cross_entropy(hidden_states, targets, lm_head, label_smoothing):
-    logits = _at_least_float32(lm_head(hidden_states))
+    logits = at_least_float32(lm_head(hidden_states))
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
 

@@ -5,12 +5,7 @@ The processor holds the embedding prompts and saves them; the model only sees sp
 
 import json
 import logging
-import os
-from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Callable
-from functools import cached_property, lru_cache
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -27,7 +22,8 @@ from .configuration_unigd import check_choice
 from .hub_files_unigd import find_file
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
-from .rendering_unigd import RenderedSequence, SequenceError, SequenceRenderer
+from .rendering_unigd import SequenceError, SequenceRenderer
+from .tokenizing_unigd import SequenceTokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -89,6 +85,7 @@ class UniGDProcessor(ProcessorMixin):
         self.embedding_position = embedding_position
         self.image_pooling = image_pooling
         self._renderer = SequenceRenderer(vlm_processor)
+        self._tokenize = SequenceTokenizer(vlm_processor, image_pooling)
 
     # What `ProcessorMixin` and its users expect of a processor comes from the backbone's.
     tokenizer = property(lambda self: self.vlm_processor.tokenizer)
@@ -141,32 +138,8 @@ class UniGDProcessor(ProcessorMixin):
         """
         if hasattr(self.vlm_processor, "_get_num_multimodal_tokens"):
             return self.vlm_processor._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
-        counts = [self._count_image_tokens(tuple(size)) for size in image_sizes or []]
+        counts = [self._tokenize.count_image_tokens(tuple(size)) for size in image_sizes or []]
         return MultiModalData(num_image_tokens=counts)
-
-    @lru_cache(maxsize=4096)  # noqa: B019  # processors live as long as the process
-    def _count_image_tokens(self, size: tuple[int, int]) -> int:
-        """The number of image tokens of an image of this height and width, found by processing one."""
-        image = Image.new("RGB", size[::-1])
-        return self.tokenizer(self._expand(image), add_special_tokens=False)["input_ids"].count(self._patch_id)
-
-    @cached_property
-    def _patch_id(self) -> int:
-        """The token that stands for a part of an image: the one that the backbone's processor repeats longest. It is
-        not always the image token of the text, and others mark the beginnings of images, rows and tiles."""
-        ids = self.tokenizer(self._expand(Image.new("RGB", (512, 512))), add_special_tokens=False)["input_ids"]
-        return max((len(list(run)), token) for token, run in groupby(ids))[1]
-
-    def _expand(self, image: Image.Image) -> str:
-        """What the backbone's processor puts in the place of an image's placeholder."""
-        inputs = self.vlm_processor(
-            text=[self.image_token],
-            images=[[image]],
-            images_kwargs={"return_tensors": "pt"},
-            text_kwargs={"return_tensors": None},
-            return_text_replacement_offsets=True,
-        )
-        return inputs["text_replacement_offsets"][0][0]["replacement"]
 
     def __repr__(self):
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
@@ -229,44 +202,16 @@ class UniGDProcessor(ProcessorMixin):
             for index, (sequence, target, flag) in enumerate(zip(sequences, targets, flags, strict=True))
         ]
 
-        bos_token = self.tokenizer.bos_token
         at_last_slice = self.embedding_position == "last_slice"
-        with_slices = at_last_slice or sentence_ends is not None
-        images = [row.images for row in rows]
-        batch = self.vlm_processor(
-            text=[row.prompt for row in rows],
-            images=images if any(images) else None,
-            return_text_replacement_offsets=True,
-            images_kwargs={"return_tensors": "pt"},
-            text_kwargs={
-                "add_special_tokens": not (bos_token and rows[0].prompt.startswith(bos_token)),
-                "padding": True,
-                "padding_side": "right",
-                "return_offsets_mapping": with_slices,
-                "return_tensors": None,  # some processors would make a tensor of the replacements too
-            },
-        )
-        offsets = batch.pop("offset_mapping", None)
-        replacements = batch.pop("text_replacement_offsets", [[] for _ in rows])
-        batch = batch.convert_to_tensors("pt")
-        if image_lengths:
-            patch = self.tokenizer.convert_ids_to_tokens(self._patch_id)
-            counts = [replacement["replacement"].count(patch) for row in replacements for replacement in row]
-            batch["image_lengths"] = torch.tensor(counts, dtype=torch.long)
-        lengths = batch["attention_mask"].sum(1).tolist()
-        answers = self._answers(rows, with_slices)
+        tokenized = self._tokenize(rows, with_slices=at_last_slice or sentence_ends is not None)
+        batch, lengths, answers = tokenized.batch, tokenized.lengths, tokenized.answers
         for index, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
-            if max_length is not None and length + len(answer["input_ids"]) > max_length:
+            answer_length = len(answer["input_ids"])
+            if max_length is not None and length + answer_length > max_length:
                 raise SequenceError(
                     index,
-                    f"has {length + len(answer['input_ids'])} tokens ({len(answer['input_ids'])} of them the target), "
-                    f"more than `max_length={max_length}`. Shorten it or raise `max_length`.",
-                )
-        slices: list[list[tuple[int, int]]] = [[] for _ in rows]
-        if with_slices:
-            for index, (row, ids, length) in enumerate(zip(rows, batch["input_ids"], lengths, strict=True)):
-                slices[index] = self._slice_spans(
-                    row, ids[:length], offsets[index][:length], replacements[index], answers[index]
+                    f"has {length + answer_length} tokens ({answer_length} of them the target), more than "
+                    f"`max_length={max_length}`. Shorten it or raise `max_length`.",
                 )
 
         side = padding_side or self.tokenizer.padding_side
@@ -275,7 +220,7 @@ class UniGDProcessor(ProcessorMixin):
         for name in per_token:
             answered = []
             for values, length, answer in zip(batch[name], lengths, answers, strict=True):
-                if name not in answer and answer["input_ids"]:
+                if answer["input_ids"] and name not in answer:
                     raise ValueError(
                         f"{type(self.vlm_processor).__name__} returns a value of `{name}` for each token of a prompt, "
                         "but none for the tokens of a text alone, so no target can follow a prompt."
@@ -287,16 +232,17 @@ class UniGDProcessor(ProcessorMixin):
         spans, slice_spans = [], []
         for index, (length, answer, flag) in enumerate(zip(lengths, answers, flags, strict=True)):
             padding = 0 if side == "right" else width - length - len(answer["input_ids"])
+            slices = [(index, padding + start, padding + end) for start, end in tokenized.slices[index]]
+            slice_spans += slices
             if flag and at_last_slice:
-                start, end = [span for span in slices[index] if span[1] <= length][-1]
-                spans.append((index, padding + start, padding + end))
+                spans.append([span for span in slices if span[2] <= padding + length][-1])
             elif flag:
                 spans.append((index, padding + length - 1, padding + length))
-            if sentence_ends is not None:
-                slice_spans += [(index, padding + start, padding + end) for start, end in slices[index]]
         batch["spans"] = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
         if sentence_ends is not None:
             batch["slice_spans"] = torch.tensor(slice_spans, dtype=torch.long).reshape(-1, 3)
+        if image_lengths:
+            batch["image_lengths"] = torch.tensor(tokenized.image_lengths, dtype=torch.long)
         if any(target is not None for target in targets):
             labels = [
                 torch.tensor([-100] * length + answer["input_ids"], dtype=torch.long)
@@ -350,8 +296,8 @@ class UniGDProcessor(ProcessorMixin):
         )
         first, *_, last = self.tokenizer.convert_tokens_to_ids([reserved[0], *reserved])
         before, after = soft[: soft.index(first)], soft[soft.index(last) + 1 :]
-        start = len(os.path.commonprefix([hard, before]))
-        end = len(hard) - len(os.path.commonprefix([hard[start:][::-1], after[::-1]]))
+        start = _common_length(hard, before)
+        end = len(hard) - _common_length(hard[start:][::-1], after[::-1])
         return hard[start:end]
 
     @property
@@ -369,7 +315,7 @@ class UniGDProcessor(ProcessorMixin):
 
     def find_reserved(self, text: str) -> str | None:
         """The first reserved token in a text, or `None`: a placeholder of images or videos, a mark of a turn, the end
-        of a sequence, a soft prompt. The tokenizer would not read it as text, so no text of a sequence may hold one."""
+        of a sequence, a soft prompt. The tokenizer would not read it as text, so no sequence may hold one."""
         return self._renderer.find_reserved(text)
 
     @property
@@ -381,59 +327,6 @@ class UniGDProcessor(ProcessorMixin):
     def image_placeholder(self) -> str:
         """What the chat template renders for an image."""
         return self._renderer.template.image_placeholder
-
-    def _slice_spans(self, row: RenderedSequence, ids, offsets, replacements, answer) -> list[tuple[int, int]]:
-        """Start and end of every slice of a row, in order. They count the tokens of its prompt and answer.
-
-        Args:
-            row: The row.
-            ids: The tokens of its prompt, in which the backbone's processor has put image tokens.
-            offsets: Where each of them starts and ends, in characters of the prompt with the images' texts.
-            replacements: What the processor has put in the place of each image, and where.
-            answer: The tokens of its answer, as [`_answers`] returns them.
-        """
-        spans = []
-        is_patch = (ids == self._patch_id).tolist() if replacements else []
-        for start, end in (replacement["new_span"] for replacement in replacements):
-            places = [place for place, (first, last) in enumerate(offsets) if start <= first < last <= end]
-            places = [place for place in places if is_patch[place]]
-            spans.append((places[0] if self.image_pooling == "mean" else places[-1], places[-1] + 1))
-        grown = [(each["span"][1], each["new_span"][1] - each["span"][1]) for each in replacements]
-        length = len(row.prompt) + (grown[-1][1] if grown else 0)
-        characters = [*offsets, *((length + start, length + end) for start, end in answer["offset_mapping"])]
-        places, starts = zip(*((place, start) for place, (start, end) in enumerate(characters) if start < end))
-        for end in row.slice_ends:
-            gain = next((gain for place, gain in reversed(grown) if place <= end), 0)
-            last = places[bisect_left(starts, end + gain) - 1]  # the token that holds the slice's last character
-            spans.append((last, last + 1))
-        return sorted(spans)
-
-    def _answers(self, rows: list[RenderedSequence], with_offsets: bool) -> list[dict[str, list]]:
-        """The values of all per-token inputs at the tokens of each row's answer, as the backbone's processor continues
-        those of its prompt, and with `with_offsets` where the tokens start and end, in characters of the answer."""
-        answers: list[dict[str, list]] = [defaultdict(list) for _ in rows]
-        for index, row in enumerate(rows):
-            if not row.answer:
-                continue
-            # The text after the last image is enough, and free of image tokens, which the processor would expand.
-            *_, tail = row.prompt.rpartition(self.image_token)
-            inputs = self.vlm_processor(
-                text=[tail, tail + row.answer, row.answer],
-                text_kwargs={
-                    "add_special_tokens": False,
-                    "padding": False,
-                    "return_offsets_mapping": with_offsets,
-                    "return_tensors": None,
-                },
-            )
-            start, joint = len(inputs["input_ids"][0]), inputs["input_ids"][1]
-            # Otherwise the tokenizer would merge the end of the prompt with the answer, and change the prompt's tokens.
-            continues = joint[:start] == inputs["input_ids"][0]
-            answers[index] = {name: value[1][start:] if continues else value[2] for name, value in inputs.items()}
-            if with_offsets and continues:
-                offsets = answers[index]["offset_mapping"]
-                answers[index]["offset_mapping"] = [(first - len(tail), last - len(tail)) for first, last in offsets]
-        return answers
 
     @property
     def _settings(self) -> dict:
@@ -550,12 +443,13 @@ def _check_processor(vlm_processor) -> None:
         ValueError: the backbone's processor lacks something that sequences need.
     """
     name = type(vlm_processor).__name__
-    if getattr(vlm_processor, "image_token", None) is None or type(
-        vlm_processor
-    ).replace_image_token is ProcessorMixin.replace_image_token:
+    if (
+        getattr(vlm_processor, "image_token", None) is None
+        or type(vlm_processor).replace_image_token is ProcessorMixin.replace_image_token
+    ):
         raise ValueError(
-            f"{name} is not supported: it does not say by which tokens it replaces an image (it has no `image_token` or "
-            "no `replace_image_token`)."
+            f"{name} is not supported: it does not say by which tokens it replaces an image (it has no `image_token` "
+            "or no `replace_image_token`)."
         )
     try:
         vlm_processor(text=["a"])
@@ -563,6 +457,11 @@ def _check_processor(vlm_processor) -> None:
         raise ValueError(
             f"{name} is not supported: it processes no text without an image ({error}), so texts cannot be embedded."
         ) from error
+
+
+def _common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists have in common at their beginnings."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _shape(value):

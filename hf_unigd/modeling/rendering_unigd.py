@@ -1,8 +1,8 @@
 """Renders sequences of texts and images as the strings that the backbone's processor tokenizes.
 
-Images and texts keep their order. A chat template that puts all images of a turn first gets a turn in which a text comes
-before an image as one text, in which placeholders stand for the images. A mark after each text slice shows where the slice ends in the
-rendered string, and is then removed.
+Images and texts keep their order. A chat template that puts all images of a turn first gets a turn in which a text
+comes before an image as one text, in which placeholders stand for the images. A mark after each text slice shows where
+the slice ends in the rendered string, and is then removed.
 """
 
 import re

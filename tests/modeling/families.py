@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from hf_unigd import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.hub.export import export_checkpoint
-from hf_unigd.modeling.modeling_unigd import pool_spans
+from hf_unigd.modeling.head_unigd import pool_spans
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.vision import VisionFeatureCache, is_frozen, with_image_features
 from tiny_models import make_image, make_vlm, stand_ins
@@ -78,7 +78,7 @@ def check_inputs(family: Family, _folder: Path) -> None:
     assert ours["input_ids"].tolist() == expected["input_ids"].tolist(), "other tokens than the backbone's processor"
     batch = family.processor.process_sequences(sequences(), prompted=False)
     text = family.processor.tokenizer.decode(batch["input_ids"][3])
-    patch = family.processor.tokenizer.decode([family.processor._patch_id])
+    patch = family.processor.tokenizer.decode([family.processor._tokenize.patch_id])
     middle = text[text.index("red") : text.index("blue")]
     assert text.index("red") < text.index("green") < text.index("blue")
     assert patch in middle.partition("green")[0] and patch in middle.partition("green")[2]
@@ -262,12 +262,15 @@ def check_adapter(family: Family, folder: Path) -> None:
     processor = UniGDProcessor(copy.deepcopy(family.processor.vlm_processor))
     model.add_soft_prompts(**processor.add_soft_prompts())
     args = UniGDTrainingArguments(
-        output_dir=str(folder / "run"), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        output_dir=str(folder / "run"),
+        max_steps=1,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
         per_device_train_batch_size=4,
     )
-    trainer = UniGDTrainer(
-        model, args, train_dataset=make_rows(4), processing_class=processor, peft_config=_lora()
-    )
+    trainer = UniGDTrainer(model, args, train_dataset=make_rows(4), processing_class=processor, peft_config=_lora())
     trainer.train()
     loaded = mock.patch.object(UniGDProcessor, "from_pretrained", lambda *_, **__: copy.deepcopy(processor))
     with loaded if stand_ins(family.name) else nullcontext():
@@ -283,7 +286,7 @@ def check_adapter(family: Family, folder: Path) -> None:
 def check_export(family: Family, folder: Path) -> None:
     """`hf-unigd export --to vlm` writes a plain model of the family, whose last hidden states embed the same."""
     if stand_ins(family.name):
-        raise NotRun("the processor needs torchvision to be loaded")
+        raise NotRunError("the processor needs torchvision to be loaded")
     family.model.save_pretrained(folder / "checkpoint")
     export_checkpoint(str(folder / "checkpoint"), folder / "export", to="vlm")
     plain = AutoModelForImageTextToText.from_pretrained(folder / "export")
@@ -296,7 +299,7 @@ def check_export(family: Family, folder: Path) -> None:
     load_checkpoint(str(folder / "checkpoint"))
 
 
-class NotRun(Exception):
+class NotRunError(Exception):
     """A check that cannot be run here."""
 
 
@@ -320,7 +323,7 @@ def run_check(name: str, check: str, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         CHECKS[check](Family(name), folder)
-    except NotRun as reason:
+    except NotRunError as reason:
         return f"{NOT_RUN}: {reason}"
     except Exception as error:
         traceback.print_exc()
@@ -340,7 +343,8 @@ for folder in sys.argv[1:]:
         embedder = AutoModel.from_pretrained(folder, trust_remote_code=True)
         speaker = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
         with torch.no_grad():
-            same = all(torch.allclose(each.embed(**expected["inputs"]), expected["embeddings"], atol=1e-5) for each in (embedder, speaker))
+            now = [model.embed(**expected["inputs"]) for model in (embedder, speaker)]
+        same = all(torch.allclose(each, expected["embeddings"], atol=1e-5) for each in now)
         results = ["ok" if same else "it embeds otherwise"]
         try:
             AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -392,6 +396,8 @@ def _wrap_default(name: str) -> str:
         UniGDConfig(vlm_config=AutoConfig.for_model(name))
     except ValueError as error:
         return f"refused: {error}"
+    except Exception as error:
+        return f"crashed: {type(error).__name__}: {error}"
     return "wrapped"
 
 

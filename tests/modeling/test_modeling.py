@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_unigd import UniGDConfig, UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
-from hf_unigd.modeling.modeling_unigd import last_token_spans, next_token_loss, pool_spans
+from hf_unigd.modeling.head_unigd import last_token_spans, pool_spans
+from hf_unigd.modeling.modeling_unigd import next_token_loss
 from tiny_models import FAMILIES, make_image, make_vlm
 
 

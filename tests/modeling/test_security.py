@@ -11,11 +11,11 @@ import hf_unigd
 PACKAGE = Path(hf_unigd.__file__).parent
 REMOTE_CODE = sorted((PACKAGE / "modeling").glob("*_unigd.py"))
 
-# torch and transformers, and what transformers itself cannot do without for images and weights.
-LIBRARIES = {"torch", "transformers", "PIL", "safetensors"}
+# torch and transformers, and what transformers itself cannot do without for images, chat templates and weights.
+LIBRARIES = {"torch", "transformers", "PIL", "jinja2", "safetensors"}
 # Neither a network nor a process nor code can be reached from these.
 STANDARD = {"collections", "contextlib", "dataclasses", "functools", "inspect", "itertools", "json", "logging"} | {
-    *("math", "os", "pathlib", "shutil", "typing")
+    *("bisect", "datetime", "math", "os", "pathlib", "re", "shutil", "types", "typing")
 }
 # Only sentence-transformers loads this file.
 GUESTS = {"sentence_unigd.py": {"sentence_transformers"}}

@@ -209,7 +209,7 @@ if __name__ == "__main__":
 
 def test_a_bad_text_stops_a_parallel_map(tmp_path):
     (tmp_path / "run.py").write_text(MAP)
-    paths = [str(Path(file).parent) for file in (tiny_models.__file__, Path(hf_unigd.__file__).parent)]
+    paths = [str(Path(file).parent) for file in (Path(tiny_models.__file__).parent, Path(hf_unigd.__file__).parent)]
     run = subprocess.Popen(
         [sys.executable, "run.py"],
         stdout=subprocess.PIPE,

@@ -4,8 +4,8 @@ Each family has a builder in one of the files here, which returns its config, wi
 processor, with a template written after the released one.
 """
 
-from .building import CORPUS, TinyVLM, make_image, make_tokenizer, make_vlm, stand_ins
 from . import gemma, idefics, llava, mistral, qwen, tiled  # noqa: F401  # they register their families
+from .building import CORPUS, TinyVLM, make_image, make_tokenizer, make_vlm, stand_ins
 
 
 # The four that the whole suite runs on. tests/modeling/families.py runs all.

@@ -44,7 +44,14 @@ KIMI_TEMPLATE = (
 )
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 8, "out_hidden_size": 32}
+_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "patch_size": 8,
+    "out_hidden_size": 32,
+}
 _VIDEO = "no video processor"
 
 
@@ -58,16 +65,21 @@ def _qwen_tokenizer(*more):
 
 def _qwen_processor(processor_class, tokenizer, template=QWEN_VL_TEMPLATE):
     image_processor = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16 * 16, max_pixels=32 * 32)
-    return images_only(
-        processor_class, image_processor=image_processor, tokenizer=tokenizer, chat_template=template
-    )
+    return images_only(processor_class, image_processor=image_processor, tokenizer=tokenizer, chat_template=template)
 
 
 @family("qwen2_vl", stand_ins=_VIDEO)
 def _qwen2_vl():
     tokenizer, ids = _qwen_tokenizer()
     config = Qwen2VLConfig(
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 8,
+        },
         text_config=text_config("qwen2_vl_text", tokenizer, tie_word_embeddings=True, rope_parameters=_ROPE),
         **ids,
         tie_word_embeddings=True,
@@ -140,9 +152,7 @@ def _glm4v():
     tokenizer = make_tokenizer([*(f"<|{name}|>" for name in names), *roles], eos="<|endoftext|>")
     config = Glm4vConfig(
         vision_config={**_TOWER, "image_size": 32},
-        text_config=text_config(
-            "glm4v_text", tokenizer, rope_parameters={**_ROPE, "partial_rotary_factor": 1.0}
-        ),
+        text_config=text_config("glm4v_text", tokenizer, rope_parameters={**_ROPE, "partial_rotary_factor": 1.0}),
         **ids_of(
             tokenizer,
             image_token_id="<|image|>",

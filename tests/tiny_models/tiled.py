@@ -28,9 +28,10 @@ from .qwen import QWEN_TEMPLATE
 
 
 COHERE_TEMPLATE = (
-    "{{ '<BOS_TOKEN>' }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' + ('<|CHATBOT_TOKEN|>' if m['role'] == "
-    "'assistant' else '<|' + m['role'].upper() + '_TOKEN|>') }}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "{{ image_placeholder }}{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{{ '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    "{{ '<BOS_TOKEN>' }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' + ('<|CHATBOT_TOKEN|>' "
+    "if m['role'] == 'assistant' else '<|' + m['role'].upper() + '_TOKEN|>') }}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ image_placeholder }}{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
 )
 LLAMA_TEMPLATE = (
@@ -134,9 +135,7 @@ def _cohere2_vision():
         alignment_intermediate_size=48,
         tie_word_embeddings=True,
     )
-    image_processor = CohereTiles(
-        size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
+    image_processor = CohereTiles(size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=4)
     processor = Cohere2VisionProcessor(
         image_processor,
         tokenizer,
@@ -218,6 +217,8 @@ def _lfm2_vl():
 class PerceptionTiles(GotOcr2ImageProcessorPil):
     """Stands in for PerceptionLM's image processor, which needs torchvision: a thumbnail for each image."""
 
+    tile_size, max_num_tiles, vision_input_type = 16, 1, "vanilla"
+
     def preprocess(self, images, **kwargs):
         inputs = super().preprocess(images, **{**kwargs, "crop_to_patches": False, "return_tensors": "pt"})
         return BatchFeature({"pixel_values": inputs["pixel_values"][:, None]})
@@ -234,8 +235,13 @@ def _perception_lm():
         video_token="<|video|>",
     )
     config = PerceptionLMConfig(
-        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **VISION,
-                       "model_args": {"embed_dim": 32}},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "image_size": 16,
+            "patch_size": 4,
+            **VISION,
+            "model_args": {"embed_dim": 32},
+        },
         text_config=text_config("llama", tokenizer, tie_word_embeddings=True),
         vision_use_cls_token=True,
         projector_pooling_ratio=2,

@@ -80,7 +80,7 @@ def test_features_of_every_form_are_divided_into_images_and_joined_again():
         expected = [split_images(features, lengths)[place] for place in (2, 0)]
         whole = joined.pooler_output if isinstance(pooled, list) else [joined.pooler_output]
         assert isinstance(joined.pooler_output, list) == isinstance(pooled, list)
-        assert torch.equal(torch.cat(list(whole)), torch.cat([list(image.values())[0] for image in expected]))
+        assert torch.equal(torch.cat(list(whole)), torch.cat([next(iter(image.values())) for image in expected]))
         again = join_images(images)
         assert all(torch.equal(*pair) for pair in zip(again.deepstack_features, layers, strict=True))
         assert torch.equal(torch.cat(list(again.pooler_output)), torch.cat(list(pooled)))
@@ -88,7 +88,9 @@ def test_features_of_every_form_are_divided_into_images_and_joined_again():
 
 @pytest.mark.parametrize("pooled", [[torch.zeros(8, 3)], torch.zeros(11, 3), torch.zeros(2, 6, 3)])
 def test_features_that_cannot_be_divided_into_images_are_refused(pooled):
-    with pytest.raises(ValueError, match=r"(?s)`vision_cache` cannot store `pooler_output` .* 2 images of \[8, 4\] tokens"):
+    with pytest.raises(
+        ValueError, match=r"(?s)`vision_cache` cannot store `pooler_output` .* 2 images of \[8, 4\] tokens"
+    ):
         split_images(ModelOutput(pooler_output=pooled), [8, 4])
 
 

@@ -1,0 +1,164 @@
+"""Tokenizes rendered sequences with a backbone's processor, and finds their images, texts and answers again."""
+
+from bisect import bisect_left
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
+
+from PIL import Image
+from transformers import BatchFeature
+
+from .rendering_unigd import RenderedSequence
+
+
+@dataclass(frozen=True)
+class TokenizedSequences:
+    """
+    Attributes:
+        batch (`BatchFeature`): The backbone's inputs for the prompts, padded on the right.
+        lengths (`list[int]`): Number of tokens of each prompt.
+        answers (`list[dict[str, list]]`): For each row, the values of all per-token inputs at the tokens of its
+            answer. The lists are empty without an answer.
+        image_lengths (`list[int]`): Number of tokens of each image, in the order of rows and places.
+        slices (`list[list[tuple[int, int]]]`): For each row, start and end (exclusive) of every slice, in order, in
+            tokens of its prompt and answer. Empty if the slices are not asked for.
+    """
+
+    batch: BatchFeature
+    lengths: list[int]
+    answers: list[dict[str, list]]
+    image_lengths: list[int]
+    slices: list[list[tuple[int, int]]]
+
+
+class SequenceTokenizer:
+    """Tokenizes rendered sequences.
+
+    Args:
+        vlm_processor (`ProcessorMixin`): The backbone's processor.
+        image_pooling (`str`): The slice of an image: `"mean"` for all its tokens, `"last"` for its last token.
+    """
+
+    def __init__(self, vlm_processor, image_pooling: str):
+        self.vlm_processor = vlm_processor
+        self.image_pooling = image_pooling
+
+    def __call__(self, rows: list[RenderedSequence], with_slices: bool) -> TokenizedSequences:
+        """
+        Args:
+            rows (`list[RenderedSequence]`): The rendered sequences.
+            with_slices (`bool`): Whether to find the slices. It needs a tokenizer that tells which characters a token
+                comes from, as all fast ones do.
+        """
+        bos_token = self.vlm_processor.tokenizer.bos_token
+        images = [row.images for row in rows]
+        batch = self.vlm_processor(
+            text=[row.prompt for row in rows],
+            images=images if any(images) else None,
+            return_text_replacement_offsets=True,
+            images_kwargs={"return_tensors": "pt"},
+            text_kwargs={
+                "add_special_tokens": not (bos_token and rows[0].prompt.startswith(bos_token)),
+                "padding": True,
+                "padding_side": "right",
+                "return_offsets_mapping": with_slices,
+                "return_tensors": None,  # some processors would make a tensor of the replacements too
+            },
+        )
+        offsets = batch.pop("offset_mapping", None)
+        # What the processor has put in the place of each image, and where.
+        replacements = batch.pop("text_replacement_offsets", [[] for _ in rows])
+        batch = batch.convert_to_tensors("pt")
+        lengths = batch["attention_mask"].sum(1).tolist()
+        answers = [self._answer(row, with_slices) for row in rows]
+        slices: list[list[tuple[int, int]]] = [[] for _ in rows]
+        if with_slices:
+            for index, length in enumerate(lengths):
+                ids = batch["input_ids"][index, :length].tolist()
+                texts = self._text_slices(rows[index], offsets[index][:length], replacements[index], answers[index])
+                slices[index] = sorted([*self._image_slices(ids, offsets[index], replacements[index]), *texts])
+        image_lengths = [
+            self._count_patches(replacement["replacement"]) for row in replacements for replacement in row
+        ]
+        return TokenizedSequences(batch, lengths, answers, image_lengths, slices)
+
+    @lru_cache(maxsize=4096)  # noqa: B019  # it lives as long as the process
+    def count_image_tokens(self, size: tuple[int, int]) -> int:
+        """The number of tokens of an image of this height and width, found by processing one."""
+        return self._count_patches(self._expand(Image.new("RGB", size[::-1])))
+
+    @cached_property
+    def patch_id(self) -> int:
+        """The token that stands for a part of an image: the one that the backbone's processor repeats longest. It is
+        not always the image token of the text, and others mark the beginnings of images, rows and tiles."""
+        tokenizer = self.vlm_processor.tokenizer
+        ids = tokenizer(self._expand(Image.new("RGB", (512, 512))), add_special_tokens=False)["input_ids"]
+        return max((len(list(run)), token) for token, run in groupby(ids))[1]
+
+    def _count_patches(self, text: str) -> int:
+        return text.count(self.vlm_processor.tokenizer.convert_ids_to_tokens(self.patch_id))
+
+    def _expand(self, image: Image.Image) -> str:
+        """What the backbone's processor puts in the place of an image."""
+        inputs = self.vlm_processor(
+            text=[self.vlm_processor.image_token],
+            images=[[image]],
+            return_text_replacement_offsets=True,
+            images_kwargs={"return_tensors": "pt"},
+            text_kwargs={"return_tensors": None},
+        )
+        return inputs["text_replacement_offsets"][0][0]["replacement"]
+
+    def _image_slices(self, ids, offsets, replacements) -> list[tuple[int, int]]:
+        """Start and end of every image: from its first to its last patch, or its last patch alone."""
+        slices = []
+        for first, last in (replacement["new_span"] for replacement in replacements):
+            patches = [
+                place
+                for place, token in enumerate(ids)
+                if token == self.patch_id and first <= offsets[place][0] < offsets[place][1] <= last
+            ]
+            slices.append((patches[0] if self.image_pooling == "mean" else patches[-1], patches[-1] + 1))
+        return slices
+
+    def _text_slices(self, row: RenderedSequence, offsets, replacements, answer) -> list[tuple[int, int]]:
+        """Start and end of the token that holds the last character of every text slice."""
+        # By how much the prompt has grown at the end of each image.
+        grown = [(each["span"][1], each["new_span"][1] - each["span"][1]) for each in replacements]
+        length = len(row.prompt) + (grown[-1][1] if grown else 0)
+        offsets = [*offsets, *((length + first, length + last) for first, last in answer["offset_mapping"])]
+        tokens = [(first, place) for place, (first, last) in enumerate(offsets) if first < last]
+        slices = []
+        for end in row.slice_ends:
+            end += next((growth for place, growth in reversed(grown) if place <= end), 0)
+            _, place = tokens[bisect_left(tokens, (end, -1)) - 1]
+            slices.append((place, place + 1))
+        return slices
+
+    def _answer(self, row: RenderedSequence, with_offsets: bool) -> dict[str, list]:
+        """The values of all per-token inputs at the tokens of a row's answer, as the backbone's processor continues
+        those of the prompt, and with `with_offsets` where the tokens start and end, in characters of the answer."""
+        if not row.answer:
+            return defaultdict(list)
+        # The text after the last image is enough, and free of image tokens, which the processor would expand.
+        *_, tail = row.prompt.rpartition(self.vlm_processor.image_token)
+        inputs = self.vlm_processor(
+            text=[tail, tail + row.answer, row.answer],
+            text_kwargs={
+                "add_special_tokens": False,
+                "padding": False,
+                "return_offsets_mapping": with_offsets,
+                "return_tensors": None,
+            },
+        )
+        start, joint = len(inputs["input_ids"][0]), inputs["input_ids"][1]
+        if joint[:start] != inputs["input_ids"][0]:
+            # The tokenizer would merge the end of the prompt with the answer, and change the tokens of the prompt.
+            return {name: values[2] for name, values in inputs.items()}
+        answer = {name: values[1][start:] for name, values in inputs.items()}
+        if with_offsets:
+            answer["offset_mapping"] = [
+                (first - len(tail), last - len(tail)) for first, last in answer["offset_mapping"]
+            ]
+        return answer
