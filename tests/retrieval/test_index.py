@@ -282,6 +282,6 @@ def test_bad_rows_are_named_or_skipped_and_counted(llava, tmp_path, caplog):
         EmbeddingIndex.load(tmp_path / "index")
     index = build(llava, tmp_path / "index", rows, rows_per_part=2, skip_bad_rows=True)
     assert index.entries["row"] == [0, 1, 4]
-    assert "Row 3 holds the image placeholder" in caplog.text and "Skipped 2 of 5 rows" in caplog.text
+    assert "Row 3 has the reserved token '<image>'" in caplog.text and "Skipped 2 of 5 rows" in caplog.text
     with pytest.raises(ValueError, match="None of the 1 rows can be used"):
         build(llava, tmp_path / "none", rows.select([2]), skip_bad_rows=True)

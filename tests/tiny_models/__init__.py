@@ -8,7 +8,7 @@ from . import gemma, idefics, llava, mistral, qwen, tiled  # noqa: F401  # they 
 from .building import CORPUS, TinyVLM, make_image, make_tokenizer, make_vlm, stand_ins
 
 
-# The four that the whole suite runs on. tests/modeling/families.py runs all.
+# The four that the whole suite runs on. tests/trainer/families.py runs all.
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl")
 
 __all__ = ["CORPUS", "FAMILIES", "TinyVLM", "make_image", "make_tokenizer", "make_vlm", "stand_ins"]

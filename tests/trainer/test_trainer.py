@@ -47,7 +47,9 @@ def test_each_row_runs_once_and_only_labelled_positions_go_through_the_lm_head(t
     model.vlm.model.vision_tower.register_forward_hook(
         lambda _module, args, _output: images.append(args[0].shape[0]), with_kwargs=False
     )
-    model.vlm.lm_head.register_forward_hook(lambda _module, args, _output: positions.append(args[0].shape[0]))
+    model.vlm.lm_head.register_forward_hook(
+        lambda _module, args, _output: positions.append(args[0].shape[:-1].numel())
+    )
     trainer.compute_loss(model.train(), batch, num_items_in_batch=1)
     assert rows == [4, 4]  # the images with their captions, then the texts
     assert images == [4]

@@ -1,6 +1,6 @@
 """Runs every backbone family through everything that hf-unigd does with a backbone.
 
-`make families` runs all families and writes docs/backbones.md. `tests/modeling/test_families.py` runs a part.
+`make families` runs all families and writes docs/backbones.md. `tests/trainer/test_families.py` runs a part.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -26,7 +27,7 @@ from hf_unigd.hub import load_checkpoint
 from hf_unigd.hub.export import export_checkpoint
 from hf_unigd.modeling.head_unigd import pool_spans
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
-from hf_unigd.trainer.vision import VisionFeatureCache, is_frozen, with_image_features
+from hf_unigd.trainer.vision import VisionFeatureCache, is_frozen, vision_parameters, with_image_features
 from tiny_models import make_image, make_vlm, stand_ins
 from tiny_models.building import BUILDERS
 from tiny_teachers import save_teachers
@@ -125,8 +126,10 @@ def _final_weights(family: str, folder: Path, **kwargs) -> dict[str, torch.Tenso
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
     trainer.train()
     after = dict(trainer.model.named_parameters())
-    unchanged = [name for name, value in before.items() if torch.equal(value, after[name])]
-    assert len(unchanged) < len(before) / 2, f"{len(unchanged)} of {len(before)} parameters are unchanged"
+    changed = {id(after[name]) for name, value in before.items() if not torch.equal(value, after[name])}
+    tower = {id(parameter) for parameter in vision_parameters(trainer.accelerator.unwrap_model(trainer.model))}
+    assert changed - tower, "the language model is unchanged"
+    assert frozen or changed & tower, "the vision tower is unchanged"
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert all(torch.isfinite(torch.tensor(losses))), f"losses {losses}"
     return {name: after[name].detach() for name in before}
@@ -404,39 +407,111 @@ def _wrap_default(name: str) -> str:
 HEADER = """\
 # Backbones
 
+The backbone can be any decoder-only model that `AutoModelForImageTextToText` loads. What a family does is found by
+looking at it, not by its name: logits come from the backbone's own forward, with the scaling or capping that it
+applies; what its vision tower returns is handed on whole; the tokens of an image are those that its processor puts
+there. A family that lacks something is refused in one sentence when it is wrapped.
+
+`make families` writes this page. It runs a tiny random model of every family below, whose config has every scaling
+as released, with the family's own processor and a chat template written after the released one:
+
+| column | what must hold |
+|---|---|
+{columns}
+
+{table}
+
+Where a part of a processor needs torchvision, something stands in for it here, as the last column says. **These
+processors need torchvision in transformers; the others load without it**, as the column `save` shows: transformers
+then uses its Pillow image processors. The two kinds resize differently at edges, which the probe of a checkpoint
+allows for. The towers of `fast_vlm` and `perception_lm` are timm's, which is no dependency of ours; a ResNet and a
+CLIP tower stand for them. "Not run" means that a check could not be run here, because it loads such a processor.
+
+## Every type of the mapping
+
+transformers {version} has {count} types of image-text-to-text models. With its default config and without weights,
+each is wrapped, refused, or not buildable by transformers itself from its defaults (or without timm):
+
+{walk}
+
+PaliGemma is refused by `UniGDProcessor`, because its processor processes no text without an image. Other processors
+without `replace_image_token`, such as Idefics2's, are refused too, because they do not say by which tokens they
+replace an image.
+
+## Good to know
+
+- **Prompts** are rendered by the backbone's own chat template. If it puts all images of a turn first, a turn in
+  which a text comes before an image is rendered as one text with placeholders, so that the order is kept.
+- **Dates.** A template that writes today's date (Mistral's) would make other inputs tomorrow. The date is frozen
+  when the processor is made, with a warning, and saved.
+- **Reserved tokens** (placeholders of images and videos, marks of turns, the end of a sequence, soft prompts) are
+  refused in every text of a row, by the row's number, when the rows are checked.
+- **Videos** are refused by name.
+- **A frozen tower** runs in evaluation mode, so that batch normalisation and dropout do not change it.
+- **SmolVLM** needs `pip install num2words`, for transformers' processor.
+- **`transformers serve` and `transformers chat`** find classes of transformers alone, so they do not serve a
+  checkpoint of ours. `hf-unigd export --to vlm` writes a plain model of the family, which they serve
+  ([serving.md](serving.md)).
 """
 
 
-def table(results: dict[str, dict[str, str]]) -> str:
-    lines = [
-        "| family | " + " | ".join([*CHECKS, "stand-ins"]) + " |",
-        "|---" * (len(CHECKS) + 2) + "|",
-    ]
+def table(results: dict[str, dict[str, str]], checks: list[str]) -> str:
+    lines = ["| family | " + " | ".join([*checks, "stand-ins"]) + " |", "|---" * (len(checks) + 2) + "|"]
     for name, row in results.items():
-        cells = [row[check].partition(":")[0] if row[check].startswith(NOT_RUN) else row[check] for check in CHECKS]
+        cells = [NOT_RUN if row[check].startswith(NOT_RUN) else row[check] for check in checks]
         lines.append(f"| {name} | " + " | ".join([*cells, stand_ins(name)]) + " |")
     return "\n".join(lines)
+
+
+def page(results: dict[str, dict[str, str]], mapping: dict[str, str]) -> str:
+    """The text of docs/backbones.md."""
+    columns = "\n".join(f"| {name} | {' '.join((check.__doc__ or '').split())} |" for name, check in CHECKS.items())
+    kinds: dict[str, list[str]] = {}
+    for name, result in mapping.items():
+        kinds.setdefault(result, []).append(f"`{name}`")
+    kinds = dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
+    rows = "\n".join(f"| {kind} | {', '.join(names)} |" for kind, names in kinds.items())
+    return HEADER.format(
+        columns=columns,
+        table=table(results, list(CHECKS)),
+        version=transformers.__version__,
+        count=len(mapping),
+        walk=f"| with defaults | types |\n|---|---|\n{rows}",
+    )
+
+
+def is_good(result: str) -> bool:
+    return result.startswith(("ok", NOT_RUN))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs every family and writes docs/backbones.md.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs" / "backbones.md")
-    parser.add_argument("--families", nargs="*", default=list(BUILDERS))
-    parser.add_argument("--checks", nargs="*", default=list(CHECKS))
+    parser.add_argument("--families", nargs="*", help="Only these. Prints the table, and writes nothing.")
+    parser.add_argument("--checks", nargs="*", help="Only these. Prints the table, and writes nothing.")
     args = parser.parse_args()
+    checks = args.checks or list(CHECKS)
     results: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        for name in args.families:
-            results[name] = {check: run_check(name, check, root / name / check) for check in args.checks}
-            bad = {check: value for check, value in results[name].items() if not value.startswith(("ok", NOT_RUN))}
-            print(name, bad or "ok", flush=True)
-        if "save" in args.checks:
+        for name in args.families or list(BUILDERS):
+            results[name] = {check: run_check(name, check, root / name / check) for check in checks}
+            bad = [f"{check}: {value[:300]}" for check, value in results[name].items() if not is_good(value)]
+            print(name, "; ".join(bad) or "ok", file=sys.stderr, flush=True)
+        if "save" in checks:
             saved = {name: root / name / "save" for name, row in results.items() if row["save"] == "ok"}
             for name, result in strangers(saved).items():
                 results[name]["save"] = result
-                if not result.startswith("ok"):
-                    print(name, "save", result)
+    bad = [name for name, row in results.items() if not all(is_good(result) for result in row.values())]
+    if args.families or args.checks:
+        print(table(results, checks))
+    else:
+        mapping = walk()
+        bad += [name for name, result in mapping.items() if result.startswith("crashed")]
+        args.output.write_text(page(results, mapping), encoding="utf-8")
+        print(f"{len(results)} families, {len(mapping)} types; {args.output}")
+    print(f"failed: {bad}" if bad else "no failure")
+    sys.exit(bool(bad))
 
 
 if __name__ == "__main__":
