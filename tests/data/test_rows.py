@@ -249,3 +249,35 @@ def test_content_keys_differ_where_content_differs():
         )
     }
     assert len(keys) == 6
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": encoded(make_image(1)), "long_caption": "A cat. <video> It runs."},
+        {"image": encoded(make_image(1)), "short_caption": "a <video> cat"},
+        {"anchor": "a cat", "positive": "a dog", "negative_3": "a <video> cat"},
+        {"anchor": "a <video> cat", "positive": "a dog"},
+        {"messages": [{"role": "user", "content": "what is <video>"}, {"role": "assistant", "content": "a cat"}]},
+        {"messages": [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a <video> cat"}]},
+    ],
+)
+def test_reserved_tokens_are_refused_in_every_text_of_a_row(row):
+    def find_reserved(text):
+        return "<video>" if "<video>" in text else None
+
+    with pytest.raises(RowError, match=r"Row 7 has the reserved token '<video>' in the text .*Remove it from the row"):
+        parse(row, find_reserved=find_reserved)
+    parse(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"anchor": "a cat", "positive": "a dog", "video": "a.mp4"}, "a video in `video`"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "a part of type 'video'"),
+    ],
+)
+def test_videos_are_refused(row, message):
+    with pytest.raises(RowError, match=f"Row 7 has {message}"):
+        parse(row)

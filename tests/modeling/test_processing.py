@@ -1,15 +1,19 @@
 """Sequences to model inputs: order, spans, labels, and refusals."""
 
 import json
+import string
+from datetime import datetime
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from hf_unigd import UniGDProcessor
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.modeling import SequenceError
-from tiny_models import FAMILIES, make_image, make_vlm
+from tiny_models import CORPUS, FAMILIES, make_image, make_vlm
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -216,3 +220,125 @@ def test_the_settings_survive_saving(processor, tmp_path):
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     assert settings["embedding_position"] == "last_slice"
     assert settings["image_pooling"] == "last"
+
+
+@pytest.mark.parametrize("after_role", [" ", "\n"])
+def test_an_answer_follows_the_prompt_whatever_white_space_the_template_puts_before_it(after_role):
+    """LLaVA-OneVision's template ends a role with a space, and with a line break where an answer is wanted. An older
+    one has line breaks."""
+    plain = make_vlm("llava_onevision").processor
+    plain.chat_template = plain.chat_template.replace("m['role'] + ' '", f"m['role'] + {after_role!r}")
+    plain.chat_template = plain.chat_template.replace("'\n' + c['text']", "c['text']")
+    processor = UniGDProcessor(plain)
+    batch = processor.process_sequences([[make_image(1), "red"]], ["a cat"])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text.endswith("<|im_start|>assistant\na cat<|im_end|>")
+    labelled = batch["labels"][0] != -100
+    assert processor.tokenizer.decode(batch["input_ids"][0][labelled]) == "a cat<|im_end|>"
+
+
+def test_a_template_that_changes_the_conversation_with_its_answer_is_refused():
+    plain = make_vlm("qwen2_vl").processor
+    plain.chat_template = "{{ messages | length }}" + plain.chat_template
+    with pytest.raises(ValueError, match="renders a conversation differently once it is answered"):
+        UniGDProcessor(plain).process_sequences(["red"], ["a cat"])
+
+
+def test_what_a_template_refuses_names_the_sequence():
+    plain = make_vlm("qwen2_vl").processor
+    plain.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + plain.chat_template
+    )
+    turns = [{"role": role, "content": "red"} for role in ("user", "assistant", "user")]
+    with pytest.raises(SequenceError, match="Sequence 1 is refused by the chat template: too many turns"):
+        UniGDProcessor(plain).process_sequences(["red", turns])
+
+
+def test_the_date_of_a_template_is_frozen(tmp_path, caplog):
+    processor = UniGDProcessor(make_vlm("mistral3").processor)
+    today = f"{datetime.now():%Y-%m-%d}"
+    assert f"It is replaced by today's, {today}" in caplog.text
+    assert "strftime_now" not in processor.chat_template
+    assert today in processor.tokenizer.decode(processor.process_sequences(["red"])["input_ids"][0])
+    computed = make_vlm("mistral3").processor
+    computed.chat_template = "{% set form = '%Y' %}{{ strftime_now(form) }}" + computed.chat_template
+    with pytest.raises(ValueError, match="in a format that it computes"):
+        UniGDProcessor(computed)
+
+
+@pytest.mark.parametrize("text", ["<video>", "<|im_end|>", "<|unigd_image_0|>", "<pad>"])
+def test_reserved_tokens_are_refused_in_sequences_and_targets(text):
+    processor = UniGDProcessor(make_vlm("llava_onevision").processor)
+    processor.add_soft_prompts()
+    with pytest.raises(SequenceError, match=f"reserved token {text!r} inside a text".replace("|", r"\|")):
+        processor.process_sequences([f"a {text} cat"])
+    with pytest.raises(SequenceError, match=f"reserved token {text!r} inside a target".replace("|", r"\|")):
+        processor.process_sequences(["a cat"], [f"a {text} cat"])
+    assert processor.find_reserved("a <b>cat</b>") is None
+
+
+def test_videos_are_refused(llava):
+    model, processor = llava
+    with pytest.raises(ValueError, match="`videos` are not supported"):
+        processor(text=["red"], videos=[[make_image(1)]])
+    with pytest.raises(ValueError, match="Videos are not supported, but the inputs hold `pixel_values_videos`"):
+        model.embed(input_ids=torch.ones(1, 2, dtype=torch.long), pixel_values_videos=torch.zeros(1))
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "llava_next", "pixtral", "ovis2"])
+def test_spans_tell_neighbouring_images_apart(family):
+    processor = UniGDProcessor(make_vlm(family).processor)
+    given = [make_image(1, (24, 20)), make_image(2, (20, 44)), "Red.", make_image(3, (44, 20))]
+    batch = processor.process_sequences([given], sentence_ends=sentence_ends, image_lengths=True)
+    patches = batch["input_ids"][0] == processor._tokenize.patch_id
+    spans = [span for span in batch["slice_spans"].tolist() if patches[span[1]]]
+    assert [int(patches[start:end].sum()) for _, start, end in spans] == batch["image_lengths"].tolist()
+    alone = [processor.process_sequences([[part]])["input_ids"] for part in (given[0], given[1], given[3])]
+    assert batch["image_lengths"].tolist() == [int((ids == processor._tokenize.patch_id).sum()) for ids in alone]
+    assert all(patches[start] and patches[end - 1] for _, start, end in spans)
+    assert sum(batch["image_lengths"].tolist()) == patches.sum()
+    assert len(spans) == 3 and spans[0][2] <= spans[1][1]
+
+
+def test_the_slice_of_a_text_that_ends_with_several_tokens_of_one_character_ends_at_the_last():
+    processor = UniGDProcessor(make_vlm("qwen2_vl").processor, embedding_position="last_slice")
+    batch = processor.process_sequences(["a cat 🐈"])
+    _, start, end = batch["spans"][0].tolist()
+    assert end == start + 1
+    assert processor.tokenizer.decode(batch["input_ids"][0][:end]).endswith("a cat 🐈")
+
+
+def make_sentencepiece_tokenizer(prepend_scheme):
+    """A tokenizer that tokenizes the first word of a text like Llama's: with a space before it."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = [*string.ascii_letters, "\n", ":", "."]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=letters, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("prepend_scheme", ["first", "always"])
+def test_soft_prompts_start_as_the_hand_written_ones_in_their_place(prepend_scheme, monkeypatch):
+    monkeypatch.setattr(
+        "tiny_models.llava.make_tokenizer", lambda *_, **__: make_sentencepiece_tokenizer(prepend_scheme)
+    )
+    tiny = make_vlm("llava")
+    model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
+    sequences = [[make_image(1)], "a red cat", [make_image(2), "two blue dogs"]]
+    written = [processor.process_sequences([sequence]) for sequence in sequences]
+    expected = [model.embed(**batch) for batch in written]
+    word = processor.tokenizer("Summarize", add_special_tokens=False)["input_ids"]
+    assert word[0] not in written[1]["input_ids"][0].tolist()  # alone, the first word has other tokens
+    model.add_soft_prompts(**processor.add_soft_prompts())
+    for sequence, embedding in zip(sequences, expected, strict=True):
+        batch = processor.process_sequences([sequence])
+        assert set(processor.soft_prompt_ids) & set(batch["input_ids"][0].tolist())
+        torch.testing.assert_close(model.embed(**batch), embedding, atol=1e-6, rtol=0)
