@@ -115,8 +115,10 @@ class UniGDProcessor(ProcessorMixin):
             raise ValueError("`videos` are not supported; pass images and texts.")
         return self.vlm_processor(images=images, text=text, **kwargs)
 
-    def apply_chat_template(self, *args, **kwargs):
-        return self.vlm_processor.apply_chat_template(*args, **kwargs)
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        if _holds_video(conversation):
+            raise ValueError("The conversation holds a video. Videos are not supported; use images and texts.")
+        return self.vlm_processor.apply_chat_template(conversation, *args, **kwargs)
 
     def batch_decode(self, *args, **kwargs):
         return self.vlm_processor.batch_decode(*args, **kwargs)
@@ -457,6 +459,13 @@ def _check_processor(vlm_processor) -> None:
         raise ValueError(
             f"{name} is not supported: it processes no text without an image ({error}), so texts cannot be embedded."
         ) from error
+
+
+def _holds_video(conversation) -> bool:
+    """Whether a message at any depth has a part of type `"video"`."""
+    if isinstance(conversation, dict):
+        return conversation.get("type") == "video" or _holds_video(conversation.get("content"))
+    return isinstance(conversation, (list, tuple)) and any(map(_holds_video, conversation))
 
 
 def _common_length(a: list[int], b: list[int]) -> int:

@@ -281,6 +281,8 @@ def test_videos_are_refused(llava):
     model, processor = llava
     with pytest.raises(ValueError, match="`videos` are not supported"):
         processor(text=["red"], videos=[[make_image(1)]])
+    with pytest.raises(ValueError, match="The conversation holds a video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
     with pytest.raises(ValueError, match="Videos are not supported, but the inputs hold `pixel_values_videos`"):
         model.embed(input_ids=torch.ones(1, 2, dtype=torch.long), pixel_values_videos=torch.zeros(1))
 
