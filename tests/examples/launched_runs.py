@@ -29,8 +29,18 @@ def initialize_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
+def leave_out_shared_memory():
+    """DeepSpeed would compile an operator for processes of one machine, which takes minutes, and waits forever if an
+    earlier build was killed. Without it, gloo does the same."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 if __name__ == "__main__":
     AcceleratorState.__init__ = initialize_with_fsdp
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        leave_out_shared_memory()
     for precision, flags in json.loads(sys.argv[1]):
         AcceleratorState._reset_state()
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision

@@ -62,8 +62,6 @@ def train(folder: Path, config: str, processes: int = 2) -> Path:
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
         "DS_ACCELERATOR": "cpu",
-        # A build that was killed leaves a lock behind, for which DeepSpeed would wait forever.
-        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -11,15 +11,16 @@ from hf_unigd.kernels import triton_backend
 from kernel_cases import assert_close, packed, values_and_gradients
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dtype"),
     [
-        {"bandwidth": 2.0, "normalize": "none"},
-        {"bandwidth": 0.05, "normalize": "cosine"},
-        {"bandwidth": 0.01, "normalize": "none"},
-        {"bandwidth": 1.0, "per_pair_bandwidth": True},
-        {"bandwidth": 2.0, "local": "plain_gaussian"},
+        ({"bandwidth": 2.0, "normalize": "none"}, torch.float64),
+        ({"bandwidth": 2.0, "normalize": "none"}, torch.float32),
+        ({"bandwidth": 0.05, "normalize": "cosine"}, torch.float64),
+        ({"bandwidth": 0.05, "normalize": "cosine"}, torch.float32),
+        ({"bandwidth": 0.01, "normalize": "none"}, torch.float64),
+        ({"bandwidth": 1.0, "per_pair_bandwidth": True}, torch.float64),
+        ({"bandwidth": 2.0, "local": "plain_gaussian"}, torch.float64),
     ],
 )
 def test_against_the_reference(options, dtype):

@@ -248,7 +248,7 @@ def check_vision_cache(family: Family, folder: Path) -> None:
 
 @torch.no_grad()
 def check_save(family: Family, folder: Path) -> None:
-    """Saved, and loaded by us; [`strangers`] loads it in a process without us."""
+    """Saved, loaded by us, and loaded in a process without us."""
     family.model.save_pretrained(folder)
     batch = family.processor.process_sequences(sequences(), padding_side="left")
     again = UniGDForConditionalGeneration.from_pretrained(folder)

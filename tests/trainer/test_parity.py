@@ -19,11 +19,10 @@ def test_one_process_gives_the_gradient_of_the_oracle(case):
     assert is_good(result), result
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_several_processes_give_the_gradient_of_the_oracle(world_size):
-    results = run_group(world_size, subset=True)
+def test_two_processes_give_the_gradient_of_the_oracle():
+    results = run_group(2, subset=True)
     compared = [result for result in results if result["recipe"] in RECIPES]
-    assert len(compared) == sum(case.in_subset and case.world_size == world_size for case in cases())
+    assert len(compared) == sum(case.in_subset and case.world_size == 2 for case in cases())
     assert not [result for result in results if not is_good(result)]
 
 
