@@ -14,18 +14,19 @@ from tiny_models.building import BUILDERS
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "backbones.md"
+QUICK = ("inputs", "speech", "embeddings", "vision cache")
 # Each does something that the others do not: tiles and outputs by row, features of inner layers, capped logits and
 # tables of each layer, windows, a template that thinks.
 WHOLE = ("smolvlm", "qwen3_vl", "gemma4", "internvl")
 
 
-@pytest.mark.parametrize("check", ["inputs", "speech", "embeddings", "vision cache"])
+@pytest.mark.parametrize("check", QUICK)
 @pytest.mark.parametrize("family", BUILDERS)
 def test_every_family(family, check, tmp_path):
     assert is_good(run_check(family, check, tmp_path))
 
 
-@pytest.mark.parametrize("check", set(CHECKS) - {"inputs", "speech", "embeddings", "vision cache"})
+@pytest.mark.parametrize("check", [check for check in CHECKS if check not in QUICK])
 @pytest.mark.parametrize("family", WHOLE)
 def test_whole_families(family, check, tmp_path):
     assert is_good(run_check(family, check, tmp_path))
