@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ..data.images import open_image
+from ..modeling.images_unigd import MAX_PIXELS
 
 
 def dtype_field(help: str) -> Any:
@@ -15,10 +16,25 @@ def dtype_field(help: str) -> Any:
 
 
 @dataclass
-class CheckpointArguments:
+class ImageArguments:
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder that image paths start from and must not leave."}, kw_only=True
+    )
+    max_image_pixels: int = field(
+        default=MAX_PIXELS,
+        metadata={"help": "The largest width times height of an image, checked before it is decoded."},
+        kw_only=True,
+    )
+
+    def image_settings(self) -> dict[str, Any]:
+        """Keyword arguments for what opens images."""
+        return {"image_folder": self.image_folder, "max_image_pixels": self.max_image_pixels}
+
+
+@dataclass
+class CheckpointArguments(ImageArguments):
     model: str = field(metadata={"help": "Trained checkpoint or adapter: a Hub id or a folder."})
     dtype: str = dtype_field("Data type to load the backbone in.")
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
 
 
 @dataclass
@@ -36,15 +52,17 @@ class SamplingArguments:
         return {"max_new_tokens": self.max_new_tokens, **sampling}
 
 
-def open_images(files: list[str] | None, folder: str | None = None) -> list[Image.Image]:
+def open_images(
+    files: list[str] | None, image_folder: str | None = None, max_image_pixels: int = MAX_PIXELS
+) -> list[Image.Image]:
     """
     The images that `--image` names.
 
     Raises:
-        ValueError: a file is missing or is not an image.
+        ValueError: a file is missing, outside the folder, too large, or not an image.
     """
     try:
-        return [open_image(file, folder) for file in files or []]
+        return [open_image(file, image_folder, max_image_pixels) for file in files or []]
     except ValueError as error:
         raise ValueError(f"`--image` {error}") from error
 

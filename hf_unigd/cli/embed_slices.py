@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 from ..data import ExampleDataset, RowParser, TeacherArguments, write_slice_features
 from ..data.rows import check_columns
 from ..trainer import UniGDScriptArguments
-from .arguments import accelerator
+from .arguments import ImageArguments, accelerator
 from .parser import CommandParser
 
 
 @dataclass
-class EmbedSlicesArguments:
+class EmbedSlicesArguments(ImageArguments):
     model: str = field(
         metadata={"help": "Model that will be trained. Its tokenizer measures captions, which are short or long."}
     )
@@ -34,7 +34,6 @@ class EmbedSlicesArguments:
         },
     )
     long_caption_max_tokens: int = field(default=500, metadata={"help": "Same value as in training."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows, with a warning."})
 
 
@@ -48,8 +47,8 @@ def main(argv: list[str]) -> None:
         lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         args.short_caption_max_tokens,
         args.long_caption_max_tokens,
-        args.image_folder,
-        teacher_args.splitter,
+        splitter=teacher_args.splitter,
+        **args.image_settings(),
     )
     rows = script_args.load_rows(script_args.dataset_train_split)
     if isinstance(rows, IterableDataset):

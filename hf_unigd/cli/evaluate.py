@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
             output_dir=folder,
             per_device_eval_batch_size=args.batch_size,
             skip_bad_rows=args.skip_bad_rows,
-            image_folder=args.image_folder,
+            **args.image_settings(),
             report_to=[],
         )
         rows = script_args.load_rows(script_args.dataset_test_split)

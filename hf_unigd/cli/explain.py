@@ -17,12 +17,12 @@ from ..evaluation.alignment import align_slices, embed_slices
 from ..evaluation.figures import draw_alignment
 from ..hub import load_checkpoint
 from ..trainer import UniGDScriptArguments
-from .arguments import accelerator
+from .arguments import ImageArguments, accelerator
 from .parser import CommandParser
 
 
 @dataclass
-class ExplainArguments:
+class ExplainArguments(ImageArguments):
     a: int = field(metadata={"help": "Number of the row along the side of the heat map."})
     b: int = field(metadata={"help": "Number of the row along the top of the heat map."})
     output: str = field(default="alignment.png", metadata={"help": "PNG file to write."})
@@ -36,7 +36,6 @@ class ExplainArguments:
     triple_kernel: bool = field(
         default=True, metadata={"help": "Same value as in training. It concerns the teachers' embeddings alone."}
     )
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +45,9 @@ def main(argv: list[str]) -> None:
     if isinstance(rows, IterableDataset):
         raise ValueError("Leave `dataset_streaming` out: rows are chosen by their number.")
     # With these limits every `caption` is a long one, which is part of its sequence.
-    examples = ExampleDataset(rows, RowParser(len, 0, sys.maxsize, args.image_folder, teacher_args.splitter))
+    examples = ExampleDataset(
+        rows, RowParser(len, 0, sys.maxsize, splitter=teacher_args.splitter, **args.image_settings())
+    )
     a, b = parse_row("A", args.a, examples), parse_row("B", args.b, examples)
 
     settings: dict = {"bandwidth": args.alignment_bandwidth, "normalization": args.alignment_normalization}

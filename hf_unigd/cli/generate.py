@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     (args,) = CommandParser("generate", GenerateArguments, description=__doc__).parse(argv)
     model, processor = load_checkpoint(args.model, dtype=args.dtype)
     model = model.to(accelerator())
-    sequence = [*open_images(args.image, args.image_folder), *([args.prompt] if args.prompt else [])]
+    sequence = [*open_images(args.image, **args.image_settings()), *([args.prompt] if args.prompt else [])]
     batch = processor.process_sequences([sequence], prompted=args.prompt is None, padding_side="left")
     batch = batch.to(model.device, model.dtype)
     generated = model.generate(**batch, **args.generate_kwargs())

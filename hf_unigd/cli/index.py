@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         faiss=args.faiss,
         truncate_dim=args.truncate_dim,
         store_images=args.store_images,
-        image_folder=args.image_folder,
+        **args.image_settings(),
         skip_bad_rows=args.skip_bad_rows,
         batch_size=args.batch_size,
         rows_per_part=args.rows_per_part,

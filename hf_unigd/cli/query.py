@@ -6,11 +6,11 @@ from textwrap import shorten
 from ..evaluation.figures import draw_retrieval
 from ..hub import load_checkpoint
 from ..retrieval import EmbeddingIndex, Hit
-from .arguments import accelerator, dtype_field, open_images
+from .arguments import ImageArguments, accelerator, dtype_field, open_images
 
 
 @dataclass
-class QueryArguments:
+class QueryArguments(ImageArguments):
     index: str = field(metadata={"help": "Folder that `hf-unigd index` wrote."})
     image: list[str] | None = field(default=None, metadata={"help": "One or more image files of the query."})
     output: str | None = field(default=None, metadata={"help": "PNG file to plot the entries found in."})
@@ -34,7 +34,7 @@ class QueryArguments:
 
     def sequence(self, text: str | None) -> list:
         """The images of the query, followed by `text`."""
-        return [*open_images(self.image), *([text] if text else [])]
+        return [*open_images(self.image, **self.image_settings()), *([text] if text else [])]
 
     def show(self, hits: list[Hit], title: str) -> None:
         """Prints the entries found, and plots them if `--output` is given."""

@@ -4,33 +4,47 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from ..modeling.images_unigd import MAX_PIXELS, ImageError
+from ..modeling.images_unigd import open_image as open_source
 
 
-def open_image(value: Any, folder: str | Path | None = None) -> Image.Image:
-    """Decodes an image completely and converts it to RGB.
+def open_image(value: Any, folder: str | Path | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens an image of a row by [`~hf_unigd.modeling.open_image`].
 
     Args:
         value: A PIL image, encoded bytes, a path, or the `{"bytes": ..., "path": ...}` of an undecoded
             `datasets.Image`.
-        folder: Folder that relative paths start from.
+        folder: Folder that paths start from and must not leave.
+        max_pixels: The largest width times height.
 
     Raises:
-        ValueError: the file is missing, the data is not an image or is truncated, or `value` is of another type. The
-            message continues "Row 3 ...".
+        ValueError: the file is missing or outside `folder`, the data is not an image, is too large or is corrupt, or
+            `value` is of another type. The message continues "Row 3 ...".
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (str, Path)):
-        value = Path(folder, value) if folder else Path(value)
-        if not value.is_file():
-            raise ValueError(f"has a missing image: there is no file {value}")
+        value = _existing_file(value, folder)
     elif isinstance(value, bytes):
         value = BytesIO(value)
     elif not isinstance(value, Image.Image):
         raise ValueError(f"has an image of type {type(value).__name__}, but a PIL image, bytes or a path is needed")
+    return open_source(value, max_pixels)
+
+
+def _existing_file(path: str | Path, folder: str | Path | None) -> Path:
+    file = Path(folder, path) if folder else Path(path)
     try:
-        image = value if isinstance(value, Image.Image) else Image.open(value)
-        return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"has a corrupt image: {error}") from error
+        if folder and not file.resolve().is_relative_to(Path(folder).resolve()):
+            raise ImageError(
+                f"has an image outside `image_folder`: {path}. Move it into the folder, or leave `image_folder` out "
+                "and give whole paths"
+            )
+        is_file = file.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or that holds a null character
+        raise ImageError(f"has an image whose path cannot be used: {error}") from error
+    if not is_file:
+        raise ImageError(f"has a missing image: there is no file {file}")
+    return file

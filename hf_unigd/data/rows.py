@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modeling.images_unigd import MAX_PIXELS
 from .example import Example, Messages, RowError, iter_parts
 from .images import open_image
 from .slices import SentenceSplitter, slices_of
@@ -54,7 +55,8 @@ class RowParser:
         short_caption_max_tokens: A `caption` with fewer tokens than this is a contrastive positive; any other is a
             next-token target (VladVA: 30).
         long_caption_max_tokens: Maximum length of a caption in tokens (VladVA: 500).
-        image_folder: Folder that relative image paths start from.
+        image_folder: Folder that image paths start from and must not leave.
+        max_image_pixels: The largest width times height of an image. It is checked before an image is decoded.
         splitter: Splits texts into sentences. If given, examples get `slices`, and a chat needs neither an answer nor
             a match.
         requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
@@ -66,6 +68,7 @@ class RowParser:
     short_caption_max_tokens: int = 30
     long_caption_max_tokens: int = 500
     image_folder: str | Path | None = None
+    max_image_pixels: int = MAX_PIXELS
     splitter: SentenceSplitter | None = None
     requires_match: bool = True
     find_reserved: Callable[[str], str | None] | None = None
@@ -130,7 +133,7 @@ class RowParser:
         raise RowError(index, f"has no usable columns, only {sorted(row)}. The accepted formats are:\n{ACCEPTED}")
 
     def _from_captions(self, row, index) -> Example:
-        image = open_image(row["image"], self.image_folder)
+        image = self._open_image(row["image"])
         short, long = row.get("short_caption"), row.get("long_caption")
         if "caption" in row and short is None and long is None:
             caption = _caption(row["caption"], "caption")
@@ -236,7 +239,10 @@ class RowParser:
             )
         if isinstance(part, dict) and part.get("type") == "image":
             part = next(part[key] for key in ("image", "path", "url") if part.get(key) is not None)
-        return {"type": "image", "image": open_image(part, self.image_folder)}
+        return {"type": "image", "image": self._open_image(part)}
+
+    def _open_image(self, value):
+        return open_image(value, self.image_folder, self.max_image_pixels)
 
     def _user_turn(self, value, name) -> Messages:
         """Returns a user's turn that holds one text, one image, or a list of both."""
@@ -247,7 +253,7 @@ class RowParser:
             [
                 {"type": "text", "text": _caption(part, name)}
                 if isinstance(part, str)
-                else {"type": "image", "image": open_image(part, self.image_folder)}
+                else {"type": "image", "image": self._open_image(part)}
                 for part in slices
             ]
         )

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from .chat_template_unigd import ChatTemplate
+from .images_unigd import ImageError, open_image
 
 
 # A code point that no text may contain.
@@ -182,7 +183,10 @@ class SequenceRenderer:
             if isinstance(part, dict):
                 part = part.get("image", part.get("text"))
             if isinstance(part, Image.Image):
-                images.append(part)
+                try:
+                    images.append(open_image(part))
+                except ImageError as error:
+                    raise SequenceError(index, str(error)) from error
                 parts.append({"type": "image"})
             elif isinstance(part, str):
                 if not part.strip():

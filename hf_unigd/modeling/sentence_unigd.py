@@ -3,7 +3,6 @@
 It is saved with every checkpoint and named in its `modules.json`. Only sentence-transformers loads it.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from PIL import Image
 from sentence_transformers.base.modality import is_image_url_or_path, is_message_dict
 from sentence_transformers.base.modules import InputModule
 
+from .images_unigd import open_image
 from .modeling_unigd import UniGDModel
 from .processing_unigd import UniGDProcessor
 
@@ -106,9 +106,9 @@ def _parts(value: Any) -> list:
     if isinstance(value, str):
         if value.startswith(("http://", "https://", "data:")) and is_image_url_or_path(value):
             raise ValueError(f"{value[:80]} is not fetched: open the image and pass a PIL image.")
-        return [Image.open(Path(value)).convert("RGB") if is_image_url_or_path(value) else value]
+        return [open_image(value) if is_image_url_or_path(value) else value]
     if isinstance(value, Image.Image):
-        return [value.convert("RGB")]
+        return [open_image(value)]
     if isinstance(value, dict):
         if "type" in value:  # a part of a message
             value = {value["type"]: value[value["type"]]}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..data import Example, ExampleDataset, RowError, RowParser
 from ..data.rows import check_columns
 from ..modeling import SequenceError, UniGDProcessor
+from ..modeling.images_unigd import MAX_PIXELS
 from .description import IndexDescription, dtype_name
 from .embedding import embed_sequences
 from .entries import entry_features, make_entry
@@ -37,6 +38,7 @@ def build_index(
     truncate_dim: int | None = None,
     store_images: bool = True,
     image_folder: str | Path | None = None,
+    max_image_pixels: int = MAX_PIXELS,
     skip_bad_rows: bool = False,
     batch_size: int = 32,
     rows_per_part: int = 1000,
@@ -57,7 +59,8 @@ def build_index(
             Another one can be made of a finished index without embedding again.
         truncate_dim: Matryoshka prefix to keep.
         store_images: Whether pictures are kept, as PNG, to be shown and put into prompts.
-        image_folder: Where relative image paths start.
+        image_folder: Folder that image paths start from and must not leave.
+        max_image_pixels: The largest width times height of an image.
         skip_bad_rows: Leave bad rows out, counted in the log, instead of stopping.
         batch_size: Rows a forward pass, and in memory at once.
         rows_per_part: Rows that an interruption can cost.
@@ -99,6 +102,7 @@ def build_index(
         len,
         long_caption_max_tokens=sys.maxsize,
         image_folder=image_folder,
+        max_image_pixels=max_image_pixels,
         requires_match=False,
         find_reserved=processor.find_reserved,
     )

@@ -10,6 +10,7 @@ from trl import ModelConfig, ScriptArguments
 
 from ..data import load_rows
 from ..data.teachers import TeacherArguments
+from ..modeling.images_unigd import MAX_PIXELS
 
 
 LOSSES = ("contrastive", "alignment", "causal_lm")
@@ -116,7 +117,9 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         check_rows (`bool`, *optional*, defaults to `True`):
             Whether to read every row of a map-style dataset once beforehand.
         image_folder (`str`, *optional*):
-            Folder that relative image paths start from.
+            Folder that image paths start from and must not leave.
+        max_image_pixels (`int`, *optional*, defaults to 64 million):
+            The largest width times height of an image. A larger one is a bad row, found before it is decoded.
 
     Defaults that differ from [`~transformers.TrainingArguments`]: `learning_rate` is 1e-4 and the schedule is cosine
     (both papers), `logging_steps` is 10, `dataloader_drop_last` is `True` (an incomplete last batch would have fewer
@@ -200,7 +203,12 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     check_rows: bool = field(
         default=True, metadata={"help": "Whether to read every row of a map-style dataset once beforehand."}
     )
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder that image paths start from and must not leave."}
+    )
+    max_image_pixels: int = field(
+        default=MAX_PIXELS, metadata={"help": "The largest width times height of an image. A larger one is a bad row."}
+    )
 
     def __post_init__(self):
         # transformers takes the precision of `accelerate launch`, but compares only these flags with DeepSpeed's.

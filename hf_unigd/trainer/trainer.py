@@ -241,6 +241,7 @@ class UniGDTrainer(EvaluatingTrainer):
             short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
             long_caption_max_tokens=args.long_caption_max_tokens,
             image_folder=args.image_folder,
+            max_image_pixels=args.max_image_pixels,
             splitter=args.splitter if args.alignment_weight else None,
             find_reserved=processing_class.find_reserved,
         )

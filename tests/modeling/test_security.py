@@ -12,10 +12,10 @@ PACKAGE = Path(hf_unigd.__file__).parent
 REMOTE_CODE = sorted((PACKAGE / "modeling").glob("*_unigd.py"))
 
 # torch and transformers, and what transformers itself cannot do without for images, chat templates and weights.
-LIBRARIES = {"torch", "transformers", "PIL", "jinja2", "safetensors"}
+LIBRARIES = {"torch", "transformers", "PIL", "jinja2", "numpy", "safetensors"}
 # Neither a network nor a process nor code can be reached from these.
 STANDARD = {"collections", "contextlib", "dataclasses", "functools", "inspect", "itertools", "json", "logging"} | {
-    *("bisect", "datetime", "math", "os", "pathlib", "re", "shutil", "types", "typing")
+    *("bisect", "datetime", "math", "os", "pathlib", "re", "shutil", "types", "typing", "warnings")
 }
 # Only sentence-transformers loads this file.
 GUESTS = {"sentence_unigd.py": {"sentence_transformers"}}
@@ -27,7 +27,7 @@ FILES = {
     "checkpoint_unigd.py": {"save_companions", "_save_sentence_module"},
     "probe_unigd.py": {"save_probe", "load_probe"},
     "processing_unigd.py": {"save_pretrained"},
-    "sentence_unigd.py": {"_parts"},
+    "images_unigd.py": {"open_image"},
     "sentence_files_unigd.py": {"save_sentence_files"},
     "adapter_unigd.py": {"_load_base_model"},
 }

@@ -1,0 +1,76 @@
+"""Opens images as people see them: upright, on white, with their values kept, and of a limited size."""
+
+import warnings
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+
+MAX_PIXELS = 64_000_000  # which take 192 MB when they are decoded
+
+
+class ImageError(ValueError):
+    """An image cannot be used. The message continues "Row 3 ..."."""
+
+
+def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """
+    Opens an image completely: upright by its EXIF tag, transparency on white, in RGB with 8 bits a channel. Values of
+    more than 8 bits are scaled instead of cut off, so that a ramp stays a ramp.
+
+    Args:
+        source (`PIL.Image.Image`, `str`, `os.PathLike` or binary file): The image, or where it is read from.
+        max_pixels (`int`, *optional*, defaults to 64 million): The largest width times height. It is checked before
+            anything is decoded.
+
+    Returns:
+        `PIL.Image.Image` in mode RGB: the image itself if there is nothing to change.
+
+    Raises:
+        ImageError: the image is larger, is empty, or cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's own limit, and of what it repairs in broken metadata
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"has an image of {width} x {height} pixels, more than {max_pixels}. Resize it or raise the limit."
+                )
+            if not width * height:
+                raise ImageError(f"has an empty image of {width} x {height} pixels.")
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return _as_rgb(ImageOps.exif_transpose(image) if turned else image)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of a dozen types for broken files
+        raise ImageError(f"has a corrupt image: {error or type(error).__name__}.") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return _as_eight_bits(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _as_eight_bits(image: Image.Image) -> Image.Image:
+    """An image of one deep channel with values from 0 to 255. Integers of 16 bits and numbers from 0 to 1 are scaled
+    by their range, others by the range of the image if they are not from 0 to 255 already."""
+    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(values, posinf=np.finfo(np.float32).max, neginf=np.finfo(np.float32).min)
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
+        values = values / 257
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values = values * 255
+    elif low < 0 or high > 255:
+        values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    return Image.fromarray(np.round(values).astype(np.uint8))
