@@ -188,8 +188,14 @@ class UniGDProcessor(ProcessorMixin):
         Raises:
             SequenceError: if a sequence is empty, contains an empty text, an image placeholder or something that is
                 neither text nor image, or is longer than `max_length`. Nothing is truncated.
+            TypeError: if `sequences` is not a list.
             ValueError: if there is no sequence, or the numbers of sequences, targets and values of `prompted` differ.
         """
+        if not isinstance(sequences, (list, tuple)):
+            raise TypeError(
+                f"`sequences` must be a list of sequences, not a {type(sequences).__name__}. Put a single sequence "
+                "into a list."
+            )
         if not sequences:
             raise ValueError("`sequences` is empty; pass at least one sequence.")
         flags = [prompted] * len(sequences) if isinstance(prompted, bool) else prompted

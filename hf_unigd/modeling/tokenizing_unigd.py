@@ -9,7 +9,7 @@ from itertools import groupby
 from PIL import Image
 from transformers import BatchFeature
 
-from .rendering_unigd import RenderedSequence
+from .rendering_unigd import RenderedSequence, SequenceError
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,20 @@ class SequenceTokenizer:
             rows (`list[RenderedSequence]`): The rendered sequences.
             with_slices (`bool`): Whether to find the slices. It needs a tokenizer that tells which characters a token
                 comes from, as all fast ones do.
+
+        Raises:
+            SequenceError: the backbone's processor refuses a sequence, for example an image that is far too long.
         """
-        bos_token = self.vlm_processor.tokenizer.bos_token
-        images = [row.images for row in rows]
-        batch = self.vlm_processor(
-            text=[row.prompt for row in rows],
-            images=images if any(images) else None,
-            return_text_replacement_offsets=True,
-            images_kwargs={"return_tensors": "pt"},
-            text_kwargs={
-                "add_special_tokens": not (bos_token and rows[0].prompt.startswith(bos_token)),
-                "padding": True,
-                "padding_side": "right",
-                "return_offsets_mapping": with_slices,
-                "return_tensors": None,  # some processors would make a tensor of the replacements too
-            },
-        )
+        try:
+            batch = self._process(rows, with_slices)
+        except Exception:  # an image processor refuses an image in its own way, and does not say which
+            for index, row in enumerate(rows):
+                try:
+                    self._process([row], with_slices)
+                except Exception as error:
+                    reason = f"is refused by {type(self.vlm_processor).__name__}: {error}"
+                    raise SequenceError(index, reason) from error
+            raise
         offsets = batch.pop("offset_mapping", None)
         # What the processor has put in the place of each image, and where.
         replacements = batch.pop("text_replacement_offsets", [[] for _ in rows])
@@ -82,6 +80,23 @@ class SequenceTokenizer:
             self._count_patches(replacement["replacement"]) for row in replacements for replacement in row
         ]
         return TokenizedSequences(batch, lengths, answers, image_lengths, slices)
+
+    def _process(self, rows: list[RenderedSequence], with_slices: bool) -> BatchFeature:
+        bos_token = self.vlm_processor.tokenizer.bos_token
+        images = [row.images for row in rows]
+        return self.vlm_processor(
+            text=[row.prompt for row in rows],
+            images=images if any(images) else None,
+            return_text_replacement_offsets=True,
+            images_kwargs={"return_tensors": "pt"},
+            text_kwargs={
+                "add_special_tokens": not (bos_token and rows[0].prompt.startswith(bos_token)),
+                "padding": True,
+                "padding_side": "right",
+                "return_offsets_mapping": with_slices,
+                "return_tensors": None,  # some processors would make a tensor of the replacements too
+            },
+        )
 
     @lru_cache(maxsize=4096)  # noqa: B019  # it lives as long as the process
     def count_image_tokens(self, size: tuple[int, int]) -> int:

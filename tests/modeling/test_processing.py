@@ -344,3 +344,18 @@ def test_soft_prompts_start_as_the_hand_written_ones_in_their_place(prepend_sche
         batch = processor.process_sequences([sequence])
         assert set(processor.soft_prompt_ids) & set(batch["input_ids"][0].tolist())
         torch.testing.assert_close(model.embed(**batch), embedding, atol=1e-6, rtol=0)
+
+
+def test_an_image_that_the_backbone_refuses_names_its_sequence():
+    processor = UniGDProcessor(make_vlm("qwen2_vl").processor)
+    with pytest.raises(SequenceError, match=r"Sequence 1 is refused by Qwen2VLProcessor: .*aspect ratio"):
+        processor.process_sequences(["a cat", [make_image(1, (900, 3))], [make_image(2)]])
+
+
+@pytest.mark.parametrize("sequences", ["a cat", make_image(1), b"a cat"])
+def test_one_sequence_in_place_of_a_list_is_refused(llava, sequences):
+    _, processor = llava
+    with pytest.raises(
+        TypeError, match=r"`sequences` must be a list of sequences, .* Put a single sequence into a list"
+    ):
+        processor.process_sequences(sequences)
