@@ -62,8 +62,6 @@ def run(code: str, *arguments) -> str:
         # Looking for transformers, as many libraries do, is not yet importing it.
         "import hf_unigd, importlib.util\nassert importlib.util.find_spec('transformers').origin\n"
         "from transformers import AutoConfig\nAutoConfig.from_pretrained(folder)",
-        "import hf_unigd\nfrom transformers import AutoProcessor\nAutoProcessor.from_pretrained(folder)",
-        "import transformers\nimport hf_unigd",
         "from hf_unigd import UniGDModel\nassert UniGDModel.config_class.model_type == 'unigd'",
         "import hf_unigd.modeling.probe_unigd",
         "import hf_unigd, peft",  # a library that imports transformers while it is imported itself

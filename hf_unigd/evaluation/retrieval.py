@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import evaluate
 import torch
 
 
@@ -110,8 +109,10 @@ def recalls(rankings: dict[str, Ranking], ks: tuple[int, ...] = (1, 5, 10)) -> d
 
 
 @cache
-def recall_metric() -> evaluate.Metric:
-    """Returns the metric of `METRIC_SCRIPT`, which is loaded once."""
+def recall_metric():
+    """Returns the `evaluate.Metric` of `METRIC_SCRIPT`, which is loaded once."""
+    import evaluate  # takes a second, which only a measurement needs
+
     return evaluate.load(METRIC_SCRIPT)
 
 

@@ -65,7 +65,8 @@ def _as_eight_bits(image: Image.Image) -> Image.Image:
     """An image of one deep channel with values from 0 to 255. Integers of 16 bits and numbers from 0 to 1 are scaled
     by their range, others by the range of the image if they are not from 0 to 255 already."""
     values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values, posinf=np.finfo(np.float32).max, neginf=np.finfo(np.float32).min)
+    largest = float(np.finfo(np.float32).max)
+    values = np.nan_to_num(values, posinf=largest, neginf=-largest)
     low, high = values.min(), values.max()
     if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
         values = values / 257

@@ -287,7 +287,7 @@ def check_adapter(family: Family, folder: Path) -> None:
 
 
 def check_export(family: Family, folder: Path) -> None:
-    """`hf-unigd export --to vlm` writes a plain model of the family, whose last hidden states embed the same."""
+    """`hf-unigd export DIR --to vlm --output NEW` writes a plain model, whose last hidden states embed the same."""
     if stand_ins(family.name):
         raise NotRunError("the processor needs torchvision to be loaded")
     family.model.save_pretrained(folder / "checkpoint")
@@ -450,8 +450,8 @@ replace an image.
 - **A frozen tower** runs in evaluation mode, so that batch normalisation and dropout do not change it.
 - **SmolVLM** needs `pip install num2words`, for transformers' processor.
 - **`transformers serve` and `transformers chat`** find classes of transformers alone, so they do not serve a
-  checkpoint of ours. `hf-unigd export --to vlm` writes a plain model of the family, which they serve
-  ([serving.md](serving.md)).
+  checkpoint of ours. `hf-unigd export you/model --to vlm --output served` writes a plain model of the family, which
+  they serve ([serving.md](serving.md)).
 """
 
 

@@ -99,15 +99,16 @@ def cases() -> list[Case]:
             for layout in LAYOUTS:
                 base = Case(recipe, model, layout, in_subset=recipe == "joint" and model == "lora")
                 base = replace(base, in_subset=base.in_subset and base.world_size < 4)
-                found += [base, replace(base, chunk_size=3)]
+                whole = replace(base, in_subset=base.in_subset and layout in ("1 process", "2 processes, uneven"))
+                found += [whole, replace(base, chunk_size=3)]
                 if layout in ("1 process", "2 processes"):
-                    found += [replace(base, chunk_size=1), replace(base, chunk_size=8, in_subset=False)]
+                    found += [replace(base, chunk_size=size, in_subset=False) for size in (1, 8)]
                 if "steps" in layout:
                     found += [replace(base, across=True), replace(base, across=True, chunk_size=1, in_subset=False)]
             base = Case(recipe, model, chunk_size=3, in_subset=recipe == "joint")
             found += [replace(base, dropout=True), replace(base, dropout=True, checkpointing=True)]
             found.append(replace(base, layout="2 processes", dropout=True, checkpointing=True))
-            found += [replace(base, chunk_size=size, checkpointing=True) for size in (None, 3)]
+            found += [replace(base, chunk_size=size, checkpointing=True, in_subset=False) for size in (None, 3)]
         for layout in ("1 process", "2 processes, one without images", "4 steps"):
             vision = Case(recipe, "full", layout, train_vision=True, in_subset=recipe == "vladva")
             found += [vision, replace(vision, chunk_size=3)]
@@ -115,7 +116,7 @@ def cases() -> list[Case]:
         for model in ("full", "lora"):
             for layout in ("2 processes", "2 processes, uneven", "2 processes, one without images"):
                 base = Case(recipe, model, layout, fsdp=True, in_subset=recipe == "joint" and model == "full")
-                found += [base, replace(base, chunk_size=3)]
+                found += [replace(base, in_subset=False), replace(base, chunk_size=3)]
             steps = Case(recipe, model, "2 processes, 2 steps", fsdp=True, in_subset=recipe == "vladva")
             found += [replace(steps, in_subset=False), replace(steps, chunk_size=1, across=True)]
     return found

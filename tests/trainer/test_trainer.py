@@ -81,8 +81,7 @@ def test_four_accumulation_steps_normalise_by_the_tokens_of_all_steps(tmp_path):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(("family", "adapter"), [("llava", True), ("qwen2_vl", False)])
 def test_training_learns_the_captions_and_the_pairs(tmp_path, family, adapter):
     rows = make_rows(8)
     trainer = make_trainer(

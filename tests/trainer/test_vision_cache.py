@@ -7,7 +7,6 @@ from peft import LoraConfig
 from transformers.utils import ModelOutput
 
 from hf_unigd.trainer.vision import join_images, split_images
-from tiny_models import FAMILIES
 from trainer_cases import make_rows, make_trainer
 
 
@@ -25,7 +24,7 @@ def train(folder, **kwargs):
     return losses, len(passes)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])
 def test_a_frozen_tower_runs_once_per_chunk_for_both_passes(tmp_path, family):
     """There are 4 steps of 4 images in chunks of 2. A trained tower runs in both passes of each chunk."""
     settings = {"family": family, "gradient_cache_chunk_size": 2, "max_steps": 4}
@@ -38,7 +37,7 @@ def test_a_frozen_tower_runs_once_per_chunk_for_both_passes(tmp_path, family):
     assert passes == 4 * 2 * 2
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl", "gemma3"])
 def test_features_on_disk_replace_the_tower_without_changing_the_losses(tmp_path, family):
     settings = {"family": family, "max_steps": 8, "vision_cache": str(tmp_path / "cache")}
     losses, passes = train(tmp_path, **settings)
