@@ -37,7 +37,16 @@ commands:
 `--config FILE.yaml` names; an argument on the command line overrides the file:
 
   hf-unigd train --config recipe.yaml --learning_rate 5e-5
+
+An error is one line; `--debug` shows where it comes from.
 """
+
+# What an interrupted command leaves, and how to go on.
+AFTER_INTERRUPTION = {
+    "train": " The checkpoints that were saved are kept: `--resume_from_checkpoint true` goes on from the last.",
+    "index": " The rows that were indexed are kept: the same command goes on from there.",
+    "embed-slices": " The features that were written are kept: the same command goes on from there.",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,9 +59,17 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         sys.exit(f"hf-unigd: there is no command {command!r}. The commands are {', '.join(COMMANDS)}.")
-    module = import_module(f".{command.replace('-', '_')}", __package__)
+    debug = "--debug" in rest
     try:
-        module.main(rest)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        # Errors that a user can fix are shown without a traceback. Any other is a bug, and keeps it.
-        sys.exit(f"hf-unigd {command}: {error}")
+        module = import_module(f".{command.replace('-', '_')}", __package__)
+        module.main([argument for argument in rest if argument != "--debug"])
+    except KeyboardInterrupt:
+        print(f"\nhf-unigd {command}: interrupted.{AFTER_INTERRUPTION.get(command, '')}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        # Errors of these types are raised with a message for people.
+        is_explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, RuntimeError))
+        kind = "" if is_explained and str(error) else f"{type(error).__name__}: "
+        sys.exit(f"hf-unigd {command}: {kind}{error}{'' if is_explained else ' (`--debug` shows where)'}")

@@ -46,15 +46,21 @@ def write_slice_features(
         The features that were written.
 
     Raises:
-        ValueError: the folder has features of other teachers, or of a dataset with another number of rows.
+        ValueError: the folder has features of other teachers, or of a dataset with another number of rows, or holds
+            other files.
         RowError: a row is bad and `examples` does not skip bad rows.
     """
     folder = Path(folder)
-    if overwrite and read_description(folder) is not None:
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = args.fingerprint()
     description = read_description(folder)
+    if description is None and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files, and no slice features. Choose a new folder as `--output`.")
+    if overwrite and description is not None:
+        for part in folder.glob("part-[0-9][0-9][0-9][0-9][0-9]*"):  # nothing but what was written here
+            shutil.rmtree(part)
+        (folder / DESCRIPTION).unlink()
+        description = None
+    fingerprint = args.fingerprint()
     teachers = Teachers(args, device)
     if description is None:
         widths = {"own_width": teachers.own_width, "cross_width": teachers.cross_width}

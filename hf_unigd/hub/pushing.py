@@ -1,34 +1,40 @@
 """Pushing a saved checkpoint to the Hub, in one commit."""
 
 import json
+import logging
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, HfHubHTTPError, filter_repo_objects
+from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
 
 from .cards import is_hub_id, make_model_card
 
 
-# What training leaves beside a checkpoint. It tells about the run, and no user of the checkpoint needs it.
-TRAINING_STATE = (
-    "checkpoint-*/**",
-    "optimizer*",
-    "scheduler*",
-    "rng_state*",
-    "scaler*",
-    "training_args.bin",
-    "trainer_state.json",
-    "global_step*/**",
-    "latest",
-    "zero_to_*.py",
-    "pytorch_model_fsdp*",
-    "runs/**",
-    "wandb/**",
-    "events.out.tfevents*",
-    "**/events.out.tfevents*",
-    "_*",
+logger = logging.getLogger(__name__)
+
+# What a checkpoint is made of, by the names of its files. Everything else stays where it is: the state of training,
+# logs, and whatever else lies in the folder.
+CHECKPOINT_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "metrics.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    *("probe.safetensors", "*_unigd.py", "README.md", "LICENSE", "LICENSE.*"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ),
+    *("chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
+# The same in folders: of sentence-transformers' modules, which `modules.json` names, and of chat templates.
+MODULE_FILES = ("config.json", "model.safetensors")
+TEMPLATE_FOLDER = "additional_chat_templates"
 # Files of another kind of checkpoint, pushed before, that would be loaded instead of the new ones.
 REPLACED = (
     "model.safetensors",
@@ -50,10 +56,10 @@ def push_checkpoint(
     commit_message: str = "Upload of a checkpoint by hf-unigd",
 ) -> CommitInfo:
     """
-    Uploads what a user of the checkpoint needs, and nothing else, in one commit. The repository shows all of it or, if
-    the upload is interrupted, none of it. Another call then sends only what is still missing. Weights, adapter and
-    probe of an earlier push are removed in the same commit if this push does not replace them. If neither the folder
-    nor the repository has a model card, one is written from the checkpoint's own files.
+    Uploads the files that a checkpoint is made of, and nothing else, in one commit. What stays behind is logged. The
+    repository shows all of it or, if the upload is interrupted, none of it. Another call then sends only what is still
+    missing. Weights, adapter and probe of an earlier push are removed in the same commit if this push does not replace
+    them. If neither the folder nor the repository has a model card, one is written from the checkpoint's own files.
 
     Args:
         folder: The folder that `save_pretrained` or the trainer wrote.
@@ -69,7 +75,8 @@ def push_checkpoint(
 
     Raises:
         ValueError: the folder holds no checkpoint, or an adapter whose base model is not on the Hub; the repository is
-            public although it should be private; or the Hub refuses the commit.
+            public although it should be private; a file is a link to one outside the folder; or the Hub refuses the
+            commit.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -90,6 +97,9 @@ def push_checkpoint(
         base = json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
         check_base_is_on_hub(base)
     names = pushed_files(folder)
+    stays = left_behind(folder)
+    if stays:
+        logger.warning("Not uploaded, because a checkpoint is not made of it: %s", ", ".join(stays))
     additions = [CommitOperationAdd(name, folder / name) for name in sorted(names)]
     api = HfApi(token=token)
     try:
@@ -122,10 +132,46 @@ def push_checkpoint(
 
 
 def pushed_files(folder: str | Path) -> set[str]:
-    """Paths of the files that a push uploads, relative to `folder`: all but what training left there."""
+    """
+    Paths of the files that a push uploads, relative to `folder`: those that a checkpoint is made of, and the pictures
+    that its card shows.
+
+    Raises:
+        ValueError: one of them is a link to a file outside the folder.
+    """
     folder = Path(folder)
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return set(filter_repo_objects(files, ignore_patterns=[*TRAINING_STATE, *DEFAULT_IGNORE_PATTERNS]))
+    wanted = {file.name for file in folder.iterdir() if any(fnmatch(file.name, name) for name in CHECKPOINT_FILES)}
+    wanted |= {f"{module}/{name}" for module in _module_folders(folder) for name in MODULE_FILES}
+    wanted |= {f"{TEMPLATE_FOLDER}/{file.name}" for file in folder.glob(f"{TEMPLATE_FOLDER}/*.jinja")}
+    wanted |= set(_pictures(folder / REPOCARD_NAME))
+    files = {name for name in wanted if (folder / name).is_file()}
+    for name in sorted(files):
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{folder / name} is a link to {(folder / name).resolve()}, outside the checkpoint. Replace the link "
+                "by the file if it shall be uploaded."
+            )
+    return files
+
+
+def left_behind(folder: str | Path) -> list[str]:
+    """What lies in a checkpoint's folder and is not uploaded, by name. A folder of it stands for its files."""
+    names = {name.partition("/")[0] for name in pushed_files(folder)}
+    return sorted(path.name + "/" * path.is_dir() for path in Path(folder).iterdir() if path.name not in names)
+
+
+def _module_folders(folder: Path) -> list[str]:
+    file = folder / "modules.json"
+    if not file.is_file():
+        return []
+    paths = [module.get("path", "") for module in json.loads(file.read_text(encoding="utf-8"))]
+    return [path for path in paths if re.fullmatch(r"[\w-]+", path)]
+
+
+def _pictures(card: Path) -> list[str]:
+    """Files beside a model card that it shows as pictures."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    return re.findall(r"!\[[^\]]*\]\(([\w.-]+)\)", text)
 
 
 def check_is_private(api: HfApi, repo_id: str) -> None:

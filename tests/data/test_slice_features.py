@@ -209,3 +209,16 @@ def test_siglip_pads_texts_to_its_limit_whatever_else_is_in_the_batch(tmp_path):
         alone, beside = encoder(["a cat"]), encoder(["a cat", "a much longer text of two cats"])[:1]
     torch.testing.assert_close(alone, expected)
     torch.testing.assert_close(beside, expected)
+
+
+def test_nothing_is_removed_that_was_not_written_here(teacher_args, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "rows.parquet").write_text("my rows")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds other files, and no slice features"):
+            write_slice_features(make_examples(4), teacher_args, tmp_path / "mine", overwrite=overwrite)
+    write_slice_features(make_examples(4), teacher_args, tmp_path / "f")
+    (tmp_path / "f" / "notes.txt").write_text("my notes")
+    write_slice_features(make_examples(4), teacher_args, tmp_path / "f", overwrite=True)
+    assert (tmp_path / "f" / "notes.txt").read_text() == "my notes"
+    assert (tmp_path / "mine" / "rows.parquet").read_text() == "my rows"

@@ -1,0 +1,66 @@
+"""An error of a command is one line and a status, and `--debug` shows where it comes from."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from hf_unigd.cli.main import COMMANDS, main
+
+
+def command_that_raises(monkeypatch, error):
+    module = ModuleType("hf_unigd.cli.generate")
+
+    def run(argv):
+        assert "--debug" not in argv
+        raise error
+
+    module.main = run
+    monkeypatch.setitem(sys.modules, "hf_unigd.cli.generate", module)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("Row 3 is bad."), "hf-unigd generate: Row 3 is bad."),
+        (RuntimeError("x does not compute what it did."), "hf-unigd generate: x does not compute what it did."),
+        (KeyError("name"), "hf-unigd generate: KeyError: 'name' (`--debug` shows where)"),
+        (StopIteration(), "hf-unigd generate: StopIteration:  (`--debug` shows where)"),
+        (ValueError(), "hf-unigd generate: ValueError: "),
+    ],
+)
+def test_an_error_is_one_line_and_debug_shows_all(monkeypatch, error, line):
+    command_that_raises(monkeypatch, error)
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", "out"])
+    assert exit.value.code == line
+    with pytest.raises(type(error)):
+        main(["generate", "out", "--debug"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interruption_says_what_is_kept(monkeypatch, capsys, command):
+    module = ModuleType("command")
+
+    def run(argv):
+        raise KeyboardInterrupt
+
+    module.main = run
+    monkeypatch.setattr("hf_unigd.cli.main.import_module", lambda *_: module)
+    with pytest.raises(SystemExit) as exit:
+        main([command])
+    assert exit.value.code == 130
+    message = capsys.readouterr().err
+    assert message.startswith(f"\nhf-unigd {command}: interrupted.") and message.count("\n") == 2
+    assert ("kept" in message) == (command in ("train", "index", "embed-slices"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flags", [["--no_such_flag", "1"], ["--config", "nowhere.yaml"], ["--config", "broken.yaml"]])
+def test_wrong_flags_and_broken_files_are_one_message(tmp_path, monkeypatch, capsys, command, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_bytes(b"a: [\xff")
+    with pytest.raises(SystemExit) as exit:
+        main([command, *flags])
+    assert exit.value.code not in (0, None)
+    assert "Traceback" not in f"{exit.value.code}{capsys.readouterr().err}"
