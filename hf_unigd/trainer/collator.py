@@ -67,17 +67,27 @@ class UniGDDataCollator:
 
     def __call__(self, examples: list[Example | None]) -> dict[str, Any]:
         good = [example for example in examples if example is not None]
-        while good:
-            try:
+        try:
+            if good:
                 return self._collate(good)
-            except RowError as error:
-                if not self.skip_bad_rows:
-                    raise
-                logger.warning("Skipped: %s", error)
-                good = [example for example in good if example.row != error.row]
+        except RowError:
+            if not self.skip_bad_rows:
+                raise
+            # Each row is tried once more, alone, however many of them are bad.
+            good = [example for example in good if self._is_usable(example)]
+            if good:
+                return self._collate(good)
         raise ValueError(
             f"None of the {len(examples)} rows of a batch can be used. The log has the reason for each row."
         )
+
+    def _is_usable(self, example: Example) -> bool:
+        try:
+            self._collate([example])
+        except RowError as error:
+            logger.warning("Skipped: %s", error)
+            return False
+        return True
 
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         with_slices = self.prefixes is not None and all(example.slices for example in examples)

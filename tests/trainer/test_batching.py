@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -156,3 +157,21 @@ def test_grouping_by_length_reduces_padding_for_images_of_unequal_sizes(tmp_path
 def test_grouping_by_length_needs_check_rows(tmp_path):
     with pytest.raises(ValueError, match="check_rows=True"):
         make_trainer(tmp_path, train_sampling_strategy="group_by_length", check_rows=False)
+
+
+def test_bad_rows_of_a_batch_cost_one_more_try_each(tmp_path, caplog):
+    """However many rows are bad, each is collated at most three times: in the batch, alone, and with the good ones."""
+    rows = make_rows(16, long_caption=["A cat." + " on the grass" * (90 if place % 2 else 1) for place in range(16)])
+    trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, max_length=120, check_rows=False)
+    collator, processed = trainer.data_collator, []
+    process = collator.processor.process_sequences
+
+    def count(sequences, *args, **kwargs):
+        processed.extend(sequences)
+        return process(sequences, *args, **kwargs)
+
+    with patch.object(collator.processor, "process_sequences", count):
+        batch = collator([trainer.train_dataset[place] for place in range(16)])
+    assert batch["rows"].tolist() == list(range(0, 16, 2))
+    assert len(processed) <= 3 * 2 * 16
+    assert sum("Skipped: Row" in line for line in caplog.messages) == 8
