@@ -49,9 +49,8 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and not image.has_transparency_data:
-        image.load()
-        return image
+    if type(image) is Image.Image and image.mode == "RGB" and not image.has_transparency_data:
+        return image  # others belong to a file, which they would keep open
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return _as_eight_bits(image).convert("RGB")
     if not image.has_transparency_data:
