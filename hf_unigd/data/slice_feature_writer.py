@@ -56,8 +56,8 @@ def write_slice_features(
     if description is None and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files, and no slice features. Choose a new folder as `--output`.")
     if overwrite and description is not None:
-        for part in folder.glob("part-[0-9][0-9][0-9][0-9][0-9]*"):  # nothing but what was written here
-            shutil.rmtree(part)
+        for written in folder.glob("part-[0-9][0-9][0-9][0-9][0-9]*"):  # nothing but what was written here
+            shutil.rmtree(written)
         (folder / DESCRIPTION).unlink()
         description = None
     fingerprint = args.fingerprint()

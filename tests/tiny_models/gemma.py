@@ -6,7 +6,6 @@ from transformers import (
     Gemma3Processor,
     Gemma4Config,
     Gemma4ImageProcessorPil,
-    Gemma4Processor,
 )
 
 from .building import VISION, family, images_only, make_tokenizer, text_config
@@ -62,6 +61,8 @@ def _gemma3():
 @family("gemma4", stand_ins="no video processor, no feature extractor")
 def _gemma4():
     """Its logits are capped, and each layer has an embedding of its own of each token."""
+    from transformers import Gemma4Processor  # transformers 5.20 cannot import it without torchvision
+
     tokenizer = make_tokenizer(
         ["<|turn>", "<turn|>"],
         bos="<bos>",

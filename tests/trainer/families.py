@@ -325,7 +325,11 @@ def run_check(name: str, check: str, folder: Path) -> str:
     """The result of a check: `"ok"`, `"not run"` with a reason, or what went wrong."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        CHECKS[check](Family(name), folder)
+        family = Family(name)
+    except ModuleNotFoundError as reason:  # older versions of transformers need torchvision for more processors
+        return f"{NOT_RUN}: {reason}"
+    try:
+        CHECKS[check](family, folder)
     except NotRunError as reason:
         return f"{NOT_RUN}: {reason}"
     except Exception as error:
