@@ -26,7 +26,7 @@ def documented() -> list[tuple[str, str]]:
     return sorted({(file, command) for file, command in found if "..." not in command and "--help" not in command})
 
 
-class ParsedError(Exception):
+class ParsedError(BaseException):
     """Stops a command that has parsed its arguments."""
 
 
