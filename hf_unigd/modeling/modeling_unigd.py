@@ -218,9 +218,7 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
 
     def _decode(self, image_features=None, **inputs):
         """Runs the backbone without its language-modelling head. Inputs that are None are not passed on."""
-        videos = [name for name, value in inputs.items() if "video" in name and value is not None]
-        if videos:
-            raise ValueError(f"Videos are not supported, but the inputs hold `{videos[0]}`. Pass images and texts.")
+        _refuse_videos(inputs)
         if image_features is not None:
             inputs["mm_encoder_outputs"] = {"image": image_features}
         return self.vlm.base_model(**{name: value for name, value in inputs.items() if value is not None})
@@ -375,7 +373,14 @@ class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """Generates as the backbone does. `spans` is ignored, so that a batch can be passed unchanged."""
         kwargs.pop("spans", None)
+        _refuse_videos(kwargs)
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
+
+
+def _refuse_videos(inputs: dict) -> None:
+    videos = [name for name, value in inputs.items() if "video" in name and value is not None]
+    if videos:
+        raise ValueError(f"Videos are not supported, but the inputs hold `{videos[0]}`. Pass images and texts.")
 
 
 def next_token_loss(

@@ -279,6 +279,8 @@ def test_reserved_tokens_are_refused_in_sequences_and_targets(text):
 
 def test_videos_are_refused(llava):
     model, processor = llava
+    with pytest.raises(ValueError, match="Videos are not supported"):
+        model.generate(input_ids=torch.ones(1, 2, dtype=torch.long), pixel_values_videos=torch.zeros(1))
     with pytest.raises(ValueError, match="`videos` are not supported"):
         processor(text=["red"], videos=[[make_image(1)]])
     with pytest.raises(ValueError, match="The conversation holds a video"):
