@@ -38,7 +38,7 @@ commands:
 
   hf-unigd train --config recipe.yaml --learning_rate 5e-5
 
-An error is one line; `--debug` shows where it comes from.
+An error is one line; `--debug` at the end of the command line shows where it comes from.
 """
 
 # What an interrupted command leaves, and how to go on.
@@ -59,15 +59,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         sys.exit(f"hf-unigd: there is no command {command!r}. The commands are {', '.join(COMMANDS)}.")
-    debug = "--debug" in rest
+    # With a value, it is the argument of that name of transformers' TrainingArguments.
+    places = [n for n, word in enumerate(rest) if word == "--debug" and (rest[n + 1 :] or ["--"])[0].startswith("--")]
     try:
         module = import_module(f".{command.replace('-', '_')}", __package__)
-        module.main([argument for argument in rest if argument != "--debug"])
+        module.main([word for n, word in enumerate(rest) if n not in places])
     except KeyboardInterrupt:
         print(f"\nhf-unigd {command}: interrupted.{AFTER_INTERRUPTION.get(command, '')}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if debug:
+        if places:
             raise
         # Errors of these types are raised with a message for people.
         is_explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, RuntimeError))

@@ -11,7 +11,7 @@ from ..modeling.images_unigd import open_image as open_source
 
 
 def open_image(value: Any, folder: str | Path | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Opens an image of a row by [`~hf_unigd.modeling.open_image`].
+    """Opens an image of a row by [`~hf_unigd.modeling.images_unigd.open_image`].
 
     Args:
         value: A PIL image, encoded bytes, a path, or the `{"bytes": ..., "path": ...}` of an undecoded

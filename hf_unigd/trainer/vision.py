@@ -212,7 +212,8 @@ def join_images(images: list[dict[str, torch.Tensor]]) -> ModelOutput:
             features[name] = tensors[0]
             continue
         value = tensors if _LISTED in form else torch.cat(tensors)
-        features[name] = [*features.get(name, []), value] if form[:1] not in ([], [_LISTED]) else value
+        is_layer = bool(form) and form[0].isdigit()
+        features[name] = [*features.get(name, []), value] if is_layer else value
     return features
 
 

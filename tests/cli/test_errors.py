@@ -38,6 +38,14 @@ def test_an_error_is_one_line_and_debug_shows_all(monkeypatch, error, line):
         main(["generate", "out", "--debug"])
 
 
+def test_debug_with_a_value_is_the_argument_of_the_trainer(monkeypatch):
+    module, seen = ModuleType("hf_unigd.cli.train"), []
+    module.main = seen.extend
+    monkeypatch.setitem(sys.modules, "hf_unigd.cli.train", module)
+    main(["train", "--debug", "underflow_overflow", "--debug", "--max_steps", "2"])
+    assert seen == ["--debug", "underflow_overflow", "--max_steps", "2"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_interruption_says_what_is_kept(monkeypatch, capsys, command):
     module = ModuleType("command")
