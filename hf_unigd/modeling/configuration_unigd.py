@@ -158,7 +158,14 @@ def _hidden_size(vlm_config: PreTrainedConfig) -> int:
             f"`vlm_config` is the configuration of an encoder-decoder ({vlm_config.model_type!r}); the backbone must "
             "be a decoder-only model."
         )
-    hidden_size = getattr(vlm_config.get_text_config(decoder=True), "hidden_size", None)
+    text_config = vlm_config.get_text_config(decoder=True)
+    if getattr(text_config, "use_bidirectional_attention", None) in (True, "all"):
+        raise ValueError(
+            f"The language model of the backbone ({vlm_config.model_type!r}) attends to later tokens "
+            "(`use_bidirectional_attention`), so what follows an embedding prompt would change the embedding. The "
+            "backbone must be a decoder-only model."
+        )
+    hidden_size = getattr(text_config, "hidden_size", None)
     if not isinstance(hidden_size, int):
         raise ValueError(
             f"The configuration of the backbone ({vlm_config.model_type!r}) does not say which part of it is the "

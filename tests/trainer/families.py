@@ -438,9 +438,8 @@ each is wrapped, refused, or not buildable by transformers itself from its defau
 
 {walk}
 
-PaliGemma is refused by `UniGDProcessor`, because its processor processes no text without an image. Other processors
-without `replace_image_token`, such as Idefics2's, are refused too, because they do not say by which tokens they
-replace an image.
+`UniGDProcessor` also refuses processors without `replace_image_token`, such as Idefics2's, because they do not say by
+which tokens they replace an image, and those that process no text without an image.
 
 ## Good to know
 

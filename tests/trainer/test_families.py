@@ -47,6 +47,7 @@ def test_the_documented_table_has_every_family_and_no_failure():
     ("model_type", "message"),
     [
         ("florence2", "encoder-decoder"),
+        ("paligemma", "attends to later tokens"),
         ("llama4", "Llama4ForConditionalGeneration is not supported: it has no base model"),
         ("mllama", "its base model has no `get_image_features`"),
         ("pi0", "does not say which part of it is the language model"),
