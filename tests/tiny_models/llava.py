@@ -76,11 +76,10 @@ def _llava():
 def _vipllava():
     tokenizer = make_tokenizer(["<image>"], bos="<s>")
     config = VipLlavaConfig(
-        vision_config=_clip(num_hidden_layers=3),
+        vision_config=_clip(num_hidden_layers=11),  # five of them are read
         text_config=text_config("llama", tokenizer),
         **ids_of(tokenizer, image_token_index="<image>"),
         image_seq_length=4,
-        vision_feature_layer=[-2, 1],
     )
     processor = _clip_processor(
         LlavaProcessor, tokenizer, vision_feature_select_strategy="default", num_additional_image_tokens=1
