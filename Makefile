@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test floors parity families lint format clean
+.PHONY: help install install-dev quickstart test floors parity families attack lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ parity: install-dev  ## One objective, however it is run: every case, and docs/p
 
 families: install-dev  ## Every backbone family through everything: docs/backbones.md
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/trainer/families.py
+
+attack: install-dev  ## Awkward pictures, rows, checkpoints and command lines: every outcome is right or a named refusal
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m attack $(ATTACK)
 
 lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .
