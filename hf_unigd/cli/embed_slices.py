@@ -9,7 +9,7 @@ from datasets import IterableDataset
 from transformers import AutoTokenizer
 
 from ..data import ExampleDataset, RowParser, TeacherArguments, write_slice_features
-from ..data.rows import check_columns
+from ..data.formats import check_columns
 from ..trainer import UniGDScriptArguments
 from .arguments import ImageArguments, accelerator
 from .parser import CommandParser

@@ -1,5 +1,6 @@
 """Turns rows of any accepted format into examples: sequences to embed, their matches, and texts to predict."""
 
+from .check import ExampleCheck
 from .dataset import ExampleDataset, IterableExampleDataset, make_examples
 from .example import Example, RowError
 from .icons import load_icons
@@ -14,6 +15,7 @@ from .teachers import TeacherArguments, Teachers
 
 __all__ = [
     "Example",
+    "ExampleCheck",
     "ExampleDataset",
     "IterableExampleDataset",
     "RowError",

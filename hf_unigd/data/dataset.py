@@ -10,7 +10,9 @@ from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
 from .example import Example, RowError
-from .rows import RowParser, check_columns
+from .features import without_decoding
+from .formats import check_columns
+from .rows import RowParser
 from .slice_features import SliceFeatures
 
 
@@ -31,6 +33,7 @@ class ExampleDataset(torch.utils.data.Dataset):
         skip_bad_rows: Return None for a bad row and log the reason, instead of raising. The collator drops None.
         slice_features: Precomputed teacher features of the rows' slices, if there are any.
         lengths: Length of every example, in the order of `indices`, if the lengths were measured.
+        check: Raises a [`RowError`] for an example that cannot be used, such as [`ExampleCheck`].
 
     Raises:
         RowError: on reading a bad row, if `skip_bad_rows` is off.
@@ -44,13 +47,15 @@ class ExampleDataset(torch.utils.data.Dataset):
         skip_bad_rows: bool = False,
         slice_features: SliceFeatures | None = None,
         lengths: Sequence[int] | None = None,
+        check: Callable[[Example], None] | None = None,
     ):
-        self.rows = rows
+        self.rows = without_decoding(rows)
         self.parser = parser
         self.indices = range(len(rows)) if indices is None else indices
         self.skip_bad_rows = skip_bad_rows
         self.slice_features = slice_features
         self.lengths = lengths
+        self.check = check
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,9 +86,11 @@ class ExampleDataset(torch.utils.data.Dataset):
         """
         try:
             row = self.rows[index]
-        except (OSError, ValueError, SyntaxError) as error:  # the `datasets.Image` feature decodes here
-            raise RowError(index, f"cannot be read: {error}") from error
+        except Exception as error:  # of a transform, or of a torch dataset, which may decode images here
+            raise RowError(index, f"cannot be read: {error or type(error).__name__}") from error
         example = self.parser(row, index)
+        if self.check is not None:
+            self.check(example)
         example.epoch = self.epoch
         if self.slice_features is not None:
             try:
@@ -101,16 +108,25 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
         parser: Turns a row into an [`Example`].
         skip_bad_rows: Skip bad rows instead of raising; every reason is logged, with the number skipped so far.
         endless: Start again in the order of the next epoch when the rows are exhausted.
+        check: Raises a [`RowError`] for an example that cannot be used, such as [`ExampleCheck`].
 
     Raises:
         RowError: on reading a bad row, if `skip_bad_rows` is off.
     """
 
-    def __init__(self, rows: IterableDataset, parser: RowParser, skip_bad_rows: bool = False, endless: bool = False):
-        self.rows = rows
+    def __init__(
+        self,
+        rows: IterableDataset,
+        parser: RowParser,
+        skip_bad_rows: bool = False,
+        endless: bool = False,
+        check: Callable[[Example], None] | None = None,
+    ):
+        self.rows = without_decoding(rows)
         self.parser = parser
         self.skip_bad_rows = skip_bad_rows
         self.endless = endless
+        self.check = check
         self.skipped = 0
         self.epoch = 0
 
@@ -120,7 +136,7 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
         `datasets` splits the shard further between the workers of a data loader.
         """
         rows = split_dataset_by_node(self.rows, index, count) if count > 1 else self.rows
-        return IterableExampleDataset(rows, self.parser, self.skip_bad_rows, endless)
+        return IterableExampleDataset(rows, self.parser, self.skip_bad_rows, endless, self.check)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -140,13 +156,16 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
         for index, row in enumerate(self.rows):
             try:
                 example = self.parser(row, index)
-                example.epoch = self.epoch
-                yield example
+                if self.check is not None:
+                    self.check(example)
             except RowError as error:
                 if not self.skip_bad_rows:
                     raise
                 self.skipped += 1
                 logger.warning("Skipped (%d so far): %s", self.skipped, error)
+                continue
+            example.epoch = self.epoch
+            yield example
 
 
 def make_examples(
@@ -156,6 +175,7 @@ def make_examples(
     check_rows: bool = True,
     slice_features: SliceFeatures | None = None,
     length_of: Callable[[Example], int] | None = None,
+    check: Callable[[Example], None] | None = None,
 ) -> ExampleDataset | IterableExampleDataset:
     """Makes a dataset of examples. The rows of a map-style dataset are checked beforehand.
 
@@ -169,6 +189,8 @@ def make_examples(
         slice_features: Precomputed teacher features of the slices of a map-style dataset.
         length_of: Returns the length of an example. It is called while the rows are checked, so that batches can be
             made of examples of similar lengths.
+        check: Raises a [`RowError`] for an example that cannot be used, such as [`ExampleCheck`]. It is called once
+            for each row of a map-style dataset that is checked, otherwise whenever a row is read.
 
     Raises:
         TypeError: `rows` is none of these.
@@ -192,7 +214,7 @@ def make_examples(
                 "Slice features are stored by row number, and the rows of a streaming dataset have no numbers. Train "
                 "without `slice_features` (the teachers then run during training), or load the rows without streaming."
             )
-        return IterableExampleDataset(rows, parser, skip_bad_rows)
+        return IterableExampleDataset(rows, parser, skip_bad_rows, check=check)
     is_indexable = isinstance(rows, (Dataset, torch.utils.data.Dataset, Sequence)) and not isinstance(
         rows, (str, torch.utils.data.IterableDataset)
     )
@@ -208,7 +230,7 @@ def make_examples(
     # A transform may return other columns than the stored ones.
     if isinstance(rows, Dataset) and rows.format["type"] != "custom":
         check_columns(rows.column_names)
-    examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows, slice_features=slice_features)
+    examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows, slice_features=slice_features, check=check)
     if not check_rows:
         if length_of is not None:
             raise ValueError(

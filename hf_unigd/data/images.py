@@ -4,10 +4,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from PIL import Image
 
 from ..modeling.images_unigd import MAX_PIXELS, ImageError
 from ..modeling.images_unigd import open_image as open_source
+
+
+# Of files on the Hub, and inside archives on the Hub or on disk. Other addresses in a row are not fetched.
+_PROTOCOLS = {"hf", "zip", "tar", "file"}
 
 
 def open_image(value: Any, folder: str | Path | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -25,6 +30,8 @@ def open_image(value: Any, folder: str | Path | None = None, max_pixels: int = M
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and "://" in value and folder is None:
+        value = _read_url(value)
     if isinstance(value, (str, Path)):
         value = _existing_file(value, folder)
     elif isinstance(value, bytes):
@@ -48,3 +55,15 @@ def _existing_file(path: str | Path, folder: str | Path | None) -> Path:
     if not is_file:
         raise ImageError(f"has a missing image: there is no file {file}")
     return file
+
+
+def _read_url(url: str) -> bytes:
+    """Reads a file of the Hub or inside an archive, as `datasets` names those of a stream."""
+    protocols = {link.partition("://")[0] for link in url.split("::") if "://" in link}
+    if not protocols <= _PROTOCOLS:
+        raise ImageError(f"has an image at {url}, which is not fetched. Download it, and give its path")
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except Exception as error:  # of the Hub, the network, or the archive
+        raise ImageError(f"has an image that cannot be read: {error}") from error

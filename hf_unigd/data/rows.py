@@ -6,44 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.images_unigd import MAX_PIXELS
+from .chats import from_llava, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
+from .formats import format_of, holds_many, is_negative
 from .images import open_image
 from .slices import SentenceSplitter, slices_of
-
-
-ACCEPTED = """\
-  messages [+ images] [+ positive_messages] [+ negative_messages]   chat, ms-swift's and TRL's columns
-  conversations [+ image]                                           LLaVA's columns
-  anchor, positive [, negative, negative_1, ...]                    sentence-transformers' columns
-  image, short_caption and/or long_caption                          contrastive and next-token captions
-  image, caption                                                    a short or long caption, by its length"""
-
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-# TRL's and LLaVA's data mark an image inside a text with this tag, whatever the image token of the model is.
-_IMAGE_TAG = "<image>"
-
-
-def check_columns(columns: list[str], requires_match: bool = True) -> None:
-    """Checks that a dataset has the columns of an accepted row format.
-
-    Args:
-        columns: Column names of the dataset.
-        requires_match: Whether rows need a match, a caption or an answer; if not, `anchor` or `image` alone is enough.
-
-    Raises:
-        ValueError: the columns fit no accepted format. The message names them.
-    """
-    have = set(columns)
-    if not requires_match and have & {"anchor", "image"}:
-        return
-    if "messages" in have or "conversations" in have or {"anchor", "positive"} <= have:
-        return
-    if "image" in have and have & {"short_caption", "long_caption", "caption"}:
-        return
-    raise ValueError(
-        f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n"
-        + ACCEPTED
-    )
 
 
 @dataclass
@@ -111,38 +78,42 @@ class RowParser:
     def _parse(self, row: Mapping[str, Any], index: int) -> Example:
         row = {name: value for name, value in row.items() if value is not None}
         try:
-            for name in ("video", "videos"):
-                if row.get(name):
-                    raise ValueError(f"has a video in `{name}`, but only images and texts are supported")
-            if "messages" in row:
-                return self._from_messages(row, index)
-            if "conversations" in row:
-                return self._from_conversations(row, index)
-            if "anchor" in row and ("positive" in row or not self.requires_match):
-                negatives = [name for name in row if name == "negative" or name.startswith("negative_")]
-                return Example(
-                    row=index,
-                    anchor=self._user_turn(row["anchor"], "anchor"),
-                    positive=self._user_turn(row["positive"], "positive") if "positive" in row else None,
-                    negatives=[self._user_turn(row[name], name) for name in negatives],
-                )
-            if "image" in row:
-                return self._from_captions(row, index)
+            return self._parsers[format_of(row, self.requires_match).name](row, index)
         except ValueError as error:
             raise RowError(index, f"{error}.") from error
-        raise RowError(index, f"has no usable columns, only {sorted(row)}. The accepted formats are:\n{ACCEPTED}")
+
+    @property
+    def _parsers(self) -> dict[str, Callable[[Mapping[str, Any], int], Example]]:
+        """By the names of the formats."""
+        return {
+            "chat": self._from_messages,
+            "llava": self._from_conversations,
+            "pair": self._from_pair,
+            "captions": self._from_captions,
+        }
+
+    def _from_pair(self, row, index) -> Example:
+        return Example(
+            row=index,
+            anchor=self._user_turn(row["anchor"], "anchor"),
+            positive=self._match(row["positive"], "positive") if "positive" in row else None,
+            negatives=self._negatives(row),
+        )
 
     def _from_captions(self, row, index) -> Example:
         image = self._open_image(row["image"])
         short, long = row.get("short_caption"), row.get("long_caption")
-        if "caption" in row and short is None and long is None:
+        if "caption" in row:
+            if short is not None or long is not None:
+                raise ValueError(
+                    "has a `caption` beside a `short_caption` or `long_caption`; a `caption` becomes one of them by "
+                    "its length, so remove one"
+                )
             caption = _caption(row["caption"], "caption")
             if self.count_tokens(caption) < self.short_caption_max_tokens:
                 short = caption
             else:
                 long = caption
-        if short is None and long is None and self.requires_match:
-            raise ValueError("has an image without `short_caption`, `long_caption` or `caption`")
         short = None if short is None else _caption(short, "short_caption")
         long = None if long is None else _caption(long, "long_caption")
         for name, text in (("short_caption", short), ("long_caption", long)):
@@ -152,26 +123,26 @@ class RowParser:
                     f"has a `{name}` of {length} tokens, more than `long_caption_max_tokens="
                     f"{self.long_caption_max_tokens}`; shorten it or raise the limit"
                 )
+        negatives = self._negatives(row)
+        # With a limit of 0, no caption is contrasted, and negatives are not wanted either.
+        if negatives and short is None and self.requires_match and self.short_caption_max_tokens:
+            raise ValueError("has negatives, but no short caption, so there is nothing that they are contrasted with")
         return Example(
             row=index,
             anchor=_turn([{"type": "image", "image": image}]),
             positive=None if short is None else _turn([{"type": "text", "text": short}]),
+            negatives=negatives,
             target=long,
         )
 
     def _from_conversations(self, row, index) -> Example:
-        messages = []
-        for turn in row["conversations"]:
-            if turn.get("from") not in _ROLES:
-                raise ValueError(
-                    f"has a turn from {turn.get('from')!r} in `conversations`; `from` must be one of {sorted(_ROLES)}"
-                )
-            messages.append({"role": _ROLES[turn["from"]], "content": turn["value"]})
-        images = [row["image"]] if "image" in row else []
-        return self._from_messages({"messages": messages, "images": images}, index)
+        return self._from_messages({**row, "messages": from_llava(row["conversations"])}, index)
 
     def _from_messages(self, row, index) -> Example:
-        messages = self._messages(row["messages"], list(row.get("images", [])), "messages")
+        if "image" in row and row.get("images"):
+            raise ValueError("has both `image` and `images`; remove one")
+        images = row.get("images") or row.get("image")
+        messages = read_chat(row["messages"], images, "messages", self._open_image)
         target = None
         if messages[-1]["role"] == "assistant":
             answer = messages.pop()["content"]
@@ -183,78 +154,66 @@ class RowParser:
             target = " ".join(part["text"] for part in answer)
         if not messages or messages[-1]["role"] != "user":
             raise ValueError("has `messages` without a user's turn before the answer")
-        positives = row.get("positive_messages") or []
-        if positives and isinstance(positives[0], list):
-            if len(positives) > 1:
-                raise ValueError(f"has {len(positives)} conversations in `positive_messages`; give one per row")
-            positives = positives[0]
-        negatives = row.get("negative_messages") or []
-        if negatives and not isinstance(negatives[0], list):
-            negatives = [negatives]
+        positives, negatives = self._matches(row, "positive"), self._matches(row, "negative")
+        if len(positives) > 1:
+            raise ValueError(f"has {len(positives)} conversations in `positive_messages`; give one per row")
+        if negatives and not positives:
+            raise ValueError("has `negative_messages`, but no `positive_messages` that they are contrasted with")
         if not positives and target is None and self.requires_match and self.splitter is None:
             raise ValueError("has neither an assistant's answer nor `positive_messages`, so there is nothing to learn")
         return Example(
             row=index,
             anchor=messages,
-            positive=self._messages(positives, [], "positive_messages") if positives else None,
-            negatives=[self._messages(negative, [], "negative_messages") for negative in negatives],
+            positive=positives[0] if positives else None,
+            negatives=negatives,
             target=target,
             prompted=bool(positives),
         )
 
-    def _messages(self, messages, images, name) -> Messages:
-        """Returns the messages with their image placeholders replaced by `images`, in order."""
-        if not messages:
-            raise ValueError(f"has an empty `{name}`")
-        turns = []
-        for turn in messages:
-            content = turn.get("content")
-            parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-            turns.append({"role": turn["role"], "content": [piece for part in parts for piece in _split(part)]})
-        placeholders = sum(_is_placeholder(part) for _, part in iter_parts(turns))
-        if images and not placeholders:  # as in TRL, images without a placeholder come first in the first user's turn
-            first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
-            first["content"] = [{"type": "image"} for _ in images] + first["content"]
-            placeholders = len(images)
-        if placeholders != len(images):
-            raise ValueError(
-                f"has {placeholders} image placeholders in `{name}`, but the number of images is {len(images)}"
-            )
-        filling = iter(images)
-        for turn in turns:
-            turn["content"] = [
-                self._part(next(filling) if _is_placeholder(part) else part, turn["role"], name)
-                for part in turn["content"]
-            ]
-        return turns
-
-    def _part(self, part, role, name):
-        if isinstance(part, dict) and part.get("type") == "text":
-            if not part["text"].strip():
-                raise ValueError(f"has an empty text in the {role}'s turn of `{name}`")
-            return {"type": "text", "text": part["text"]}
-        if isinstance(part, dict) and part.get("type") not in ("image", None):
-            raise ValueError(
-                f"has a part of type {part['type']!r} in `{name}`, but only images and texts are supported"
-            )
-        if isinstance(part, dict) and part.get("type") == "image":
-            part = next(part[key] for key in ("image", "path", "url") if part.get(key) is not None)
-        return {"type": "image", "image": self._open_image(part)}
+    def _matches(self, row, kind) -> list[Messages]:
+        """The chats of `positive_messages` or `negative_messages`, which are embedded."""
+        name = f"{kind}_messages"
+        chats = read_chats(row.get(name), row.get(f"{kind}_images"), name, self._open_image)
+        if any(chat[-1]["role"] != "user" for chat in chats):
+            raise ValueError(f"has a chat in `{name}` that does not end with the user's turn")
+        return chats
 
     def _open_image(self, value):
         return open_image(value, self.image_folder, self.max_image_pixels)
 
+    def _negatives(self, row) -> list[Messages]:
+        negatives = []
+        for name, value in row.items():
+            if is_negative(name) and holds_many(name):
+                values = value if isinstance(value, (list, tuple)) else [value]
+                negatives += [self._user_turn(each, name) for each in values]
+            elif is_negative(name):
+                negatives.append(self._match(value, name))
+        return negatives
+
+    def _match(self, value, name) -> Messages:
+        """One match or negative. A list of texts alone, or of images alone, may mean several of them."""
+        is_list = isinstance(value, (list, tuple))
+        if is_list and len(value) > 1 and len({isinstance(part, str) for part in value}) == 1:
+            kind = "texts" if isinstance(value[0], str) else "images"
+            remedy = "give one per row" if name == "positive" else "name the column `negatives`"
+            raise ValueError(
+                f"has a list of {len(value)} {kind} in `{name}`: if each of them is one, {remedy}; if they are one "
+                "sequence, give a chat (`messages`, `positive_messages`, `negative_messages`)"
+            )
+        return self._user_turn(value, name)
+
     def _user_turn(self, value, name) -> Messages:
-        """Returns a user's turn that holds one text, one image, or a list of both."""
-        slices = value if isinstance(value, list) else [value]
-        if not slices:
+        """A user's turn that holds one text, one image, or a list of both."""
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not parts:
             raise ValueError(f"has an empty `{name}`")
         return _turn(
             [
                 {"type": "text", "text": _caption(part, name)}
                 if isinstance(part, str)
                 else {"type": "image", "image": self._open_image(part)}
-                for part in slices
+                for part in parts
             ]
         )
 
@@ -279,21 +238,3 @@ def _caption(value, name) -> str:
     if not value.strip():
         raise ValueError(f"has an empty `{name}`")
     return value.strip()
-
-
-def _split(part):
-    """Splits a text part at its image tags. Every tag becomes an image part."""
-    part = {key: value for key, value in part.items() if value is not None}
-    if part.get("type") != "text" or _IMAGE_TAG not in part["text"]:
-        return [part]
-    pieces: list[dict] = []
-    for place, text in enumerate(part["text"].split(_IMAGE_TAG)):
-        if place:
-            pieces.append({"type": "image"})
-        if text.strip():
-            pieces.append({"type": "text", "text": text.strip()})
-    return pieces
-
-
-def _is_placeholder(part) -> bool:
-    return part.get("type") == "image" and not any(part.get(key) for key in ("image", "path", "url"))

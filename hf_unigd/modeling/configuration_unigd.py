@@ -134,6 +134,11 @@ class UniGDConfig(PreTrainedConfig):
         return self.vlm_config.vision_config
 
     @property
+    def context_length(self) -> int | None:
+        """Maximum number of tokens that the backbone's language model takes, or `None` if its config names none."""
+        return getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
     def custom_pipelines(self) -> dict:
         """The pipeline that `pipeline("feature-extraction", model=..., trust_remote_code=True)` uses.
 

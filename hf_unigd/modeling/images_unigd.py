@@ -61,16 +61,18 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _as_eight_bits(image: Image.Image) -> Image.Image:
-    """An image of one deep channel with values from 0 to 255. Integers of 16 bits and numbers from 0 to 1 are scaled
-    by their range, others by the range of the image if they are not from 0 to 255 already."""
+    """An image of one deep channel with values from 0 to 255. Integers are scaled by the smallest of the usual depths
+    that holds them all, as files of 16 bits often hold 8 or 12; numbers from 0 to 1 by 255; and others by the range of
+    the image, if they are not from 0 to 255 already."""
     values = np.asarray(image).astype(np.float64)
     largest = float(np.finfo(np.float32).max)
     values = np.nan_to_num(values, posinf=largest, neginf=-largest)
     low, high = values.min(), values.max()
-    if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
-        values = values / 257
-    elif image.mode == "F" and low >= 0 and high <= 1:
+    depth = next((bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits), None)
+    if image.mode == "F" and low >= 0 and high <= 1:
         values = values * 255
+    elif image.mode != "F" and low >= 0 and depth is not None:
+        values = values * (255 / ((1 << depth) - 1))
     elif low < 0 or high > 255:
         values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
     return Image.fromarray(np.round(values).astype(np.uint8))

@@ -172,8 +172,10 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
             `torch.FloatTensor` of shape `(num_spans, embedding_dim)` or `(num_spans, truncate_dim)`: unit vectors.
 
         Raises:
-            ValueError: if `truncate_dim` is not one of `config.matryoshka_dims`.
+            ValueError: if `truncate_dim` is not one of `config.matryoshka_dims`, or a row has more tokens than
+                `config.context_length`.
         """
+        self._check_length(attention_mask, **inputs)
         if truncate_dim is not None and truncate_dim not in (self.config.matryoshka_dims or []):
             raise ValueError(
                 f"`truncate_dim={truncate_dim}` was not trained. The model was trained for "
@@ -182,6 +184,18 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
         outputs = self._decode(attention_mask=attention_mask, use_cache=False, **inputs)
         embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)
         return embeddings if truncate_dim is None else F.normalize(embeddings[:, :truncate_dim], dim=-1)
+
+    def _check_length(self, attention_mask=None, input_ids=None, **inputs) -> None:
+        limit = self.config.context_length
+        if limit is None or input_ids is None or input_ids.shape[1] <= limit:
+            return
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        longest, row = mask.sum(1).max(0)
+        if longest > limit:
+            raise ValueError(
+                f"Row {row.item()} has {longest.item()} tokens, more than the {limit} of the model's context. "
+                "Shorten it."
+            )
 
     @property
     def accepts_image_features(self) -> bool:

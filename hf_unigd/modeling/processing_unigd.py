@@ -23,7 +23,7 @@ from .hub_files_unigd import find_file
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
 from .rendering_unigd import SequenceError, SequenceRenderer
-from .tokenizing_unigd import SequenceTokenizer
+from .tokenizing_unigd import SequenceTokenizer, check_vlm_processor
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class UniGDProcessor(ProcessorMixin):
             raise ValueError(f"`prompts` takes the keys {sorted(DEFAULT_PROMPTS)}, got {sorted(prompts)}.")
         check_choice("embedding_position", embedding_position, ("prompt", "last_slice"))
         check_choice("image_pooling", image_pooling, ("mean", "last"))
-        _check_processor(vlm_processor)
+        check_vlm_processor(vlm_processor)
         vlm_processor.chat_template = freeze_dates(vlm_processor.chat_template)
         self.vlm_processor = vlm_processor
         self.prompts = prompts
@@ -258,6 +258,34 @@ class UniGDProcessor(ProcessorMixin):
             ]
             batch["labels"] = pad_sequence(labels, True, -100, side)
         return batch
+
+    def check_sequence(
+        self, sequence, target: str | None = None, *, prompted: bool = True, max_length: int | None = None
+    ) -> None:
+        """
+        Checks that [`process_sequences`] takes a sequence. Images are processed only if their sizes do not tell that
+        the sequence is well below the limit.
+
+        Args:
+            sequence, target, prompted, max_length: As in [`process_sequences`].
+
+        Raises:
+            SequenceError: as [`process_sequences`] does.
+        """
+        prompts = self._embedding_prompts if prompted and self.embedding_position == "prompt" else None
+        row = self._renderer.render(0, sequence, target, prompts)
+        try:
+            sizes = [(image.height, image.width) for image in row.images]
+            counts = self._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+        except Exception:  # an image processor refuses an image in its own way
+            counts = None
+        if counts is not None:
+            # Marks of images, of their rows and of their tiles are not counted.
+            length = len(self.tokenizer(row.prompt + row.answer)["input_ids"])
+            length += sum(2 * count + 16 for count in counts)
+            if max_length is None or length <= max_length:
+                return
+        self.process_sequences([sequence], [target], prompted=prompted, max_length=max_length)
 
     def add_soft_prompts(self) -> dict[str, list[int]]:
         """
@@ -443,28 +471,6 @@ class UniGDProcessor(ProcessorMixin):
         """
         vlm_processor = AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(vlm_processor, prompts, embedding_position=embedding_position, image_pooling=image_pooling)
-
-
-def _check_processor(vlm_processor) -> None:
-    """
-    Raises:
-        ValueError: the backbone's processor lacks something that sequences need.
-    """
-    name = type(vlm_processor).__name__
-    if (
-        getattr(vlm_processor, "image_token", None) is None
-        or type(vlm_processor).replace_image_token is ProcessorMixin.replace_image_token
-    ):
-        raise ValueError(
-            f"{name} is not supported: it does not say by which tokens it replaces an image (it has no `image_token` "
-            "or no `replace_image_token`)."
-        )
-    try:
-        vlm_processor(text=["a"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{name} is not supported: it processes no text without an image ({error}), so texts cannot be embedded."
-        ) from error
 
 
 def _holds_video(conversation) -> bool:

@@ -10,15 +10,19 @@ from PIL import Image
 from sentence_transformers.base.modality import is_image_url_or_path, is_message_dict
 from sentence_transformers.base.modules import InputModule
 
-from .images_unigd import open_image
+from .images_unigd import ImageError, open_image
 from .modeling_unigd import UniGDModel
-from .processing_unigd import UniGDProcessor
+from .processing_unigd import SequenceError, UniGDProcessor
 
 
 class UniGDSentenceModule(InputModule):
     """
     Embeds texts, PIL images, paths of images, `{"text": ..., "image": ...}` dicts, chats, and lists of texts and
     images in any order.
+
+    A bare string is an image if it is a path with the suffix of an image format, as everywhere in
+    sentence-transformers, and a text otherwise. In a dict, the name of the modality says what a string is. An input
+    with more tokens than `max_seq_length` is refused; nothing is truncated.
 
     Args:
         model ([`UniGDModel`]): The model.
@@ -34,6 +38,8 @@ class UniGDSentenceModule(InputModule):
         self.model.processor = processor
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        # `SentenceTransformer.max_seq_length` reads and sets it.
+        self.max_seq_length = model.config.context_length
 
     @property
     def modalities(self):
@@ -43,13 +49,17 @@ class UniGDSentenceModule(InputModule):
         """Makes the model's inputs. A `prompt` is put before each input, as an instruction.
 
         Raises:
-            ValueError: an input is of another kind than the accepted ones, or is the URL of an image, which is not
-                fetched.
+            ValueError: an input is of another kind than the accepted ones, has too many tokens, or is the URL of an
+                image, which is not fetched.
         """
         sequences = [_to_sequence(value) for value in inputs]
         if prompt:
             sequences = [_with_instruction(sequence, prompt) for sequence in sequences]
-        return dict(self.processor.process_sequences(sequences))
+        try:
+            return dict(self.processor.process_sequences(sequences, max_length=self.max_seq_length))
+        except SequenceError as error:
+            # `encode` sorts its inputs, so that their places here are not the caller's.
+            raise ValueError(f"The input {_excerpt(inputs[error.index])} {error.reason}") from error
 
     def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
         inputs = {
@@ -104,18 +114,16 @@ def _to_sequence(value: Any) -> Any:
 
 def _parts(value: Any) -> list:
     if isinstance(value, str):
-        if value.startswith(("http://", "https://", "data:")) and is_image_url_or_path(value):
-            raise ValueError(f"{value[:80]} is not fetched: open the image and pass a PIL image.")
-        return [open_image(value) if is_image_url_or_path(value) else value]
+        return [_to_image(value) if is_image_url_or_path(value) else value]
     if isinstance(value, Image.Image):
-        return [open_image(value)]
+        return [_to_image(value)]
     if isinstance(value, dict):
         if "type" in value:  # a part of a message
-            value = {value["type"]: value[value["type"]]}
+            value = {value["type"]: value.get(value["type"])}
         unknown = set(value) - {"text", "image"}
-        if unknown:
+        if unknown or not value:
             raise ValueError(f"An input has the modalities {sorted(unknown)}; only 'text' and 'image' are accepted.")
-        return [part for each in value.values() for part in _parts(each)]
+        return [part for modality, each in value.items() for part in _of_modality(modality, each)]
     if isinstance(value, (list, tuple)):
         return [part for each in value for part in _parts(each)]
     raise ValueError(
@@ -123,8 +131,37 @@ def _parts(value: Any) -> list:
     )
 
 
+def _of_modality(modality: str, value: Any) -> list:
+    """The texts or images under the name of their modality, which says what a string is."""
+    if isinstance(value, (list, tuple)):
+        return [part for each in value for part in _of_modality(modality, each)]
+    if modality == "image":
+        return [_to_image(value)]
+    if not isinstance(value, str):
+        raise ValueError(f"An input has a {type(value).__name__} as its 'text'; a string is needed.")
+    return [value]
+
+
+def _to_image(value: Any) -> Image.Image:
+    if isinstance(value, str) and value.startswith(("http://", "https://", "data:")):
+        raise ValueError(f"{value[:80]} is not fetched: open the image and pass a PIL image.")
+    if not isinstance(value, (str, Image.Image)):
+        raise ValueError(f"An input has a {type(value).__name__} as its 'image'; a PIL image or a path is needed.")
+    try:
+        return open_image(value)
+    except ImageError as error:
+        name = value[:80] if isinstance(value, str) else f"The image {value!r}"
+        raise ValueError(f"{name} {error}") from error
+
+
 def _with_instruction(sequence: list, prompt: str) -> list:
     if sequence and isinstance(sequence[0], dict):
         first = {**sequence[0], "content": [prompt, *sequence[0]["content"]]}
         return [first, *sequence[1:]]
     return [prompt, *sequence]
+
+
+def _excerpt(value: Any) -> str:
+    """An input, shortened, for an error."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

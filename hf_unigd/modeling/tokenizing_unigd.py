@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from itertools import groupby
 
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchFeature, ProcessorMixin
 
 from .rendering_unigd import RenderedSequence, SequenceError
 
@@ -177,3 +177,25 @@ class SequenceTokenizer:
                 (first - len(tail), last - len(tail)) for first, last in answer["offset_mapping"]
             ]
         return answer
+
+
+def check_vlm_processor(vlm_processor) -> None:
+    """
+    Raises:
+        ValueError: the backbone's processor lacks something that sequences need.
+    """
+    name = type(vlm_processor).__name__
+    if (
+        getattr(vlm_processor, "image_token", None) is None
+        or type(vlm_processor).replace_image_token is ProcessorMixin.replace_image_token
+    ):
+        raise ValueError(
+            f"{name} is not supported: it does not say by which tokens it replaces an image (it has no `image_token` "
+            "or no `replace_image_token`)."
+        )
+    try:
+        vlm_processor(text=["a"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} is not supported: it processes no text without an image ({error}), so texts cannot be embedded."
+        ) from error

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling import UniGDProcessor
-from .embedding import context_length
 from .entries import Hit, Part
 from .index import EmbeddingIndex
 
@@ -75,7 +74,7 @@ def answer_with_retrieval(
     used = [_usable(hits, use_images) for hits in index.search(model, processor, questions, k)]
     prompts = [make_prompt(question, hits, use_images) for question, hits in zip(questions, used, strict=True)]
     batch = processor.process_sequences(prompts, prompted=False, padding_side="left")
-    lengths, longest = batch["attention_mask"].sum(1), context_length(model)
+    lengths, longest = batch["attention_mask"].sum(1), model.config.context_length
     if longest is not None and lengths.max() + max_new_tokens > longest:
         place = int(lengths.argmax())
         raise ValueError(

@@ -11,8 +11,8 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import Example, ExampleDataset, RowError, RowParser
-from ..data.rows import check_columns
+from ..data import Example, ExampleCheck, ExampleDataset, RowError, RowParser
+from ..data.formats import check_columns
 from ..modeling import SequenceError, UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
 from .description import IndexDescription, dtype_name
@@ -167,10 +167,11 @@ class _PartWriter:
         """Embeds the rows `start` to `stop` into a file, one batch in memory at a time."""
         unfinished = file.with_suffix(".unfinished")
         features = entry_features(self.width)
+        check = ExampleCheck(self.processor, self.model.config.context_length, causal_lm=False, contrastive=False)
         with ArrowWriter(path=str(unfinished), features=features, writer_batch_size=self.batch_size) as writer:
             for first in range(start, stop, self.batch_size):
                 places = range(first, min(first + self.batch_size, stop))
-                examples = list(ExampleDataset(self.rows, self.parser, places, self.skip_bad_rows))
+                examples = list(ExampleDataset(self.rows, self.parser, places, self.skip_bad_rows, check=check))
                 for example, embedding in self._embed(examples):
                     entry = make_entry(example, self.description.store_images)
                     writer.write({**entry, "embedding": embedding.numpy()})

@@ -57,7 +57,7 @@ def embed_sequences(
                 places = by_length[start : start + batch_size]
                 try:
                     batch = processor.process_sequences(
-                        [window[place] for place in places], max_length=context_length(model)
+                        [window[place] for place in places], max_length=model.config.context_length
                     )
                 except SequenceError as error:
                     raise SequenceError(first + places[error.index], error.reason) from error
@@ -65,8 +65,3 @@ def embed_sequences(
                 embeddings.append(model.embed(**batch, truncate_dim=truncate_dim).cpu())
                 progress.update(len(places))
     return torch.cat(embeddings)[torch.tensor(order).argsort()]
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Most tokens that the backbone's language model takes; None where its config names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

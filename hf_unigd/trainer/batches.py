@@ -72,7 +72,8 @@ def idle_batch(batch: Batch) -> Batch:
 
 
 def join_batches(batches: list[Batch]) -> Batch:
-    """Joins batches into one. The chunks stay as they are."""
+    """Joins batches into one, without those that have no rows. The chunks stay as they are."""
+    batches = [batch for batch in batches if len(batch["rows"])] or batches[:1]
     joined: Batch = {"chunks": [chunk for batch in batches for chunk in batch["chunks"]], "places": {}}
     counts = [sum(len(chunk["spans"]) for chunk in batch["chunks"]) for batch in batches]
     for name in batches[0]["places"]:

@@ -13,11 +13,16 @@ from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..modeling import SequenceError, UniGDProcessor
 from .arguments import UniGDTrainingArguments
+from .batches import idle_batch
 from .prefixes import PrefixSampler
 from .vision import image_key
 
 
 logger = logging.getLogger(__name__)
+
+_TURN = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+# Takes the place of a batch of bad rows, as every process takes part in every forward pass.
+_BLANK = Example(row=0, anchor=_TURN, positive=_TURN)
 
 
 @dataclass
@@ -25,7 +30,8 @@ class UniGDDataCollator:
     """
     Collates examples for [`UniGDTrainer`].
 
-    A call takes a list of examples, in which `None` stands for a row that was skipped before, and returns a `dict`:
+    A call takes a list of examples, in which `None` stands for a row that was skipped before. A batch of bad rows
+    becomes one without rows, from which nothing is learned. It returns a `dict`:
 
     - `chunks`: a list of model inputs, each with its own padding, the `spans` to embed and `labels`. The first chunks
       hold the anchors with their targets, the others the candidates: the positives of the embedded anchors, and the
@@ -52,7 +58,6 @@ class UniGDDataCollator:
 
     Raises:
         RowError: a row cannot be processed and `skip_bad_rows` is off.
-        ValueError: every row of the batch is bad.
     """
 
     processor: UniGDProcessor
@@ -77,9 +82,8 @@ class UniGDDataCollator:
             good = [example for example in good if self._is_usable(example)]
             if good:
                 return self._collate(good)
-        raise ValueError(
-            f"None of the {len(examples)} rows of a batch can be used. The log has the reason for each row."
-        )
+        logger.warning("None of the %d rows of a batch can be used.", len(examples))
+        return idle_batch(self._collate([_BLANK]))
 
     def _is_usable(self, example: Example) -> bool:
         try:
@@ -173,13 +177,21 @@ class UniGDDataCollator:
         return [places[start : start + self.chunk_size] for start in range(0, len(places), self.chunk_size)]
 
 
-def collator_for_objective(collator: Any, args: UniGDTrainingArguments) -> UniGDDataCollator:
+def collator_for_objective(
+    collator: Any, args: UniGDTrainingArguments, context_length: int | None = None
+) -> UniGDDataCollator:
     """
     Returns a copy of the collator with the fields that the arguments determine.
 
+    Args:
+        collator: The collator.
+        args: The training arguments.
+        context_length: Maximum number of tokens that the model takes. It is the limit where `max_length` sets none.
+
     Raises:
         TypeError: the collator is not a [`UniGDDataCollator`].
-        ValueError: `max_length` or `skip_bad_rows` is set in `args`, and the collator has another value.
+        ValueError: `max_length` or `skip_bad_rows` is set in `args`, and the collator has another value, or
+            `max_length` is more than the model takes.
     """
     if not isinstance(collator, UniGDDataCollator):
         raise TypeError(
@@ -193,6 +205,12 @@ def collator_for_objective(collator: Any, args: UniGDTrainingArguments) -> UniGD
                 "Give both the same value."
             )
     collator = copy.copy(collator)
+    if collator.max_length is None:
+        collator.max_length = context_length
+    elif context_length is not None and collator.max_length > context_length:
+        raise ValueError(
+            f"`max_length={collator.max_length}` is more than the {context_length} tokens of the model's context."
+        )
     collator.splitter = args.splitter if args.alignment_weight else None
     keep_all = args.alignment_similarity == "kernel"
     collator.prefixes = PrefixSampler(args.alignment_positions, args.seed, keep_all=keep_all)

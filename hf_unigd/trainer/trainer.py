@@ -10,9 +10,8 @@ from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
-from ..data import ExampleDataset, IterableExampleDataset, RowParser, SliceFeatures, Teachers, make_examples
+from ..data import ExampleDataset, IterableExampleDataset, SliceFeatures, Teachers
 from ..data.dataset import Rows
-from ..data.lengths import sequence_length
 from ..modeling import UniGDProcessor
 from .arguments import UniGDTrainingArguments
 from .batches import check_batch_size, count_targets, count_tokens, join_batches
@@ -20,6 +19,7 @@ from .callbacks import ClampLogitScale, SetEpoch
 from .collator import UniGDDataCollator, collator_for_objective
 from .dataloaders import stream_loader
 from .evaluating import EvaluatingTrainer
+from .examples import prepare_examples
 from .gradient_cache import RandomState, embed_chunks
 from .loading import prepare_model, resolve_model
 from .losses import InfoNCELoss, StructureLoss
@@ -150,6 +150,10 @@ class UniGDTrainer(EvaluatingTrainer):
         self.slice_features = (
             SliceFeatures.load(args.slice_features, args) if args.alignment_weight and args.slice_features else None
         )
+        if data_collator is None:
+            data_collator = self.get_data_collator(args, processing_class)
+        context_length = None if model is None else model.config.context_length
+        self.data_collator = collator_for_objective(data_collator, args, context_length)  # it tells which rows are bad
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, dict):
@@ -159,12 +163,10 @@ class UniGDTrainer(EvaluatingTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
-        if data_collator is None:
-            data_collator = self.get_data_collator(args, processing_class)
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator_for_objective(data_collator, args),
+            data_collator=self.data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -235,25 +237,10 @@ class UniGDTrainer(EvaluatingTrainer):
             TypeError, ValueError: the dataset is of another kind, or has no accepted format.
             RowError: a row is bad and `skip_bad_rows` is off.
         """
-        parser = RowParser(
-            lambda text: len(processing_class.tokenizer(text, add_special_tokens=False)["input_ids"]),
-            # Without the contrastive loss, every `caption` is a target, because a positive would not be trained on.
-            short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
-            long_caption_max_tokens=args.long_caption_max_tokens,
-            image_folder=args.image_folder,
-            max_image_pixels=args.max_image_pixels,
-            splitter=args.splitter if args.alignment_weight else None,
-            find_reserved=processing_class.find_reserved,
-        )
-        is_training, length_of = dataset_name == "train", None
-        if is_training and args.train_sampling_strategy == "group_by_length":
-
-            def length_of(example):
-                return sequence_length(processing_class, example.anchor, example.target)
-
+        is_training = dataset_name == "train"
         slice_features = self.slice_features if is_training else None
         try:
-            return make_examples(dataset, parser, args.skip_bad_rows, args.check_rows, slice_features, length_of)
+            return prepare_examples(dataset, processing_class, args, self.data_collator, slice_features, is_training)
         except TypeError as error:
             raise TypeError(f"`{dataset_name}_dataset`: {error}") from error
 
@@ -418,15 +405,23 @@ class UniGDTrainer(EvaluatingTrainer):
             parts["contrastive"] = contrastive.pop("loss")
             metrics = {**contrastive, "temperature": 1 / inverse_temperature}
         if self.args.alignment_weight:
-            structure = dict(batch["structure"])
+            structure = dict(batch.get("structure") or self._empty_structure(embeddings))
             if "slices" in structure:
                 before = self.teachers.truncated
                 structure["features"] = self.teachers(structure.pop("slices"))
                 metrics["truncated_texts"] = embeddings.new_tensor(self.teachers.truncated - before)
-            alignment = self.structure_loss(at["slices"], **structure, modality_columns=self._modality_columns)
+            slices = at.get("slices", embeddings[:0])
+            alignment = self.structure_loss(slices, **structure, modality_columns=self._modality_columns)
             parts["alignment"] = alignment.pop("loss")
             metrics |= alignment
         return parts, metrics
+
+    def _empty_structure(self, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inputs of the structure loss for a batch without rows, with which a process joins the others."""
+        width = max(end for _, end in self._modality_columns.values())
+        names = ("modalities", "starts", "lengths", "sample_keys")
+        none = embeddings.new_empty(0, dtype=torch.long)
+        return {"features": embeddings.new_empty(0, width, dtype=torch.float32), **dict.fromkeys(names, none)}
 
     def _stop_at_non_finite_loss(self, loss, inputs):
         self._save_checkpoint(self.model, trial=None)

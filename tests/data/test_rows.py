@@ -10,7 +10,7 @@ from PIL import Image
 
 from hf_unigd.data import RowError, RowParser, make_examples
 from hf_unigd.data.example import content_key, iter_images, iter_parts
-from hf_unigd.data.rows import check_columns
+from hf_unigd.data.formats import check_columns
 from tiny_models import make_image
 
 
@@ -124,7 +124,7 @@ def test_images_in_every_form(tmp_path):
         ({"image": IMAGE, "caption": 3}, "a `caption` of type int"),
         ({"image": IMAGE, "long_caption": "word " * 501}, "`long_caption` of 501 tokens.*long_caption_max_tokens=500"),
         ({"image": IMAGE, "caption": "word " * 501}, "`long_caption` of 501 tokens"),
-        ({"image": IMAGE}, "an image without `short_caption`"),
+        ({"image": IMAGE}, r"no usable columns, only \['image'\]"),
         ({"image": None, "caption": "a cat"}, r"no usable columns, only \['caption'\]"),
         ({"image": "/nowhere/a.png", "caption": "a cat"}, "a missing image: there is no file /nowhere/a.png"),
         ({"image": b"no image", "caption": "a cat"}, "a corrupt image: cannot identify"),
@@ -274,7 +274,7 @@ def test_reserved_tokens_are_refused_in_every_text_of_a_row(row):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"anchor": "a cat", "positive": "a dog", "video": "a.mp4"}, "a video in `video`"),
+        ({"anchor": "a cat", "positive": "a dog", "video": "a.mp4"}, "the column `video`, but only images and texts"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "a part of type 'video'"),
     ],
 )

@@ -272,7 +272,7 @@ def test_bad_rows_are_named_or_skipped_and_counted(llava, tmp_path, caplog):
     rows = Dataset.from_dict(
         {
             "image": [str(picture), str(picture), "missing.png", None, str(picture)],
-            "caption": ["a", "b", "c", "d", "e"],
+            "caption": ["a", "b", "c", None, "e"],
             "anchor": [None, None, None, "an <image> in a text", None],
         }
     )

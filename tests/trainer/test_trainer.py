@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hf_unigd.data import RowError, RowParser
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer
 from tiny_models import make_image, make_vlm
+from tiny_teachers import save_teachers
 from trainer_cases import make_args, make_rows, make_trainer
 
 
@@ -339,16 +341,41 @@ def test_bad_rows_are_skipped_during_training_without_check_rows(tmp_path, caplo
     assert [len(chunk["input_ids"]) for chunk in batch["chunks"]] == [6, 6]
     assert "Row 3 has an empty" in caplog.text and "Row 7 has" in caplog.text
     trainer.train()
-    with pytest.raises(ValueError, match="None of the 2 rows of a batch"):
-        trainer.data_collator([trainer.train_dataset[3]] * 2)
     with pytest.raises(RowError, match="Row 3 has an empty"):
         make_trainer(tmp_path, rows, **settings).train()
 
 
-def test_an_error_names_the_row_that_is_longer_than_max_length(tmp_path):
-    trainer = make_trainer(tmp_path, max_length=20)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_cache_chunk_size": 1}, {"negatives_across_accumulation": True}, {"alignment_weight": 1.0}],
+)
+def test_a_batch_of_bad_rows_alone_changes_nothing(tmp_path, settings):
+    settings = {"check_rows": False, "train_sampling_strategy": "sequential", **settings}
+    if "alignment_weight" in settings:
+        settings |= vars(save_teachers(tmp_path / "teachers"))
+    rows = make_rows(6, short_caption=["a cat", "a dog", "", "", "a red cat", "a red dog"])
+    accumulation = 3 if "negatives_across_accumulation" in settings else 1
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, max_steps=3 // accumulation, **settings)
+    batch = trainer.data_collator([trainer.train_dataset[2], trainer.train_dataset[3]])
+    assert not len(batch["rows"])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(map(math.isfinite, losses))
+    assert [loss > 0 for loss in losses] == ([True, False, True] if accumulation == 1 else [True])
+
+
+@pytest.mark.parametrize("check_rows", [True, False])
+def test_an_error_names_the_row_that_is_longer_than_max_length(tmp_path, check_rows):
     with pytest.raises(RowError, match=r"Row \d+ has \d+ tokens.*max_length=20"):
-        trainer.train()
+        make_trainer(tmp_path, max_length=20, check_rows=check_rows).train()
+
+
+def test_no_row_is_longer_than_the_context_of_the_model(tmp_path):
+    with pytest.raises(RowError, match=r"Row 1 has \d+ tokens"):
+        make_trainer(tmp_path, make_rows(4, long_caption=["a", "red " * 1200, "a", "a"]), long_caption_max_tokens=5000)
+    with pytest.raises(ValueError, match="`max_length=5000` is more than the 1024 tokens of the model's context"):
+        make_trainer(tmp_path, max_length=5000)
 
 
 def test_bad_arguments_are_refused(tmp_path):

@@ -1,0 +1,180 @@
+"""The accepted row formats: their columns, and what the columns hold."""
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+logger = logging.getLogger(__name__)
+
+# sentence-transformers numbers its columns of negatives, others write them in the plural or say that they are hard.
+_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?(?P<plural>s?)(_?\d+)?")
+
+_NO_PAIR_LABELS = "every pair must be a match; keep those that are, and remove the column"
+_ONE_ANSWER = "only the answer in the chat is learned; remove the column"
+_NO_TOOLS = "tools are not supported; remove the column, or the rows that need it"
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """
+    A row format.
+
+    Attributes:
+        name: The name by which [`RowParser`] finds its parser.
+        columns: What each column holds: `"chat"` (a list of turns with `role` and `content`), `"chats"` (a list of
+            chats, or a single one), `"turns"` (LLaVA's, with `from` and `value`), `"image"`, `"images"` (a list, or a
+            single image), `"image lists"` (a list for each of several chats), `"text"`, or `"sequence"` (a text, an
+            image, or a list of both).
+        required: Sets of columns, of which a row has at least one.
+        bare: Sets of columns that are enough where nothing is learned, as in an index.
+        negatives: Whether columns of negatives ([`is_negative`]) belong to it, which hold a `"sequence"`, or in the
+            plural a list of them.
+        refused: Columns that change the meaning of a row in a way that is not supported, with the reasons.
+        summary: The line of it in error messages.
+    """
+
+    name: str
+    columns: Mapping[str, str]
+    required: tuple[frozenset[str], ...]
+    summary: tuple[str, str]
+    bare: tuple[frozenset[str], ...] = ()
+    negatives: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def fits(self, columns: Collection[str], requires_match: bool = True) -> bool:
+        """Whether a row with these columns has the format."""
+        sets = self.required if requires_match else (*self.required, *self.bare)
+        return any(needed <= set(columns) for needed in sets)
+
+    def uses(self, column: str) -> bool:
+        return column in self.columns or (self.negatives and is_negative(column))
+
+
+# In this order: the first that fits is the format of a row.
+FORMATS = (
+    RowFormat(
+        "chat",
+        columns={
+            "messages": "chat",
+            "images": "images",
+            "image": "images",
+            "positive_messages": "chats",
+            "positive_images": "image lists",
+            "negative_messages": "chats",
+            "negative_images": "image lists",
+        },
+        required=(frozenset({"messages"}),),
+        refused={
+            **dict.fromkeys(("label", "labels", "score", "scores"), _NO_PAIR_LABELS),
+            **dict.fromkeys(("rejected_messages", "rejected_response", "rejected_images"), _ONE_ANSWER),
+            **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), _ONE_ANSWER),
+            "tools": _NO_TOOLS,
+            "system": "the system's text belongs into a turn of `messages` with that role",
+        },
+        summary=(
+            "messages [+ images or image] [+ positive_messages] [+ negative_messages]",
+            "chat, ms-swift's and TRL's columns",
+        ),
+    ),
+    RowFormat(
+        "llava",
+        columns={"conversations": "turns", "image": "images", "images": "images"},
+        required=(frozenset({"conversations"}),),
+        refused={"tools": _NO_TOOLS, "system": "the system's text belongs into a turn of `conversations`"},
+        summary=("conversations [+ image or images]", "LLaVA's columns"),
+    ),
+    RowFormat(
+        "pair",
+        columns={"anchor": "sequence", "positive": "sequence"},
+        required=(frozenset({"anchor", "positive"}),),
+        bare=(frozenset({"anchor"}),),
+        negatives=True,
+        refused=dict.fromkeys(("label", "labels", "score", "scores"), _NO_PAIR_LABELS),
+        summary=("anchor, positive [, negative, negative_1, ... or negatives]", "sentence-transformers' columns"),
+    ),
+    RowFormat(
+        "captions",
+        columns={"image": "image", "short_caption": "text", "long_caption": "text", "caption": "text"},
+        required=tuple(frozenset({"image", name}) for name in ("short_caption", "long_caption", "caption")),
+        bare=(frozenset({"image"}),),
+        negatives=True,
+        summary=(
+            "image, caption, or short_caption and/or long_caption [, negative, ...]",
+            "captions to contrast and to predict, by their length or by their column",
+        ),
+    ),
+)
+
+# Of all formats.
+_REFUSED = dict.fromkeys(
+    ("video", "videos", "audio", "audios"), "only images and texts are supported; remove the column, or these rows"
+)
+
+ACCEPTED = "\n".join(f"  {columns:<75} {use}" for columns, use in (each.summary for each in FORMATS))
+
+
+def is_negative(column: str) -> bool:
+    """Whether a column holds negatives: `negative`, `negative_1`, `hard_negative`, `neg`, `negatives`, ..."""
+    return _NEGATIVE.fullmatch(column) is not None
+
+
+def holds_many(column: str) -> bool:
+    """Whether the column of negatives has a name in the plural, and with it a list."""
+    found = _NEGATIVE.fullmatch(column)
+    return found is not None and bool(found["plural"])
+
+
+def check_columns(columns: Iterable[str], requires_match: bool = True) -> None:
+    """Checks that a dataset has the columns of an accepted row format, and logs those that are not used.
+
+    Rows may leave columns of the dataset empty, so that one dataset holds rows of several formats.
+
+    Args:
+        columns: Column names of the dataset.
+        requires_match: Whether rows need a match, a caption or an answer; if not, `anchor` or `image` alone is enough.
+
+    Raises:
+        ValueError: the columns fit no accepted format. The message names them.
+    """
+    columns = list(columns)
+    if not any(each.fits(columns, requires_match) for each in FORMATS):
+        raise ValueError(
+            f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n"
+            + ACCEPTED
+        )
+    known = {name for each in FORMATS for name in (*each.columns, *each.refused)} | set(_REFUSED)
+    unused = [name for name in columns if name not in known and not is_negative(name)]
+    if unused:
+        logger.warning("Columns that are not used: %s.", ", ".join(unused))
+
+
+def format_of(row: Mapping[str, object], requires_match: bool = True) -> RowFormat:
+    """The format of a row, in which every column that holds content is used.
+
+    Args:
+        row: The columns of the row that are not None.
+        requires_match: Whether the row needs a match, a caption or an answer.
+
+    Raises:
+        ValueError: no format fits, or a column does not belong to it. The message continues "Row 3 ...".
+    """
+    found = next((each for each in FORMATS if each.fits(row, requires_match)), None)
+    if found is None:
+        raise ValueError(f"has no usable columns, only {sorted(row)}. The accepted formats are:\n{ACCEPTED}")
+    for name, value in row.items():
+        if isinstance(value, (str, list, tuple)) and not value:
+            continue
+        reason = {**_REFUSED, **found.refused}.get(name)
+        if reason is not None:
+            raise ValueError(f"has the column `{name}`, but {reason}")
+        belongs_elsewhere = is_negative(name) or any(name in each.columns for each in FORMATS)
+        if belongs_elsewhere and not found.uses(name):
+            needed = next(each for each in (*found.required, *found.bare) if each <= row.keys())
+            main = " and ".join(f"`{column}`" for column in sorted(needed))
+            raise ValueError(
+                f"has the column `{name}`, which does not go with {main}; remove one of them, or set it to None in "
+                "this row"
+            )
+    return found
