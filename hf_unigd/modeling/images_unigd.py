@@ -44,6 +44,10 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             return _as_rgb(ImageOps.exif_transpose(image) if turned else image)
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # it has a limit of its own, for the whole process
+        raise ImageError(f"has an image that Pillow refuses: {error} Raise `PIL.Image.MAX_IMAGE_PIXELS`.") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"has a missing image: there is no file {source}.") from error
     except Exception as error:  # Pillow's decoders raise errors of a dozen types for broken files
         raise ImageError(f"has a corrupt image: {error or type(error).__name__}.") from error
 

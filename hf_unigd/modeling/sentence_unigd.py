@@ -150,8 +150,7 @@ def _to_image(value: Any) -> Image.Image:
     try:
         return open_image(value)
     except ImageError as error:
-        name = value[:80] if isinstance(value, str) else f"The image {value!r}"
-        raise ValueError(f"{name} {error}") from error
+        raise ValueError(f"An input {error}") from error
 
 
 def _with_instruction(sequence: list, prompt: str) -> list:

@@ -130,7 +130,7 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypat
     monkeypatch.setattr(Image.Image, "load", lambda *_: decoded.append(1))
     with pytest.raises(ValueError, match="9000 x 9000 pixels, more than 64000000"):
         open_image(data)
-    with pytest.raises(ValueError, match=r"300000 x 300000 pixels|corrupt"):
+    with pytest.raises(ValueError, match=r"300000 x 300000 pixels|Pillow refuses"):
         open_image(png_of(300_000, 300_000))
     assert not decoded
     parser = RowParser(len, max_image_pixels=100)
