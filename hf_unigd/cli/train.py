@@ -21,9 +21,7 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
         peft_config=peft_config,
     )
-    # `--resume_from_checkpoint true` takes the last checkpoint in the output folder.
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -190,7 +190,8 @@ def make_examples(
         length_of: Returns the length of an example. It is called while the rows are checked, so that batches can be
             made of examples of similar lengths.
         check: Raises a [`RowError`] for an example that cannot be used, such as [`ExampleCheck`]. It is called once
-            for each row of a map-style dataset that is checked, otherwise whenever a row is read.
+            for each row that is checked now. Rows that are not are checked whenever they are read, if bad ones are
+            skipped; otherwise the collator raises.
 
     Raises:
         TypeError: `rows` is none of these.
@@ -214,7 +215,7 @@ def make_examples(
                 "Slice features are stored by row number, and the rows of a streaming dataset have no numbers. Train "
                 "without `slice_features` (the teachers then run during training), or load the rows without streaming."
             )
-        return IterableExampleDataset(rows, parser, skip_bad_rows, check=check)
+        return IterableExampleDataset(rows, parser, skip_bad_rows, check=check if skip_bad_rows else None)
     is_indexable = isinstance(rows, (Dataset, torch.utils.data.Dataset, Sequence)) and not isinstance(
         rows, (str, torch.utils.data.IterableDataset)
     )
@@ -232,6 +233,7 @@ def make_examples(
         check_columns(rows.column_names)
     examples = ExampleDataset(rows, parser, skip_bad_rows=skip_bad_rows, slice_features=slice_features, check=check)
     if not check_rows:
+        examples.check = check if skip_bad_rows else None
         if length_of is not None:
             raise ValueError(
                 "`train_sampling_strategy='group_by_length'` needs the lengths that are measured while the rows are "

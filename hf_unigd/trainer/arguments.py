@@ -116,6 +116,9 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             Whether to skip bad rows instead of stopping at the first one. Reasons and number are logged.
         check_rows (`bool`, *optional*, defaults to `True`):
             Whether to read every row of a map-style dataset once beforehand.
+        shuffle_buffer_size (`int`, *optional*, defaults to 1000):
+            Number of rows of a stream that training draws from at a time; its files are shuffled too. The order is
+            another one in each epoch, and depends on `data_seed` or `seed`. With 0, rows come in their own order.
         image_folder (`str`, *optional*):
             Folder that image paths start from and must not leave.
         max_image_pixels (`int`, *optional*, defaults to 64 million):
@@ -203,6 +206,10 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     check_rows: bool = field(
         default=True, metadata={"help": "Whether to read every row of a map-style dataset once beforehand."}
     )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={"help": "Number of rows of a stream that training draws from at a time. 0 keeps their order."},
+    )
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that image paths start from and must not leave."}
     )
@@ -216,6 +223,8 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         if precision in ("bf16", "fp16") and not (self.bf16 or self.fp16):
             setattr(self, precision, True)
         super().__post_init__()
+        if self.resume_from_checkpoint in ("true", "True"):  # on a command line
+            self.resume_from_checkpoint = True
         weights = {f"{name}_weight": getattr(self, f"{name}_weight") for name in LOSSES}
         listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())
         if min(weights.values()) < 0:
@@ -227,6 +236,8 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
                 f"`alignment_positions={self.alignment_positions}` and "
                 f"`alignment_bandwidth={self.alignment_bandwidth}` must be positive."
             )
+        if self.shuffle_buffer_size < 0:
+            raise ValueError(f"`shuffle_buffer_size={self.shuffle_buffer_size}` must not be negative.")
         if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
             raise ValueError(f"`gradient_cache_chunk_size={self.gradient_cache_chunk_size}` must be positive.")
         if self.alignment_weight and self.dataloader_persistent_workers:

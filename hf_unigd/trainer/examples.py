@@ -1,5 +1,7 @@
 """Turns the rows that a trainer is given into examples."""
 
+from datasets import IterableDataset
+
 from ..data import (
     Example,
     ExampleCheck,
@@ -54,6 +56,9 @@ def prepare_examples(
     def length_of(example: Example) -> int:
         return sequence_length(processor, example.anchor, example.target)
 
+    if is_training and isinstance(rows, IterableDataset) and args.shuffle_buffer_size:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows = rows.shuffle(seed, buffer_size=args.shuffle_buffer_size)
     by_length = is_training and args.train_sampling_strategy == "group_by_length"
     return make_examples(
         rows,

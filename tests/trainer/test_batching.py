@@ -75,6 +75,23 @@ def test_a_resumed_stream_continues_where_it_stopped_in_its_second_pass(tmp_path
         assert torch.equal(expected, value), name
 
 
+@pytest.mark.parametrize("buffer_size", [0, 1000])
+def test_streams_are_shuffled_in_another_order_each_epoch(tmp_path, buffer_size):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 12, "shuffle_buffer_size": buffer_size}
+    trainer = make_trainer(tmp_path, stream(), **settings)
+    loader = iter(trainer.get_train_dataloader())
+    batches = [next(loader)["chunks"][0]["input_ids"] for _ in range(12)]
+    texts = [text for ids in batches for text in trainer.processing_class.batch_decode(ids, skip_special_tokens=True)]
+    first, second = (
+        [int(re.search(r"question ?(\d+)", text).group(1)) for text in texts[i : i + 24]] for i in (0, 24)
+    )
+    assert sorted(first) == sorted(second) == list(range(24))
+    if buffer_size:
+        assert first != list(range(24)) and second != first
+    else:
+        assert first == second == list(range(24))
+
+
 STREAM_OF_A_PROCESS = """
 import json, sys
 sys.path[:0] = {path!r}

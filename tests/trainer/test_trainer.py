@@ -378,6 +378,11 @@ def test_no_row_is_longer_than_the_context_of_the_model(tmp_path):
         make_trainer(tmp_path, max_length=5000)
 
 
+@pytest.mark.parametrize(("given", "kept"), [("true", True), ("True", True), ("out/checkpoint-2", "out/checkpoint-2")])
+def test_the_flag_that_resumes_may_be_true_or_a_folder(tmp_path, given, kept):
+    assert make_args(tmp_path, resume_from_checkpoint=given).resume_from_checkpoint == kept
+
+
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="causal_lm_weight=-1"):
         make_args(tmp_path, causal_lm_weight=-1)
