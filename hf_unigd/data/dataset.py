@@ -88,10 +88,9 @@ class ExampleDataset(torch.utils.data.Dataset):
             row = self.rows[index]
         except Exception as error:  # of a transform, or of a torch dataset, which may decode images here
             raise RowError(index, f"cannot be read: {error or type(error).__name__}") from error
-        example = self.parser(row, index)
+        example = self.parser(row, index, self.epoch)
         if self.check is not None:
             self.check(example)
-        example.epoch = self.epoch
         if self.slice_features is not None:
             try:
                 example.slice_features = self.slice_features.read_row(index, example.slices)
@@ -155,7 +154,7 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
     def _one_pass(self) -> Iterator[Example]:
         for index, row in enumerate(self.rows):
             try:
-                example = self.parser(row, index)
+                example = self.parser(row, index, self.epoch)
                 if self.check is not None:
                     self.check(example)
             except RowError as error:
@@ -164,7 +163,6 @@ class IterableExampleDataset(torch.utils.data.IterableDataset):
                 self.skipped += 1
                 logger.warning("Skipped (%d so far): %s", self.skipped, error)
                 continue
-            example.epoch = self.epoch
             yield example
 
 

@@ -25,8 +25,8 @@ class RowFormat:
         name: The name by which [`RowParser`] finds its parser.
         columns: What each column holds: `"chat"` (a list of turns with `role` and `content`), `"chats"` (a list of
             chats, or a single one), `"turns"` (LLaVA's, with `from` and `value`), `"image"`, `"images"` (a list, or a
-            single image), `"image lists"` (a list for each of several chats), `"text"`, or `"sequence"` (a text, an
-            image, or a list of both).
+            single image), `"image lists"` (a list for each of several chats), `"texts"` (a text, or a list to draw
+            from), `"weights"` (of such a list), or `"sequence"` (a text, an image, or a list of both).
         required: Sets of columns, of which a row has at least one.
         bare: Sets of columns that are enough where nothing is learned, as in an index.
         negatives: Whether columns of negatives ([`is_negative`]) belong to it, which hold a `"sequence"`, or in the
@@ -96,7 +96,13 @@ FORMATS = (
     ),
     RowFormat(
         "captions",
-        columns={"image": "image", "short_caption": "text", "long_caption": "text", "caption": "text"},
+        columns={
+            "image": "image",
+            "short_caption": "texts",
+            "long_caption": "texts",
+            "caption": "texts",
+            "caption_weights": "weights",
+        },
         required=tuple(frozenset({"image", name}) for name in ("short_caption", "long_caption", "caption")),
         bare=(frozenset({"image"}),),
         negatives=True,

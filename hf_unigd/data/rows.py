@@ -1,7 +1,10 @@
 """Recognises the format of a row by its columns and turns the row into an [`Example`]."""
 
+import logging
+import math
+import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from .example import Example, Messages, RowError, iter_parts
 from .formats import format_of, holds_many, is_negative
 from .images import open_image
 from .slices import SentenceSplitter, slices_of
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,6 +35,8 @@ class RowParser:
         requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
         find_reserved: Returns the reserved token that a text holds, or None
             ([`~hf_unigd.UniGDProcessor.find_reserved`]). If given, a row with such a text is refused.
+        seed: Seed of the choice among several captions.
+        left_out: Number of long captions that were too long, in rows whose short caption is used.
     """
 
     count_tokens: Callable[[str], int]
@@ -39,19 +47,23 @@ class RowParser:
     splitter: SentenceSplitter | None = None
     requires_match: bool = True
     find_reserved: Callable[[str], str | None] | None = None
+    seed: int = 0
+    left_out: int = field(default=0, init=False)
 
-    def __call__(self, row: Mapping[str, Any], index: int) -> Example:
+    def __call__(self, row: Mapping[str, Any], index: int, epoch: int = 0) -> Example:
         """
         Args:
             row: Values by column name.
             index: Index of the row in the dataset.
+            epoch: Current pass over the data, for what is drawn in each epoch.
 
         Raises:
             RowError: the row has no usable columns, or one of them is empty, corrupt, too long or inconsistent.
         """
         if not isinstance(row, Mapping):
             raise RowError(index, f"is a {type(row).__name__}, and a row is a dict of its columns.")
-        example = self._parse(row, index)
+        example = self._parse(row, index, epoch)
+        example.epoch = epoch
         self._check_texts(example)
         if self.splitter is not None:
             try:
@@ -75,15 +87,15 @@ class RowParser:
                     "would not read as text. Remove it from the row.",
                 )
 
-    def _parse(self, row: Mapping[str, Any], index: int) -> Example:
+    def _parse(self, row: Mapping[str, Any], index: int, epoch: int) -> Example:
         row = {name: value for name, value in row.items() if value is not None}
         try:
-            return self._parsers[format_of(row, self.requires_match).name](row, index)
+            return self._parsers[format_of(row, self.requires_match).name](row, index, epoch)
         except ValueError as error:
             raise RowError(index, f"{error}.") from error
 
     @property
-    def _parsers(self) -> dict[str, Callable[[Mapping[str, Any], int], Example]]:
+    def _parsers(self) -> dict[str, Callable[[Mapping[str, Any], int, int], Example]]:
         """By the names of the formats."""
         return {
             "chat": self._from_messages,
@@ -92,7 +104,7 @@ class RowParser:
             "captions": self._from_captions,
         }
 
-    def _from_pair(self, row, index) -> Example:
+    def _from_pair(self, row, index, epoch) -> Example:
         return Example(
             row=index,
             anchor=self._user_turn(row["anchor"], "anchor"),
@@ -100,29 +112,27 @@ class RowParser:
             negatives=self._negatives(row),
         )
 
-    def _from_captions(self, row, index) -> Example:
+    def _from_captions(self, row, index, epoch) -> Example:
         image = self._open_image(row["image"])
-        short, long = row.get("short_caption"), row.get("long_caption")
-        if "caption" in row:
+        texts = {name: self._draw(row, name, index, epoch) for name in ("short_caption", "long_caption", "caption")}
+        short, long, caption = texts.values()
+        if caption is not None:
             if short is not None or long is not None:
                 raise ValueError(
                     "has a `caption` beside a `short_caption` or `long_caption`; a `caption` becomes one of them by "
                     "its length, so remove one"
                 )
-            caption = _caption(row["caption"], "caption")
             if self.count_tokens(caption) < self.short_caption_max_tokens:
                 short = caption
             else:
                 long = caption
-        short = None if short is None else _caption(short, "short_caption")
-        long = None if long is None else _caption(long, "long_caption")
-        for name, text in (("short_caption", short), ("long_caption", long)):
-            length = 0 if text is None else self.count_tokens(text)
-            if length > self.long_caption_max_tokens:
-                raise ValueError(
-                    f"has a `{name}` of {length} tokens, more than `long_caption_max_tokens="
-                    f"{self.long_caption_max_tokens}`; shorten it or raise the limit"
-                )
+        if short is not None:
+            self._check_length(short, "short_caption")
+        if long is not None and short is not None and self.count_tokens(long) > self.long_caption_max_tokens:
+            self._leave_out(index)
+            long = None
+        elif long is not None:
+            self._check_length(long, "long_caption")
         negatives = self._negatives(row)
         # With a limit of 0, no caption is contrasted, and negatives are not wanted either.
         if negatives and short is None and self.requires_match and self.short_caption_max_tokens:
@@ -135,10 +145,44 @@ class RowParser:
             target=long,
         )
 
-    def _from_conversations(self, row, index) -> Example:
-        return self._from_messages({**row, "messages": from_llava(row["conversations"])}, index)
+    def _draw(self, row, name, index, epoch) -> str | None:
+        """The caption of a column, of a list one that depends on the seed, the row and the epoch."""
+        value, weights = row.get(name), row.get("caption_weights")
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)):
+            return _caption(value, name)
+        captions = [_caption(text, name) for text in value]
+        if not captions:
+            raise ValueError(f"has an empty `{name}`")
+        if weights is not None and not _are_weights(weights, len(captions)):
+            raise ValueError(
+                f"has `caption_weights` that are not {len(captions)} numbers, one for each caption in `{name}`, of "
+                "which some are positive and none is negative"
+            )
+        return random.Random(f"{self.seed}-{epoch}-{index}-{name}").choices(captions, weights)[0]
 
-    def _from_messages(self, row, index) -> Example:
+    def _check_length(self, text: str, name: str) -> None:
+        length = self.count_tokens(text)
+        if length > self.long_caption_max_tokens:
+            raise ValueError(
+                f"has a `{name}` of {length} tokens, more than `long_caption_max_tokens="
+                f"{self.long_caption_max_tokens}`; shorten it or raise the limit"
+            )
+
+    def _leave_out(self, index: int) -> None:
+        """Counts a long caption whose short one is used all the same. The log has the counts 1, 2, 4, 8, ..."""
+        self.left_out += 1
+        if self.left_out & (self.left_out - 1) == 0:
+            logger.warning(
+                "Left out %d long captions of more than %d tokens so far, the last one that of row %d.",
+                *(self.left_out, self.long_caption_max_tokens, index),
+            )
+
+    def _from_conversations(self, row, index, epoch) -> Example:
+        return self._from_messages({**row, "messages": from_llava(row["conversations"])}, index, epoch)
+
+    def _from_messages(self, row, index, epoch) -> Example:
         if "image" in row and row.get("images"):
             raise ValueError("has both `image` and `images`; remove one")
         images = row.get("images") or row.get("image")
@@ -228,11 +272,16 @@ def _shortened(text: str, part: str) -> str:
     return text[max(0, start - 20) : start + len(part) + 20]
 
 
+def _are_weights(values, count: int) -> bool:
+    is_list = isinstance(values, (list, tuple)) and len(values) == count
+    return (
+        is_list
+        and all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in values)
+        and any(value > 0 for value in values)
+    )
+
+
 def _caption(value, name) -> str:
-    if isinstance(value, list):
-        raise ValueError(
-            f"has a list of {len(value)} texts in `{name}`; give one per row (flatten the column with `Dataset.map`)"
-        )
     if not isinstance(value, str):
         raise ValueError(f"has a `{name}` of type {type(value).__name__}, but a text is needed")
     if not value.strip():

@@ -224,7 +224,7 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             setattr(self, precision, True)
         super().__post_init__()
         if self.resume_from_checkpoint in ("true", "True"):  # on a command line
-            self.resume_from_checkpoint = True
+            self.resume_from_checkpoint: Any = True
         weights = {f"{name}_weight": getattr(self, f"{name}_weight") for name in LOSSES}
         listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())
         if min(weights.values()) < 0:

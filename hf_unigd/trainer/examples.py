@@ -51,6 +51,7 @@ def prepare_examples(
         max_image_pixels=args.max_image_pixels,
         splitter=args.splitter if args.alignment_weight else None,
         find_reserved=processor.find_reserved,
+        seed=args.seed,
     )
 
     def length_of(example: Example) -> int:

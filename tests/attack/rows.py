@@ -118,6 +118,12 @@ class RowMaker:
         self.count += 1
         return f"w{self.count}"
 
+    def texts(self) -> Any:
+        return [self._maybe(self.text)] if self.draw(st.booleans()) else self.text()
+
+    def weights(self) -> list[Any]:
+        return [self._maybe(lambda: 1.0)]
+
     def image(self) -> Any:
         self.count += 1
         image = Image.new("RGB", (5, 4), (self.count, 1, 2))

@@ -50,6 +50,29 @@ def test_one_caption_is_routed_by_its_length(length, is_short):
     assert (example.target is not None) != is_short
 
 
+def test_of_several_captions_one_is_drawn_in_each_epoch():
+    row = {"image": IMAGE, "short_caption": ["a", "b", "c"], "long_caption": ["one", "two"]}
+    parser = RowParser(len, seed=3)
+    drawn = [parser(row, 7, epoch) for epoch in range(30)]
+    assert {texts(example.positive)[0] for example in drawn} == {"a", "b", "c"}
+    assert {example.target for example in drawn} == {"one", "two"}
+    assert [texts(parser(row, 7, epoch).positive) for epoch in range(30)] == [texts(each.positive) for each in drawn]
+    assert [texts(parser(row, 8, epoch).positive) for epoch in range(30)] != [texts(each.positive) for each in drawn]
+    weighted = {"image": IMAGE, "caption": ["a", "b", "c"], "caption_weights": [0, 1, 0.5]}
+    drawn = [texts(parser(weighted, 7, epoch).positive)[0] for epoch in range(60)]
+    assert drawn.count("b") > drawn.count("c") > 0 and "a" not in drawn
+
+
+def test_a_caption_that_is_too_long_is_left_out_beside_a_short_one(caplog):
+    parser = RowParser(lambda text: len(text.split()), long_caption_max_tokens=5)
+    row = {"image": IMAGE, "short_caption": "a cat", "long_caption": "a " * 6}
+    assert [(texts(example.positive), example.target) for example in (parser(row, 3), parser(row, 4))] == [
+        (["a cat"], None)
+    ] * 2
+    assert parser.left_out == 2
+    assert caplog.messages[1] == ("Left out 2 long captions of more than 5 tokens so far, the last one that of row 4.")
+
+
 def test_sentence_transformers_columns():
     example = parse({"anchor": "a question", "positive": IMAGE, "negative": "no", "negative_1": ["never", IMAGE]})
     assert texts(example.anchor) == ["a question"]
@@ -120,7 +143,10 @@ def test_images_in_every_form(tmp_path):
     [
         ({"image": IMAGE, "caption": "  "}, "an empty `caption`"),
         ({"image": IMAGE, "short_caption": ""}, "an empty `short_caption`"),
-        ({"image": IMAGE, "caption": ["a", "b"]}, "a list of 2 texts in `caption`"),
+        ({"image": IMAGE, "caption": ["a", ""]}, "an empty `caption`"),
+        ({"image": IMAGE, "caption": []}, "an empty `caption`"),
+        ({"image": IMAGE, "caption": ["a", "b"], "caption_weights": [1]}, "`caption_weights` that are not 2 numbers"),
+        ({"image": IMAGE, "caption": ["a", "b"], "caption_weights": [0, 0]}, "`caption_weights` that are not 2"),
         ({"image": IMAGE, "caption": 3}, "a `caption` of type int"),
         ({"image": IMAGE, "long_caption": "word " * 501}, "`long_caption` of 501 tokens.*long_caption_max_tokens=500"),
         ({"image": IMAGE, "caption": "word " * 501}, "`long_caption` of 501 tokens"),
