@@ -1,5 +1,6 @@
 """Trained checkpoints: loading, examining, describing, merging, exporting and pushing them."""
 
+from ..modeling.digests_unigd import save_digests
 from .cards import make_model_card
 from .doctor import Finding, examine, report
 from .export import export_checkpoint
@@ -17,4 +18,5 @@ __all__ = [
     "merge_adapter",
     "push_checkpoint",
     "report",
+    "save_digests",
 ]

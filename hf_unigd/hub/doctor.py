@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging as transformers_logging
 
 from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.adapter_unigd import ADAPTER_CONFIG_NAME, is_adapter
+from ..modeling.hub_files_unigd import ADAPTER_CONFIG_NAME, is_adapter
 from ..modeling.probe_unigd import PROBE_NAME, load_probe, probe_differences, probe_tolerance, processor_differences
 from ..version import __version__
 from .export import check_exportable
@@ -140,7 +140,7 @@ def _versions(config: dict) -> list[Finding]:
 def _load_model(folder: Path):
     try:
         model, info = UniGDForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True, check_probe=False, dtype="auto"
+            folder, output_loading_info=True, verify="none", dtype="auto"
         )
     except Exception as error:
         return None, [Finding("tensors", FAULT, _line(error))]
@@ -173,7 +173,7 @@ def _tied(tied: bool) -> str:
 
 def _load_processor(folder: Path):
     try:
-        processor = UniGDProcessor.from_pretrained(folder, check_probe=False)
+        processor = UniGDProcessor.from_pretrained(folder, verify="none")
     except Exception as error:
         return None, [Finding("processor", FAULT, _line(error))]
     prompts = ", ".join(f"{modality}: {prompt!r}" for modality, prompt in processor.prompts.items())

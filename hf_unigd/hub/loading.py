@@ -4,8 +4,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.adapter_unigd import is_adapter, load_with_adapter
-from ..modeling.hub_files_unigd import hub_arguments
+from ..modeling.adapter_unigd import load_with_adapter
+from ..modeling.hub_files_unigd import hub_arguments, is_adapter
 
 
 def load_checkpoint(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
@@ -14,22 +14,21 @@ def load_checkpoint(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration,
 
     Args:
         name: A Hub id or folder that [`UniGDTrainer`] saved.
-        kwargs: Arguments of the model's `from_pretrained`: `dtype`, `device_map`, `check_probe`, ..., and where the
+        kwargs: Arguments of the model's `from_pretrained`: `dtype`, `device_map`, `verify`, ..., and where the
             checkpoint is: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         ValueError, RuntimeError: the checkpoint is incomplete, or does not compute what it did when it was saved.
             `hf-unigd doctor` says more.
     """
-    where, check_probe = hub_arguments(kwargs), kwargs.get("check_probe", True)
+    where, verify = hub_arguments(kwargs), kwargs.get("verify", "probe")
     if not is_adapter(name, kwargs):
         model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)
-        model.processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where)
+        model.processor = UniGDProcessor.from_pretrained(name, verify=verify, **where)
         return model, model.processor
     model, _ = load_with_adapter(UniGDForConditionalGeneration, name, **kwargs)
     _merge_adapter(model)
-    if check_probe:
-        model.check_probe(name, **where)
+    model.verify(name, verify, **where)
     return model, model.processor
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..modeling.adapter_unigd import is_adapter
+from ..modeling.hub_files_unigd import is_adapter
 from .folders import new_folder
 from .loading import load_checkpoint
 

@@ -3,13 +3,14 @@
 import json
 import logging
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
 
+from ..modeling.digests_unigd import DIGESTED_FILES, DIGESTS_NAME
+from ..modeling.probe_unigd import PROBE_NAME
 from .cards import is_hub_id, make_model_card
 
 
@@ -18,23 +19,13 @@ logger = logging.getLogger(__name__)
 # What a checkpoint is made of, by the names of its files. Everything else stays where it is: the state of training,
 # logs, and whatever else lies in the folder.
 CHECKPOINT_FILES = (
-    *("config.json", "generation_config.json", "adapter_config.json", "metrics.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
-    *("probe.safetensors", "*_unigd.py", "README.md", "LICENSE", "LICENSE.*"),
-    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    ),
-    *("chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "tekken.json"),
+    *DIGESTED_FILES,
+    *(DIGESTS_NAME, "metrics.json", "README.md", "LICENSE", "LICENSE.*"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
-# The same in folders: of sentence-transformers' modules, which `modules.json` names, and of chat templates.
+# The same in the folders of sentence-transformers' modules, which `modules.json` names.
 MODULE_FILES = ("config.json", "model.safetensors")
-TEMPLATE_FOLDER = "additional_chat_templates"
 # Files of another kind of checkpoint, pushed before, that would be loaded instead of the new ones.
 REPLACED = (
     "model.safetensors",
@@ -42,7 +33,8 @@ REPLACED = (
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "adapter_config.json",
-    "probe.safetensors",
+    PROBE_NAME,
+    DIGESTS_NAME,
 )
 
 
@@ -58,8 +50,8 @@ def push_checkpoint(
     """
     Uploads the files that a checkpoint is made of, and nothing else, in one commit. What stays behind is logged. The
     repository shows all of it or, if the upload is interrupted, none of it. Another call then sends only what is still
-    missing. Weights, adapter and probe of an earlier push are removed in the same commit if this push does not replace
-    them. If neither the folder nor the repository has a model card, one is written from the checkpoint's own files.
+    missing. Weights, adapter, probe and digests of an earlier push are removed in the same commit if this push does not
+    replace them. If neither the folder nor the repository has a model card, one is written from the checkpoint's own files.
 
     Args:
         folder: The folder that `save_pretrained` or the trainer wrote.
@@ -140,9 +132,8 @@ def pushed_files(folder: str | Path) -> set[str]:
         ValueError: one of them is a link to a file outside the folder.
     """
     folder = Path(folder)
-    wanted = {file.name for file in folder.iterdir() if any(fnmatch(file.name, name) for name in CHECKPOINT_FILES)}
+    wanted = {file.relative_to(folder).as_posix() for name in CHECKPOINT_FILES for file in folder.glob(name)}
     wanted |= {f"{module}/{name}" for module in _module_folders(folder) for name in MODULE_FILES}
-    wanted |= {f"{TEMPLATE_FOLDER}/{file.name}" for file in folder.glob(f"{TEMPLATE_FOLDER}/*.jinja")}
     wanted |= set(_pictures(folder / REPOCARD_NAME))
     files = {name for name in wanted if (folder / name).is_file()}
     for name in sorted(files):

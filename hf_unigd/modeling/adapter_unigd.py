@@ -1,30 +1,23 @@
 """Adapters: checkpoints that hold only what was trained (LoRA, soft prompts, head), and name their base model."""
 
 import inspect
-import json
 import math
-from pathlib import Path
 
 from .configuration_unigd import UniGDConfig
-from .hub_files_unigd import find_file, hub_arguments
+from .hub_files_unigd import ADAPTER_CONFIG_NAME, find_file, hub_arguments, is_adapter, read_json, weight_files
 from .loading_info_unigd import raise_if_random
+from .plausible_unigd import as_large_as
 from .probe_unigd import PROBE_NAME, load_probe
 from .processing_unigd import UniGDProcessor
 
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 TEMPERATURE = "embedding_head.logit_scale"
 CONFIG_ARGUMENTS = inspect.signature(UniGDConfig.__init__).parameters.keys() - {"self", "vlm_config", "kwargs"}
 # Arguments about the adapter, not about its base model: where the adapter is, and that its code is trusted.
 _ADAPTER_ARGUMENTS = {"revision", "subfolder", "trust_remote_code"}
 
 
-def is_adapter(name, kwargs: dict) -> bool:
-    """Whether a folder or Hub repository holds an adapter. `kwargs` are those of a `from_pretrained`."""
-    return find_file(name, ADAPTER_CONFIG_NAME, kwargs) is not None
-
-
-def load_with_adapter(model_class, name, check_probe: bool = True, **kwargs):
+def load_with_adapter(model_class, name, verify: str = "probe", **kwargs):
     """
     Loads the base model of an adapter and puts the adapter on it, without merging it. The model's `processor` is the
     adapter's.
@@ -32,8 +25,8 @@ def load_with_adapter(model_class, name, check_probe: bool = True, **kwargs):
     Args:
         model_class: Class to load, [`UniGDModel`] or [`UniGDForConditionalGeneration`].
         name (`str` or `os.PathLike`): Folder or Hub id of the adapter.
-        check_probe (`bool`, *optional*, defaults to `True`): Whether to check the probes of the base model and of the
-            adapter's processor. The adapted model's own is the caller's to check.
+        verify (`str`, *optional*, defaults to `"probe"`): What to check of the base model and of the adapter's
+            processor, as in their `from_pretrained`. To check the adapted model is left to the caller.
         kwargs: Arguments of `from_pretrained`. `revision` and `subfolder` are the adapter's. The base model has the
             revision that the adapter names, and its own remote code, if any, is not run.
 
@@ -41,18 +34,20 @@ def load_with_adapter(model_class, name, check_probe: bool = True, **kwargs):
         The model, and the loading info of the adapter (`dict`).
 
     Raises:
-        ValueError: the adapter names no base model.
+        ValueError: the adapter names no base model, or another adapter as its base model.
         RuntimeError: a tensor would be random; or neither the adapter nor its base model has a trained head.
     """
     where = hub_arguments(kwargs)
-    processor = UniGDProcessor.from_pretrained(name, check_probe=check_probe, **where)
-    model, head_is_new = _load_base_model(model_class, name, check_probe, kwargs)
-    new_tensors = [f"embedding_head.{key}" for key in model.embedding_head.state_dict()] if head_is_new else []
-    reserved = set(model.vlm.generation_config.suppress_tokens or [])
-    if not reserved.issuperset(processor.soft_prompt_ids):  # else they are the base model's, and trained
-        model.add_soft_prompts(**processor.soft_prompt_tokens)
-    model.processor = processor
-    info = model.load_adapter(name, adapter_kwargs=where).to_dict()
+    base, base_kwargs = _find_base_model(name, kwargs)
+    processor = UniGDProcessor.from_pretrained(name, verify=verify, **where)
+    with as_large_as(name, [*weight_files(base, base_kwargs), *weight_files(name, where)]):
+        model, head_is_new = _load_base_model(model_class, name, base, verify, where, base_kwargs)
+        new_tensors = [f"embedding_head.{key}" for key in model.embedding_head.state_dict()] if head_is_new else []
+        reserved = set(model.vlm.generation_config.suppress_tokens or [])
+        if not reserved.issuperset(processor.soft_prompt_ids):  # else they are the base model's, and trained
+            model.add_soft_prompts(**processor.soft_prompt_tokens)
+        model.processor = processor
+        info = model.load_adapter(name, adapter_kwargs=where).to_dict()
     if model.config.tie_word_embeddings:  # the output's soft prompts are the input's, under a second name
         info["missing_keys"] = {key for key in info["missing_keys"] if "lm_head.token_adapter" not in key}
     raise_if_random(name, info)
@@ -81,23 +76,32 @@ def _check_head(name, model, new_tensors: list[str], where: dict) -> None:
         )
 
 
-def _load_base_model(model_class, name, check_probe: bool, kwargs: dict):
-    """The base model of the adapter `name`, and whether it is a plain one, which gets a new head of the adapter's
-    shape."""
-    where = hub_arguments(kwargs)
-    adapter_config = json.loads(Path(find_file(name, ADAPTER_CONFIG_NAME, where) or "").read_text(encoding="utf-8"))
-    base = adapter_config["base_model_name_or_path"]
-    if not base:
+def _find_base_model(name, kwargs: dict) -> tuple[str, dict]:
+    """The name of the base model of the adapter `name`, and the arguments to load it with."""
+    config = read_json(find_file(name, ADAPTER_CONFIG_NAME, kwargs) or "")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base or not isinstance(base, str):
         raise ValueError(
-            f"{ADAPTER_CONFIG_NAME} of {name} names no base model, because the adapter was trained on one that was "
-            "made in memory. Write the folder or Hub id of the base model into its `base_model_name_or_path`."
+            f"{ADAPTER_CONFIG_NAME} of {name} names no base model. If the adapter was trained on one that was made in "
+            "memory, write the folder or Hub id of the base model into its `base_model_name_or_path`."
         )
     kwargs = {key: value for key, value in kwargs.items() if key not in _ADAPTER_ARGUMENTS}
-    if adapter_config.get("revision"):
-        kwargs["revision"] = adapter_config["revision"]
+    if config.get("revision"):
+        kwargs["revision"] = config["revision"]
+    if is_adapter(base, kwargs):  # it may be this one
+        raise ValueError(
+            f"{ADAPTER_CONFIG_NAME} of {name} names the base model {base}, which is an adapter itself. Write the "
+            "folder or Hub id of a whole model into its `base_model_name_or_path`."
+        )
+    return base, kwargs
+
+
+def _load_base_model(model_class, name, base: str, verify: str, where: dict, kwargs: dict):
+    """The base model of the adapter `name`, and whether it is a plain one, which gets a new head of the adapter's
+    shape."""
     base_config, _ = UniGDConfig.get_config_dict(base, **hub_arguments(kwargs))
     if base_config.get("model_type") == UniGDConfig.model_type:
-        return model_class.from_pretrained(base, check_probe=check_probe, **kwargs), False
+        return model_class.from_pretrained(base, verify=verify, **kwargs), False
     config = UniGDConfig.from_pretrained(name, **where)
     head = {key: getattr(config, key) for key in CONFIG_ARGUMENTS}
     return model_class.from_vlm_pretrained(base, **head, **kwargs), True

@@ -1,10 +1,12 @@
-"""What is asked of a backbone, whatever its family: that it can be composed, its logits, and its image features."""
+"""What is asked of a backbone of any family: that it can be composed, its logits, image features and processor."""
 
 import inspect
 from types import MethodType
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
 
@@ -87,3 +89,33 @@ def image_features(vlm: PreTrainedModel, inputs: dict) -> ModelOutput:
     encode = vlm.base_model.get_image_features
     names = inspect.signature(encode).parameters.keys() & inputs.keys()
     return encode(**{name: inputs[name] for name in names}, return_dict=True)
+
+
+def load_backbone_processor(class_name: str, pretrained_model_name_or_path, **kwargs) -> ProcessorMixin:
+    """
+    Loads the backbone's processor from the files of a saved [`UniGDProcessor`].
+
+    Args:
+        class_name (`str`): The name of its class in transformers.
+        pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
+        kwargs: Arguments of [`~ProcessorMixin.from_pretrained`].
+
+    Raises:
+        ValueError: transformers has no such processor, or the files are damaged.
+    """
+    processor_class: Any = getattr(transformers, str(class_name), None)
+    # Not AutoProcessor: it would find our class again, without end.
+    if not (inspect.isclass(processor_class) and issubclass(processor_class, ProcessorMixin)):
+        raise ValueError(
+            f"processor_config.json of {pretrained_model_name_or_path} names {class_name!r} as `vlm_processor_class`, "
+            "which this version of transformers does not have as the processor of a vision-language model."
+        )
+    try:
+        return processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # a plain `Exception` of the tokenizers library, or whatever a wrong value leads to
+        raise ValueError(
+            f"The files of the processor of {pretrained_model_name_or_path} are damaged: {error}. Save or download "
+            "them again."
+        ) from error

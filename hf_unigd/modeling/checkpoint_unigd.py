@@ -12,11 +12,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
-from .adapter_unigd import CONFIG_ARGUMENTS, is_adapter, load_with_adapter
+from .adapter_unigd import CONFIG_ARGUMENTS, load_with_adapter
 from .backbone_unigd import check_backbone
-from .configuration_unigd import UniGDConfig
-from .hub_files_unigd import commit_of, find_file, hub_arguments
+from .configuration_unigd import UniGDConfig, check_choice
+from .digests_unigd import DIGESTS_NAME, VERIFY, check_digests, save_digests
+from .hub_files_unigd import commit_of, find_file, hub_arguments, is_adapter, weight_files
 from .loading_info_unigd import raise_if_random
+from .plausible_unigd import as_large_as
 from .probe_unigd import PROBE_NAME, load_probe, probe_difference, probe_tolerance, save_probe
 from .processing_unigd import UniGDProcessor
 from .sentence_files_unigd import save_sentence_files
@@ -84,11 +86,11 @@ class UniGDCheckpointModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, check_probe=True, **kwargs
+        cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, verify="probe", **kwargs
     ):
         """
-        As [`~PreTrainedModel.from_pretrained`], but raises if a tensor would be random, or if the embeddings differ
-        from those of the saved probe.
+        As [`~PreTrainedModel.from_pretrained`], but raises if a tensor would be random, or if the checkpoint is not
+        what was saved.
 
         An adapter is put on the base model that it names and is not merged into it; this needs `peft`.
 
@@ -96,15 +98,25 @@ class UniGDCheckpointModel(PreTrainedModel):
             pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): A Hub id or folder. With None,
                 `config` and `state_dict` are needed, and a tensor that `state_dict` lacks is initialised, as for any
                 model of transformers: the checks are for checkpoints.
-            check_probe (`bool`, *optional*, defaults to `True`): Whether to embed the checkpoint's probe and compare.
-                Quantised, offloaded and sharded models cannot be compared, so they are not.
+            verify (`str`, *optional*, defaults to `"probe"`): How much to check beside the names and shapes of the
+                tensors.
+
+                - `"none"`: nothing.
+                - `"probe"`: the checkpoint's probe, a fixed input, gives the embeddings and logits that it gave when
+                  it was saved. This costs a forward pass of three short rows. It does not see every change: noise in
+                  the embeddings of tokens that the probe does not hold changes nothing in it. Quantised, offloaded
+                  and sharded models cannot be compared, so they are not.
+                - `"digests"`: the probe, and the SHA-256 of every tensor and of every file of the code and processor.
+                  This costs another reading of the files.
 
         Raises:
             ValueError: the checkpoint is a plain vision-language model (use [`from_vlm_pretrained`]), or was saved by
-                a newer hf-unigd.
-            RuntimeError: a tensor is missing from the checkpoint or has another shape, as the message says, or the
-                probe's embeddings or logits differ.
+                a newer hf-unigd; its config asks for a much larger model than its files hold; or it has no digests to
+                compare with.
+            RuntimeError: a tensor is missing from the checkpoint or has another shape, or the probe or a digest
+                differs, as the message says.
         """
+        check_choice("verify", verify, VERIFY)
         if pretrained_model_name_or_path is None:  # the tensors are given in memory, so there is nothing to compare
             return super().from_pretrained(None, *model_args, output_loading_info=output_loading_info, **kwargs)
         # For an adapter on the Hub, the Auto classes pass its base model's name, and put the adapter's in these.
@@ -114,9 +126,8 @@ class UniGDCheckpointModel(PreTrainedModel):
             for name in ("config", "_from_auto"):
                 kwargs.pop(name, None)
             kwargs.update(adapter_kwargs)
-            model, info = load_with_adapter(cls, adapter, check_probe=check_probe, **kwargs)
-            if check_probe:
-                model.check_probe(adapter, **hub_arguments(kwargs))
+            model, info = load_with_adapter(cls, adapter, verify=verify, **kwargs)
+            model.verify(adapter, verify, **hub_arguments(kwargs))
             return (model, info) if output_loading_info else model
         where = hub_arguments(kwargs)
         if kwargs.get("config") is None:
@@ -126,33 +137,38 @@ class UniGDCheckpointModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path} is a {config_dict.get('model_type')!r} checkpoint without an "
                     f"embedding head. `{cls.__name__}.from_vlm_pretrained(...)` adds a new one to it."
                 )
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        with as_large_as(pretrained_model_name_or_path, weight_files(pretrained_model_name_or_path, where)):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
         raise_if_random(pretrained_model_name_or_path, info)
         model.config._commit_hash = commit_of(pretrained_model_name_or_path, kwargs)
         if not model.can_generate():  # transformers reads the file only for models that can
             # Without the file, the backbone keeps its own defaults.
             with suppress(OSError):
                 model.vlm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **where)
-        if check_probe:
-            model.check_probe(pretrained_model_name_or_path, **where)
+        model.verify(pretrained_model_name_or_path, verify, **where)
         return (model, info) if output_loading_info else model
 
-    def check_probe(self, name, **kwargs) -> None:
+    def verify(self, name, verify: str = "probe", **kwargs) -> None:
         """
-        Runs the probe of a checkpoint, if it has one, and compares the results with the saved ones. Does nothing if
-        the model is quantised, offloaded or sharded.
+        Checks that this model is still what the checkpoint was when it was saved.
 
         Args:
-            name (`str` or `os.PathLike`): Folder or Hub id of the checkpoint.
-            kwargs: Where to load the probe from: `revision`, `subfolder`, `token`, `cache_dir`, ...
+            name (`str` or `os.PathLike`): Folder or Hub id of the checkpoint that this model was loaded from.
+            verify (`str`, *optional*, defaults to `"probe"`): As in [`from_pretrained`].
+            kwargs: Where the checkpoint is: `revision`, `subfolder`, `token`, `cache_dir`, ...
 
         Raises:
-            RuntimeError: the results differ by more than rounding explains.
+            ValueError, RuntimeError: as in [`from_pretrained`].
         """
-        probe_file = find_file(name, PROBE_NAME, kwargs)
-        if probe_file is None or not self._can_be_probed:
+        if verify == "digests":
+            check_digests(name, kwargs)
+        if verify != "none" and (probe_file := find_file(name, PROBE_NAME, kwargs)):
+            self._check_probe(name, probe_file)
+
+    def _check_probe(self, name, probe_file: str) -> None:
+        if not self._can_be_probed:
             return
         probe = load_probe(probe_file)
         difference, tolerance = probe_difference(self, probe), probe_tolerance(self, probe)
@@ -160,7 +176,7 @@ class UniGDCheckpointModel(PreTrainedModel):
             raise RuntimeError(
                 f"{name} does not compute what it did when it was saved: its probe is off by {difference:.2g}, and "
                 f"rounding explains {tolerance:g}. A weight has changed, or a library computes something else. "
-                "`check_probe=False` loads it anyway; `hf-unigd doctor` says more."
+                "`verify='none'` loads it anyway; `hf-unigd doctor` says more."
             )
 
     @property
@@ -177,9 +193,9 @@ class UniGDCheckpointModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, state_dict=None, push_to_hub=False, **kwargs):
         """
         As [`~PreTrainedModel.save_pretrained`]. Also saves the model's `processor` (or else the one of the checkpoint
-        that the model was loaded from), the probe and what sentence-transformers needs. Unless `verify_saves` is
-        False, the folder is loaded again and compared with the probe. With `push_to_hub=True`, the arguments of
-        [`~PreTrainedModel.push_to_hub`] are accepted too.
+        that the model was loaded from), the probe, what sentence-transformers needs, and the digests of all of it.
+        Unless `verify_saves` is False, the folder is loaded again and compared with the probe. With
+        `push_to_hub=True`, the arguments of [`~PreTrainedModel.push_to_hub`] are accepted too.
 
         Raises:
             RuntimeError: the saved folder does not give the same embeddings.
@@ -187,6 +203,8 @@ class UniGDCheckpointModel(PreTrainedModel):
         with _class_without_fsdp(self):
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True):
+            if not self.can_generate():  # transformers writes the file only for models that can
+                self.vlm.generation_config.save_pretrained(save_directory)
             # A state dict is given if the weights are spread over processes; this process cannot embed then.
             self.save_companions(save_directory, has_weights=state_dict is None)
         if push_to_hub:
@@ -196,8 +214,8 @@ class UniGDCheckpointModel(PreTrainedModel):
 
     def save_companions(self, folder, has_weights: bool = True, can_be_opened: bool = True) -> None:
         """
-        Saves what belongs beside the weights: the processor, the probe and what sentence-transformers needs. What is
-        missing is named in a warning.
+        Saves what belongs beside the weights: the processor, the probe, what sentence-transformers needs, and the
+        digests of all files. What is missing is named in a warning.
 
         Args:
             folder (`str` or `os.PathLike`): The checkpoint's folder, which holds the weights already.
@@ -210,7 +228,15 @@ class UniGDCheckpointModel(PreTrainedModel):
             RuntimeError: the saved folder does not give the same embeddings.
         """
         folder = Path(folder)
-        (folder / PROBE_NAME).unlink(missing_ok=True)  # it may be another model's
+        for name in (PROBE_NAME, DIGESTS_NAME):
+            (folder / name).unlink(missing_ok=True)  # it may be another model's
+        has_probe = self._save_processor_and_probe(folder, has_weights)
+        save_digests(folder)
+        if has_probe and self.verify_saves and can_be_opened:
+            type(self).from_pretrained(folder, dtype=self.dtype)
+
+    def _save_processor_and_probe(self, folder: Path, has_weights: bool) -> bool:
+        """Whether a probe was saved. What was not is named in a warning."""
         processor = self.processor or self.processor_of_checkpoint()
         if processor is None:
             logger.warning(
@@ -218,7 +244,7 @@ class UniGDCheckpointModel(PreTrainedModel):
                 "model's UniGDProcessor to save them too.",
                 folder,
             )
-            return
+            return False
         processor.save_pretrained(folder)
         self._save_sentence_module(folder)
         if not (has_weights and self._can_be_probed):
@@ -227,10 +253,9 @@ class UniGDCheckpointModel(PreTrainedModel):
                 "`load_checkpoint(...)[0].save_pretrained(...)` adds one.",
                 folder,
             )
-            return
+            return False
         save_probe(self, processor, folder)
-        if self.verify_saves and can_be_opened:
-            type(self).from_pretrained(folder, dtype=self.dtype)
+        return True
 
     # Models of transformers that have run once cannot be pickled, and unpickled ones cannot run everything. Processes
     # that `SentenceTransformer.encode` starts get the model pickled.

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .plausible_unigd import check_sizes
+
 
 CHECKPOINT_FORMAT = 1
 HEAD_TYPES = ("none", "linear", "mlp")
@@ -68,7 +70,12 @@ class UniGDConfig(PreTrainedConfig):
         if vlm_config is None:
             vlm_config = {"model_type": "llava"}
         if isinstance(vlm_config, dict):
-            vlm_config = AutoConfig.for_model(**vlm_config)
+            vlm_config = _backbone_config(vlm_config)
+        if not isinstance(vlm_config, PreTrainedConfig) or isinstance(vlm_config, UniGDConfig):
+            raise ValueError(
+                "`vlm_config` must be the configuration of an image-text-to-text model, or a dict of its values, got "
+                f"{type(vlm_config).__name__}."
+            )
         hidden_size = _hidden_size(vlm_config)
 
         check_choice("head_type", head_type, HEAD_TYPES)
@@ -150,6 +157,20 @@ class UniGDConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def _backbone_config(values: dict) -> PreTrainedConfig:
+    """
+    Raises:
+        ValueError: `values` are not those of a backbone's configuration.
+    """
+    check_sizes("vlm_config", values)
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # each family checks its values in its own way
+        raise ValueError(
+            f"`vlm_config` does not describe a model of the family {values.get('model_type')!r}: {error}"
+        ) from error
 
 
 def _hidden_size(vlm_config: PreTrainedConfig) -> int:

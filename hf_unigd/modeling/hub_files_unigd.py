@@ -1,10 +1,13 @@
-"""Finds the files of a checkpoint, in a folder or on the Hub."""
+"""Finds and reads the files of a checkpoint, in a folder or on the Hub."""
 
+import json
+import re
 from pathlib import Path
 
 from transformers.utils import cached_file
 
 
+ADAPTER_CONFIG_NAME, INDEX_NAME = "adapter_config.json", "model.safetensors.index.json"
 # The arguments of a `from_pretrained` that say where to load from, as opposed to how.
 HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
 
@@ -34,6 +37,55 @@ def find_file(name: str | Path, file: str, kwargs: dict) -> str | None:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
+
+
+def read_json(file: str | Path):
+    """
+    What a JSON file of a checkpoint holds.
+
+    Raises:
+        ValueError: the file holds no JSON.
+    """
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} holds no JSON that can be read: {error}. Save or download it again.") from error
+
+
+def is_adapter(name, kwargs: dict) -> bool:
+    """Whether a folder or Hub repository holds an adapter. `kwargs` are those of a `from_pretrained`."""
+    return find_file(name, ADAPTER_CONFIG_NAME, kwargs) is not None
+
+
+def weight_files(name, kwargs: dict) -> list[str]:
+    """
+    The safetensors that loading a checkpoint reads: the adapter's, or else the model's, in one file or in the shards
+    that its index names.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub id of the checkpoint.
+        kwargs: Arguments of a `from_pretrained`; only those in `HUB_ARGUMENTS` are used.
+
+    Returns:
+        `list[str]`: Their paths, after a download if need be. Empty if the checkpoint has no safetensors.
+
+    Raises:
+        ValueError: the index is damaged, or names a file that the checkpoint does not have.
+    """
+    kwargs = {**kwargs, "force_download": None}  # else the weights would be downloaded twice
+    whole = find_file(name, "adapter_model.safetensors" if is_adapter(name, kwargs) else "model.safetensors", kwargs)
+    index = find_file(name, INDEX_NAME, kwargs)
+    if whole or not index:
+        return [whole] if whole else []
+    shards = read_json(index)
+    shards = shards.get("weight_map") if isinstance(shards, dict) else None
+    if not isinstance(shards, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(s)) for s in shards.values()):
+        raise ValueError(f"{index} does not say which safetensors in its own folder hold the tensors (`weight_map`).")
+    found = {shard: find_file(name, shard, kwargs) for shard in sorted(set(shards.values()))}
+    missing = [shard for shard, file in found.items() if file is None]
+    if missing:
+        raise ValueError(f"{index} names {', '.join(missing)}, which {name} does not have. Save or download it again.")
+    return [file for file in found.values() if file]
 
 
 def commit_of(name: str | Path, kwargs: dict) -> str | None:

@@ -277,10 +277,6 @@ class UniGDModel(UniGDPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self.vlm.generation_config.save_pretrained(save_directory)
-
 
 class UniGDForConditionalGeneration(UniGDPreTrainedModel, GenerationMixin):
     """Embeds and generates. Logits and generation are the backbone's own."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -55,8 +56,16 @@ def save_probe(model, processor, folder: str | Path) -> None:
 
 
 def load_probe(file: str | Path) -> dict[str, torch.Tensor]:
-    """Reads what [`save_probe`] wrote."""
-    return load_file(file)
+    """
+    Reads what [`save_probe`] wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Save or download the checkpoint again.") from error
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
@@ -17,8 +16,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import PROCESSOR_NAME
 
+from .backbone_unigd import load_backbone_processor
 from .chat_template_unigd import freeze_dates
 from .configuration_unigd import check_choice
+from .digests_unigd import VERIFY, check_digests, renew_digests_of_files
 from .hub_files_unigd import find_file
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
@@ -384,7 +385,7 @@ class UniGDProcessor(ProcessorMixin):
         """Saves the backbone's processor, the prompts and this code in one folder.
 
         If the folder has a probe of another processor, the probe is removed with a warning, because loading compares
-        the processor with it.
+        the processor with it. If the folder has digests, those of its files are renewed.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder.
@@ -405,6 +406,7 @@ class UniGDProcessor(ProcessorMixin):
         config = {**json.loads(config_file.read_text(encoding="utf-8")), **self.to_dict()}
         custom_object_save(self, save_directory, config=config)
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        renew_digests_of_files(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files
@@ -416,15 +418,20 @@ class UniGDProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
-            check_probe (`bool`, *optional*, defaults to `True`): Check that the processor still returns the inputs
-                that are saved in the checkpoint's probe.
+            verify (`str`, *optional*, defaults to `"probe"`): How much to check: `"none"`; `"probe"`, that the
+                processor still returns the inputs that are saved in the checkpoint's probe; `"digests"`, also the
+                SHA-256 of every file of the code and processor.
             kwargs: Arguments of [`~ProcessorMixin.from_pretrained`].
 
         Raises:
-            ValueError: if the checkpoint has a plain processor (use [`from_vlm_pretrained`]), or the processor returns
-                other inputs than it did when it was saved.
+            ValueError: if the checkpoint has a plain processor (use [`from_vlm_pretrained`]) or a damaged one, the
+                processor returns other inputs than it did when it was saved, or there are no digests to compare with.
+            RuntimeError: if a file differs from its digest.
         """
-        check_probe = kwargs.pop("check_probe", True)
+        verify = kwargs.pop("verify", "probe")
+        check_choice("verify", verify, VERIFY)
+        if verify == "digests":
+            check_digests(pretrained_model_name_or_path, kwargs, with_tensors=False)
         config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "vlm_processor_class" not in config:
             raise ValueError(
@@ -434,11 +441,10 @@ class UniGDProcessor(ProcessorMixin):
         # Its parts name their classes themselves. Without an (empty) config, AutoTokenizer would load the model's and
         # run its code a second time, and whatever has a class of the first time could then not be pickled.
         kwargs["config"] = PreTrainedConfig()
-        vlm_processor_class = getattr(transformers, config["vlm_processor_class"])
-        vlm_processor = vlm_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        vlm_processor = load_backbone_processor(config["vlm_processor_class"], pretrained_model_name_or_path, **kwargs)
         names = ("prompts", "soft_prompts", "embedding_position", "image_pooling")
         processor = cls(vlm_processor, **{name: config[name] for name in names if name in config})
-        if check_probe:
+        if verify != "none":
             processor._check_probe(pretrained_model_name_or_path, kwargs)
         return processor
 
@@ -449,7 +455,7 @@ class UniGDProcessor(ProcessorMixin):
             raise ValueError(
                 f"The processor of {name} no longer makes the inputs that it made when it was saved: "
                 f"{'; '.join(differences)}. Its prompts, chat template, tokenizer or image processor have changed. "
-                "`hf-unigd doctor` tells more, and `check_probe=False` loads it without this check."
+                "`hf-unigd doctor` tells more, and `verify='none'` loads it without this check."
             )
 
     @classmethod

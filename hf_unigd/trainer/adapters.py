@@ -12,7 +12,7 @@ from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.adapter_unigd import ADAPTER_CONFIG_NAME
+from ..modeling.hub_files_unigd import ADAPTER_CONFIG_NAME
 
 
 HEAD_NAME = "embedding_head"

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.adapter_unigd import is_adapter
+from ..modeling.hub_files_unigd import is_adapter
 from .adapters import add_adapter, check_adapter
 from .arguments import UniGDModelConfig, UniGDTrainingArguments
 from .vision import is_frozen, vision_parameters

@@ -124,7 +124,7 @@ def test_an_adapter_with_a_missing_or_changed_tensor_is_refused(folder, tmp_path
     for load in (UniGDModel.from_pretrained, UniGDForConditionalGeneration.from_pretrained, load_checkpoint):
         with pytest.raises(RuntimeError, match="does not compute what it did"):
             load(tmp_path)
-    load_checkpoint(tmp_path, check_probe=False)
+    load_checkpoint(tmp_path, verify="none")
 
 
 def test_an_adapter_that_names_no_base_model_is_refused(folder, tmp_path):
@@ -222,6 +222,6 @@ def test_a_trained_temperature_that_is_not_saved_is_refused(tmp_path):
     with torch.no_grad():
         model.embedding_head.logit_scale += 0.5
     model.save_companions(tmp_path / "adapter")
-    for check_probe in (True, False):
+    for verify in ("none", "probe", "digests"):
         with pytest.raises(RuntimeError, match=r"lacks embedding_head\.logit_scale.*would be new at every load"):
-            load_checkpoint(tmp_path / "adapter", check_probe=check_probe)
+            load_checkpoint(tmp_path / "adapter", verify=verify)

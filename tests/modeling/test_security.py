@@ -15,7 +15,8 @@ REMOTE_CODE = sorted((PACKAGE / "modeling").glob("*_unigd.py"))
 LIBRARIES = {"torch", "transformers", "PIL", "jinja2", "numpy", "safetensors"}
 # Neither a network nor a process nor code can be reached from these.
 STANDARD = {"collections", "contextlib", "dataclasses", "functools", "inspect", "itertools", "json", "logging"} | {
-    *("bisect", "datetime", "math", "os", "pathlib", "re", "shutil", "types", "typing", "warnings")
+    *("bisect", "datetime", "fnmatch", "hashlib", "math", "os", "pathlib", "re", "shutil", "threading", "types"),
+    *("typing", "warnings"),
 }
 # Only sentence-transformers loads this file.
 GUESTS = {"sentence_unigd.py": {"sentence_transformers"}}
@@ -29,11 +30,14 @@ FILES = {
     "processing_unigd.py": {"save_pretrained"},
     "images_unigd.py": {"open_image"},
     "sentence_files_unigd.py": {"save_sentence_files"},
-    "adapter_unigd.py": {"_load_base_model"},
+    "hub_files_unigd.py": {"read_json"},
+    "digests_unigd.py": {"digests_of_tensors", "_digests_of_files", "_write"},
+    "plausible_unigd.py": {"_tensor_sizes"},
 }
 OPENS = {
     *("open", "read_text", "read_bytes", "write_text", "write_bytes", "unlink", "rmdir", "rename", "replace_file"),
-    *("load_file", "save_file", "copyfile", "mkdir", "touch", "symlink_to", "hardlink_to", "chmod", "glob", "iterdir"),
+    *("load_file", "save_file", "safe_open", "copyfile", "mkdir", "touch", "symlink_to", "hardlink_to", "chmod"),
+    *("glob", "iterdir"),
 }
 
 
