@@ -6,7 +6,8 @@ something is wrong with it.
 import sys
 from dataclasses import dataclass, field
 
-from ..hub.doctor import FAULT, examine, report
+from ..hub.doctor import examine, report
+from ..hub.findings import FAULT
 from .parser import CommandParser
 
 

@@ -2,8 +2,9 @@
 
 from ..modeling.digests_unigd import save_digests
 from .cards import make_model_card
-from .doctor import Finding, examine, report
+from .doctor import examine, report
 from .export import export_checkpoint
+from .findings import Finding
 from .loading import load_checkpoint
 from .merging import merge_adapter
 from .pushing import push_checkpoint

@@ -2,36 +2,28 @@
 
 import importlib
 import importlib.metadata
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from packaging.version import Version
-from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging as transformers_logging
 
 from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
-from ..modeling.hub_files_unigd import ADAPTER_CONFIG_NAME, is_adapter
+from ..modeling.hub_files_unigd import ADAPTER_CONFIG_NAME, is_adapter, read_json
 from ..modeling.probe_unigd import PROBE_NAME, load_probe, probe_differences, probe_tolerance, processor_differences
 from ..version import __version__
+from .doctor_files import examine_files
 from .export import check_exportable
+from .findings import FAULT, NOTE, OK, Finding, attempt, line
+from .time_limit import time_limit
 
 
-OK, NOTE, FAULT = "ok", "note", "FAULT"
 # The code that sentence-transformers runs. Not every version has what it imports.
 SENTENCE_MODULE = "hf_unigd.modeling.sentence_unigd"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. Its `level` is `OK`, `NOTE` (worth knowing, but not wrong) or `FAULT`."""
-
-    subject: str
-    level: str
-    text: str
+# A chat template is a program, which may run for days.
+TEMPLATE_SECONDS = 30
+TEMPLATE_IS_SLOW = f"the processor needed more than {TEMPLATE_SECONDS} seconds for a few words: see its chat template"
 
 
 def examine(name: str | Path, revision: str | None = None, token: str | None = None) -> list[Finding]:
@@ -44,34 +36,31 @@ def examine(name: str | Path, revision: str | None = None, token: str | None = N
         token: Token of the Hub, for a private repository.
 
     Returns:
-        What was found; [`report`] prints it.
+        What was found; [`report`] prints it. Whatever is wrong with the checkpoint is a part of it, never an error.
 
     Raises:
         OSError: there is no such folder or repository.
-        ValueError: the folder or repository holds no checkpoint of hf-unigd.
     """
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(name), revision=revision, token=token))
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    if config.get("model_type") != "unigd":
-        raise ValueError(f"{name} is no checkpoint of hf-unigd: its config.json has no `model_type` of 'unigd'.")
     transformers_logging.disable_progress_bar()
-    findings = _files(folder, config)
-    findings += [*_attempt("config", _config, config), *_attempt("versions", _versions, config)]
+    findings, config = examine_files(folder)
+    if config is None:
+        return findings
+    findings += [*attempt("config", _config, config), *attempt("versions", _versions, config)]
     model, of_model = _load_model(folder)
     processor, of_processor = _load_processor(folder)
     findings += [*of_model, *of_processor]
     if model is not None:
-        findings += _attempt("tensors", _tensors, model)
+        findings += attempt("tensors", _tensors, model)
     if (folder / PROBE_NAME).is_file():
         if model is not None:
-            findings += _attempt("probe", _probe_of_model, folder, model)
+            findings += attempt("probe", _probe_of_model, folder, model)
         if processor is not None:
-            findings += _attempt("probe", _probe_of_processor, folder, processor)
+            findings += attempt("probe", _probe_of_processor, folder, processor)
     faulty = any(finding.level == FAULT for finding in findings)
-    return [*findings, *_consumers(folder, model, processor, faulty)]
+    return [*findings, *attempt("consumers", _consumers, folder, model, processor, faulty)]
 
 
 def report(findings: list[Finding]) -> str:
@@ -80,44 +69,6 @@ def report(findings: list[Finding]) -> str:
     lines = [f"{finding.level:<6}{finding.subject:<{width + 2}}{finding.text}" for finding in findings]
     faults = sum(finding.level == FAULT for finding in findings)
     return "\n".join([*lines, "", "No faults." if not faults else f"{faults} fault{'s' if faults > 1 else ''}."])
-
-
-def _attempt(subject: str, check: Callable[..., list[Finding]], *args) -> list[Finding]:
-    """What `check` finds. An error is a finding too, so that the rest is examined all the same."""
-    try:
-        return check(*args)
-    except Exception as error:
-        return [Finding(subject, FAULT, _line(error))]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _files(folder: Path, config: dict) -> list[Finding]:
-    needed = ["processor_config.json", "tokenizer.json", *_remote_code(folder, config)]
-    missing = [file for file in needed if not (folder / file).is_file()]
-    if all(file.name == PROBE_NAME for file in folder.glob("*.safetensors")):
-        missing.append("adapter_model.safetensors" if is_adapter(folder, {}) else "model.safetensors")
-    level, text = (FAULT, f"missing: {', '.join(missing)}") if missing else (OK, "complete")
-    findings = [Finding("files", level, text)]
-    extra = {PROBE_NAME: "nobody can tell whether it embeds as when it was saved", "README.md": "it has no model card"}
-    return findings + [
-        Finding("files", NOTE, f"no {file}: {why}") for file, why in extra.items() if not (folder / file).is_file()
-    ]
-
-
-def _remote_code(folder: Path, config: dict) -> list[str]:
-    """The files of code that the Auto classes run: those that the config names, and the siblings that these import."""
-    classes = [name for name in config.get("auto_map", {}).values() if "--" not in name]  # else in another repository
-    files: list[str] = []
-    found = [name.partition(".")[0] for name in classes]
-    while found:
-        file = f"{found.pop()}.py"
-        if file not in files:
-            files.append(file)
-            found += get_relative_imports(folder / file) if (folder / file).is_file() else []
-    return sorted(files)
 
 
 def _config(config: dict) -> list[Finding]:
@@ -143,7 +94,7 @@ def _load_model(folder: Path):
             folder, output_loading_info=True, verify="none", dtype="auto"
         )
     except Exception as error:
-        return None, [Finding("tensors", FAULT, _line(error))]
+        return None, [Finding("tensors", FAULT, line(error))]
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         return model, [Finding("tensors", FAULT, f"unexpected, and not loaded: {', '.join(unexpected)}")]
@@ -173,9 +124,10 @@ def _tied(tied: bool) -> str:
 
 def _load_processor(folder: Path):
     try:
-        processor = UniGDProcessor.from_pretrained(folder, verify="none")
+        with time_limit(TEMPLATE_SECONDS, TEMPLATE_IS_SLOW):
+            processor = UniGDProcessor.from_pretrained(folder, verify="none")
     except Exception as error:
-        return None, [Finding("processor", FAULT, _line(error))]
+        return None, [Finding("processor", FAULT, line(error))]
     prompts = ", ".join(f"{modality}: {prompt!r}" for modality, prompt in processor.prompts.items())
     if processor.embedding_position == "last_slice":
         prompts = f"none; embeds at the last slice, and an image at the {processor.image_pooling} of its tokens"
@@ -193,7 +145,8 @@ def _probe_of_model(folder: Path, model) -> list[Finding]:
 
 
 def _probe_of_processor(folder: Path, processor) -> list[Finding]:
-    changes = processor_differences(processor, load_probe(folder / PROBE_NAME))
+    with time_limit(TEMPLATE_SECONDS, TEMPLATE_IS_SLOW):
+        changes = processor_differences(processor, load_probe(folder / PROBE_NAME))
     if not changes:
         return [Finding("probe", OK, "the same inputs as when it was saved")]
     text = f"prompts, template, tokenizer or image processor have changed: {'; '.join(changes)}"
@@ -219,14 +172,19 @@ def _consumers(folder: Path, model, processor, faulty: bool) -> list[Finding]:
 
 def _no_companions(folder: Path) -> str | None:
     missing = [file for file in ("modules.json", "sentence_unigd.py") if not (folder / file).is_file()]
-    return f"no {' and no '.join(missing)}" if missing else None
+    if missing:
+        return f"no {' and no '.join(missing)}"
+    modules = [module["type"] for module in read_json(folder / "modules.json")]
+    if len(modules) != 1 or not modules[0].endswith("sentence_unigd.UniGDSentenceModule"):
+        return f"modules.json names {', '.join(modules)} instead of sentence_unigd.UniGDSentenceModule"
+    return None
 
 
 def _no_import(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # old versions fail in other ways than with an ImportError
-        return f"cannot be imported here: {_line(error)}"
+        return f"cannot be imported here: {line(error)}"
     return None
 
 
@@ -235,7 +193,7 @@ def _not_for_peft(folder: Path, model) -> str | None:
         return "a whole checkpoint, not an adapter"
     if model is None:  # reported as a fault, which the base model may have caused
         return None
-    adapter = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    adapter = read_json(folder / ADAPTER_CONFIG_NAME)
     base, _ = UniGDConfig.get_config_dict(adapter["base_model_name_or_path"], revision=adapter.get("revision"))
     if base["model_type"] == UniGDConfig.model_type:
         return None
@@ -248,5 +206,5 @@ def _not_exportable(model, processor) -> str | None:
     try:
         check_exportable(model, processor, "llava")
     except ValueError as error:
-        return _line(error)
+        return line(error)
     return None

@@ -50,8 +50,9 @@ def push_checkpoint(
     """
     Uploads the files that a checkpoint is made of, and nothing else, in one commit. What stays behind is logged. The
     repository shows all of it or, if the upload is interrupted, none of it. Another call then sends only what is still
-    missing. Weights, adapter, probe and digests of an earlier push are removed in the same commit if this push does not
-    replace them. If neither the folder nor the repository has a model card, one is written from the checkpoint's own files.
+    missing. Weights, adapter, probe and digests of an earlier push are removed in the same commit if this push does
+    not replace them. If neither the folder nor the repository has a model card, one is written from the checkpoint's
+    own files.
 
     Args:
         folder: The folder that `save_pretrained` or the trainer wrote.

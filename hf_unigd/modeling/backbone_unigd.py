@@ -105,7 +105,8 @@ def load_backbone_processor(class_name: str, pretrained_model_name_or_path, **kw
     """
     processor_class: Any = getattr(transformers, str(class_name), None)
     # Not AutoProcessor: it would find our class again, without end.
-    if not (inspect.isclass(processor_class) and issubclass(processor_class, ProcessorMixin)):
+    is_processor = inspect.isclass(processor_class) and issubclass(processor_class, ProcessorMixin)
+    if not is_processor:
         raise ValueError(
             f"processor_config.json of {pretrained_model_name_or_path} names {class_name!r} as `vlm_processor_class`, "
             "which this version of transformers does not have as the processor of a vision-language model."

@@ -105,8 +105,13 @@ def digest_differences(folder: str | Path, weights: Iterable[str | Path] | None)
             "missing": sorted(before.keys() - digests.keys()),
             "added": sorted(digests.keys() - before.keys()),
         }
-        differences += [f"{kind} {change}: {', '.join(names)}" for change, names in changes.items() if names]
+        differences += [f"{kind} {change}: {_listed(names)}" for change, names in changes.items() if names]
     return differences
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{', '.join(names[:10])}{more}"
 
 
 def digests_of_tensors(files: Iterable[str | Path]) -> dict[str, str]:

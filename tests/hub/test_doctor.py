@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.cli.main import main
-from hf_unigd.hub import load_checkpoint
+from hf_unigd.hub import load_checkpoint, save_digests
 from hf_unigd.hub.doctor import SENTENCE_MODULE
 from hf_unigd.modeling.probe_unigd import PROBE_NAME
 from tiny_adapters import make_adapter
@@ -275,16 +275,18 @@ def test_only_the_code_that_a_checkpoint_runs_is_needed(checkpoint, capsys):
     code = (checkpoint / "loading_info_unigd.py").rename(checkpoint / "another_unigd.py")
     for file in checkpoint.glob("*.py"):
         file.write_text(file.read_text().replace("from .loading_info_unigd import", f"from .{code.stem} import"))
+    save_digests(checkpoint)
     healthy, page = examine(checkpoint, capsys)
     assert healthy, page
     code.unlink()
     assert "missing: another_unigd.py" in examine(checkpoint, capsys)[1]
 
 
-def test_a_plain_model_is_no_checkpoint_of_ours(tmp_path):
+def test_a_plain_model_is_no_checkpoint_of_ours(tmp_path, capsys):
     make_vlm("llava").model.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="is no checkpoint of hf-unigd"):
-        main(["doctor", str(tmp_path)])
+    healthy, page = examine(tmp_path, capsys)
+    assert not healthy
+    assert page.startswith("FAULT config") and "is no checkpoint of hf-unigd" in page
 
 
 def test_a_newer_format_is_refused(checkpoint):
