@@ -174,7 +174,7 @@ def _no_companions(folder: Path) -> str | None:
     missing = [file for file in ("modules.json", "sentence_unigd.py") if not (folder / file).is_file()]
     if missing:
         return f"no {' and no '.join(missing)}"
-    modules = [module["type"] for module in read_json(folder / "modules.json")]
+    modules = [module["type"] for module in read_json(folder / "modules.json", list)]
     if len(modules) != 1 or not modules[0].endswith("sentence_unigd.UniGDSentenceModule"):
         return f"modules.json names {', '.join(modules)} instead of sentence_unigd.UniGDSentenceModule"
     return None

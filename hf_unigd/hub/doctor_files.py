@@ -4,6 +4,7 @@ which code they name."""
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -31,8 +32,8 @@ def examine_files(folder: Path) -> tuple[list[Finding], dict | None]:
         there is nothing more to examine.
     """
     contents, findings = _read(folder)
-    config = contents.get("config.json")
-    if not isinstance(config, dict) or config.get("model_type") != "unigd":
+    config = contents.get("config.json", {})
+    if config.get("model_type") != "unigd":
         text = f"{folder} is no checkpoint of hf-unigd: its config.json has no `model_type` of 'unigd'"
         return [*findings, Finding("config", FAULT, text)], None
     findings += attempt("files", _complete, folder, config)
@@ -41,9 +42,10 @@ def examine_files(folder: Path) -> tuple[list[Finding], dict | None]:
     return findings, config
 
 
-def _read(folder: Path) -> tuple[dict[str, object], list[Finding]]:
+def _read(folder: Path) -> tuple[dict[str, Any], list[Finding]]:
     """The content of each JSON file by its name, and the files that cannot be read."""
-    contents, findings = {}, []
+    contents: dict[str, Any] = {}
+    findings = []
     for file in sorted(folder.iterdir()):
         if not any(fnmatch(file.name, pattern) for pattern in CHECKPOINT_FILES):
             continue
@@ -51,10 +53,7 @@ def _read(folder: Path) -> tuple[dict[str, object], list[Finding]]:
             if not file.is_file():
                 raise ValueError(f"{file.name} is no file" + ", but a link to none" * file.is_symlink())
             if file.suffix == ".json":
-                contents[file.name] = read_json(file)
-                kind = list if file.name == "modules.json" else dict
-                if not isinstance(contents[file.name], kind):
-                    raise ValueError(f"{file.name} holds {type(contents[file.name]).__name__}, not {kind.__name__}")
+                contents[file.name] = read_json(file, list if file.name == "modules.json" else dict)
             elif file.suffix in (".py", ".jinja", ".txt", ".md"):
                 file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -98,7 +97,7 @@ def _digests(folder: Path) -> list[Finding]:
     return [Finding("digests", FAULT, f"not as it was saved: {difference}") for difference in differences]
 
 
-def _code(folder: Path, contents: dict[str, object]) -> list[Finding]:
+def _code(folder: Path, contents: dict[str, Any]) -> list[Finding]:
     findings = [
         Finding("code", FAULT, f"{name} points to the code of another repository, {reference!r}")
         for name, content in contents.items()

@@ -5,7 +5,7 @@ import math
 
 from .configuration_unigd import UniGDConfig
 from .hub_files_unigd import ADAPTER_CONFIG_NAME, find_file, hub_arguments, is_adapter, read_json, weight_files
-from .loading_info_unigd import raise_if_random
+from .loading_info_unigd import errors_name, raise_if_random
 from .plausible_unigd import as_large_as
 from .probe_unigd import PROBE_NAME, load_probe
 from .processing_unigd import UniGDProcessor
@@ -40,7 +40,8 @@ def load_with_adapter(model_class, name, verify: str = "probe", **kwargs):
     where = hub_arguments(kwargs)
     base, base_kwargs = _find_base_model(name, kwargs)
     processor = UniGDProcessor.from_pretrained(name, verify=verify, **where)
-    with as_large_as(name, [*weight_files(base, base_kwargs), *weight_files(name, where)]):
+    files = [*weight_files(base, base_kwargs), *weight_files(name, where)]
+    with errors_name(name), as_large_as(name, files):
         model, head_is_new = _load_base_model(model_class, name, base, verify, where, base_kwargs)
         new_tensors = [f"embedding_head.{key}" for key in model.embedding_head.state_dict()] if head_is_new else []
         reserved = set(model.vlm.generation_config.suppress_tokens or [])
@@ -79,7 +80,7 @@ def _check_head(name, model, new_tensors: list[str], where: dict) -> None:
 def _find_base_model(name, kwargs: dict) -> tuple[str, dict]:
     """The name of the base model of the adapter `name`, and the arguments to load it with."""
     config = read_json(find_file(name, ADAPTER_CONFIG_NAME, kwargs) or "")
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(
             f"{ADAPTER_CONFIG_NAME} of {name} names no base model. If the adapter was trained on one that was made in "

@@ -19,11 +19,15 @@ class ChatTemplate:
         vlm_processor (`ProcessorMixin`): The backbone's processor.
 
     Raises:
-        ValueError: if the template renders no image token for an image.
+        ValueError: if the template cannot be rendered, or renders no image token for an image.
     """
 
     def __init__(self, vlm_processor):
         self.vlm_processor = vlm_processor
+        try:
+            self.image_placeholder  # noqa: B018 - renders it, and keeps it
+        except Exception as error:  # a template is a program
+            raise ValueError(f"The chat template cannot be rendered for an image and a text: {error}") from error
         if vlm_processor.image_token not in self.image_placeholder:
             raise ValueError(
                 f"The chat template renders an image as {self.image_placeholder!r}, without the processor's image "

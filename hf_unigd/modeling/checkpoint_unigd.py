@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .adapter_unigd import CONFIG_ARGUMENTS, load_with_adapter
 from .backbone_unigd import check_backbone
 from .configuration_unigd import UniGDConfig, check_choice
 from .digests_unigd import DIGESTS_NAME, VERIFY, check_digests, save_digests
-from .hub_files_unigd import commit_of, find_file, hub_arguments, is_adapter, weight_files
-from .loading_info_unigd import raise_if_random
+from .hub_files_unigd import check_json, commit_of, find_file, hub_arguments, is_adapter, weight_files
+from .loading_info_unigd import errors_name, raise_if_random
 from .plausible_unigd import as_large_as
 from .probe_unigd import PROBE_NAME, load_probe, probe_difference, probe_tolerance, save_probe
 from .processing_unigd import UniGDProcessor
@@ -130,6 +131,7 @@ class UniGDCheckpointModel(PreTrainedModel):
             model.verify(adapter, verify, **hub_arguments(kwargs))
             return (model, info) if output_loading_info else model
         where = hub_arguments(kwargs)
+        check_json(pretrained_model_name_or_path, (CONFIG_NAME, GENERATION_CONFIG_NAME), where)
         if kwargs.get("config") is None:
             config_dict, _ = UniGDConfig.get_config_dict(pretrained_model_name_or_path, **where)
             if config_dict.get("model_type") != UniGDConfig.model_type:
@@ -137,7 +139,8 @@ class UniGDCheckpointModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path} is a {config_dict.get('model_type')!r} checkpoint without an "
                     f"embedding head. `{cls.__name__}.from_vlm_pretrained(...)` adds a new one to it."
                 )
-        with as_large_as(pretrained_model_name_or_path, weight_files(pretrained_model_name_or_path, where)):
+        files = weight_files(pretrained_model_name_or_path, where)
+        with errors_name(pretrained_model_name_or_path), as_large_as(pretrained_model_name_or_path, files):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )

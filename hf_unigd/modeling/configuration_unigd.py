@@ -61,7 +61,7 @@ class UniGDConfig(PreTrainedConfig):
         checkpoint_format=CHECKPOINT_FORMAT,
         **kwargs,
     ):
-        if checkpoint_format > CHECKPOINT_FORMAT:
+        if not isinstance(checkpoint_format, int) or checkpoint_format > CHECKPOINT_FORMAT:
             raise ValueError(
                 f"The checkpoint has format {checkpoint_format}, but this version of hf-unigd reads formats up to "
                 f"{CHECKPOINT_FORMAT}. Upgrade it with `pip install -U hf-unigd`, or uninstall it and load the "

@@ -149,7 +149,7 @@ def _read(file: str | Path) -> dict[str, dict[str, str]]:
         ValueError: the file does not hold digests, or holds some of files that a checkpoint is not made of.
     """
     digests = read_json(file)
-    is_whole = isinstance(digests, dict) and all(isinstance(digests.get(kind), dict) for kind in ("files", "tensors"))
+    is_whole = all(isinstance(digests.get(kind), dict) for kind in ("files", "tensors"))
     # Names from elsewhere could be paths to files outside the checkpoint.
     if not is_whole or not all(any(fnmatch(name, each) for each in DIGESTED_FILES) for name in digests["files"]):
         raise ValueError(f"{file} does not hold the digests of a checkpoint. Save or download the checkpoint again.")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.utils import cached_file
@@ -39,17 +40,34 @@ def find_file(name: str | Path, file: str, kwargs: dict) -> str | None:
     )
 
 
-def read_json(file: str | Path):
+def read_json(file: str | Path, kind: type = dict):
     """
     What a JSON file of a checkpoint holds.
 
+    Args:
+        file (`str` or `os.PathLike`): Its path.
+        kind (`type`, *optional*, defaults to `dict`): What it must hold.
+
     Raises:
-        ValueError: the file holds no JSON.
+        ValueError: the file holds something else, or no JSON.
     """
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} holds no JSON that can be read: {error}. Save or download it again.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a {kind.__name__}. Save or download it again.")
+    return content
+
+
+def check_json(name, files: Iterable[str], kwargs: dict) -> None:
+    """
+    Raises:
+        ValueError: one of these files of the checkpoint `name` is there, but holds no JSON, or no dict.
+    """
+    for file in files:
+        if path := find_file(name, file, kwargs):
+            read_json(path)
 
 
 def is_adapter(name, kwargs: dict) -> bool:
@@ -77,8 +95,7 @@ def weight_files(name, kwargs: dict) -> list[str]:
     index = find_file(name, INDEX_NAME, kwargs)
     if whole or not index:
         return [whole] if whole else []
-    shards = read_json(index)
-    shards = shards.get("weight_map") if isinstance(shards, dict) else None
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(s)) for s in shards.values()):
         raise ValueError(f"{index} does not say which safetensors in its own folder hold the tensors (`weight_map`).")
     found = {shard: find_file(name, shard, kwargs) for shard in sorted(set(shards.values()))}

@@ -1,4 +1,7 @@
-"""Checks what transformers reports about a load: no tensor of a trained model may be random."""
+"""What becomes of the reports and errors of transformers at a load: no tensor may be random, no error nameless."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def raise_if_random(name, loading_info: dict) -> None:
@@ -20,3 +23,24 @@ def raise_if_random(name, loading_info: dict) -> None:
             + (f"In the checkpoint, but not in the model: {', '.join(unexpected)}.\n" if unexpected else "")
             + "The checkpoint is incomplete, or its config names another head or backbone than it was saved with."
         )
+
+
+@contextmanager
+def errors_name(name) -> Iterator[None]:
+    """
+    A context in which an error of the program becomes one about the checkpoint: deep in transformers, a wrong value in
+    a config is an attribute that something does not have.
+
+    Args:
+        name (`str` or `os.PathLike`): What is loaded.
+
+    Raises:
+        ValueError: in place of an error that does not say what was wrong with the checkpoint.
+    """
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        raise ValueError(
+            f"{name} cannot be loaded, because an argument or a value in its config is wrong: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -20,7 +20,7 @@ from .backbone_unigd import load_backbone_processor
 from .chat_template_unigd import freeze_dates
 from .configuration_unigd import check_choice
 from .digests_unigd import VERIFY, check_digests, renew_digests_of_files
-from .hub_files_unigd import find_file
+from .hub_files_unigd import check_json, find_file
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
 from .rendering_unigd import SequenceError, SequenceRenderer
@@ -432,6 +432,7 @@ class UniGDProcessor(ProcessorMixin):
         check_choice("verify", verify, VERIFY)
         if verify == "digests":
             check_digests(pretrained_model_name_or_path, kwargs, with_tensors=False)
+        check_json(pretrained_model_name_or_path, (PROCESSOR_NAME,), kwargs)
         config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "vlm_processor_class" not in config:
             raise ValueError(
