@@ -22,6 +22,7 @@ from .loading_info_unigd import errors_name, raise_if_random
 from .plausible_unigd import as_large_as
 from .probe_unigd import PROBE_NAME, load_probe, probe_difference, probe_tolerance, save_probe
 from .processing_unigd import UniGDProcessor
+from .save_folder_unigd import check_save_folder
 from .sentence_files_unigd import save_sentence_files
 
 
@@ -168,7 +169,8 @@ class UniGDCheckpointModel(PreTrainedModel):
         if verify == "digests":
             check_digests(name, kwargs)
         if verify != "none" and (probe_file := find_file(name, PROBE_NAME, kwargs)):
-            self._check_probe(name, probe_file)
+            with errors_name(name):  # a config may change what the backbone returns
+                self._check_probe(name, probe_file)
 
     def _check_probe(self, name, probe_file: str) -> None:
         if not self._can_be_probed:
@@ -201,11 +203,16 @@ class UniGDCheckpointModel(PreTrainedModel):
         `push_to_hub=True`, the arguments of [`~PreTrainedModel.push_to_hub`] are accepted too.
 
         Raises:
+            FileExistsError: the folder holds the weights of another model, or an adapter. Nothing was written.
+                An earlier save of this model is overwritten. [`check_save_folder`] says how they are told apart.
             RuntimeError: the saved folder does not give the same embeddings.
         """
+        is_main_process = kwargs.get("is_main_process", True)
+        if is_main_process:
+            check_save_folder(save_directory, self.config, is_adapter=getattr(self, "_hf_peft_config_loaded", False))
         with _class_without_fsdp(self):
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if is_main_process:
             if not self.can_generate():  # transformers writes the file only for models that can
                 self.vlm.generation_config.save_pretrained(save_directory)
             # A state dict is given if the weights are spread over processes; this process cannot embed then.

@@ -14,14 +14,15 @@ from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from ..hub.cards import CURVES_NAME
 from ..hub.pushing import check_base_is_on_hub, check_is_private, push_checkpoint, pushed_files
 from ..modeling import UniGDForConditionalGeneration
+from ..modeling.save_folder_unigd import check_save_folder
 from .adapters import save_adapter_companions
-from .interruption import SaveOnSigterm, discard, last_whole_checkpoint
+from .interruption import SaveOnSigterm, discard, is_whole, last_whole_checkpoint
 from .run_card import make_run_card
 
 
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 class CheckpointingTrainer(Trainer):
     """A [`~transformers.Trainer`] whose checkpoints load as UniGD models. A checkpoint that cannot be saved completely
-    is removed."""
+    is removed. The `output_dir` may hold earlier checkpoints of the same model, and is refused before training if it
+    holds another model."""
 
     def __init__(self, *args, **kwargs):
         self.push_in_progress: PushInProgress | None = None
@@ -43,11 +45,22 @@ class CheckpointingTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.should_save)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
+        self._check_save_folders(self.args.output_dir, *Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._save_on_sigterm.restore()
             self._finish_current_push()  # a push cannot finish once the process ends
+
+    def _check_save_folders(self, *folders: str | Path) -> None:
+        """
+        Raises:
+            FileExistsError: one of the folders holds another model ([`check_save_folder`]). What an interrupted save
+                left of a checkpoint is no model.
+        """
+        for folder in map(Path, folders if self.args.should_save else ()):
+            if is_whole(folder) or not folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+                check_save_folder(folder, self._unwrapped_model.config, isinstance(self.model, PeftModel))
 
     def _save_checkpoint(self, model, trial):
         # Only the final model is loaded again to verify it. Doing so for every checkpoint would cost too much.
@@ -75,6 +88,7 @@ class CheckpointingTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
             self._finish_current_push()  # it may still read the files that are overwritten here
+        self._check_save_folders(output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every process calls this, but only one writes
             return

@@ -63,14 +63,15 @@ def last_whole_checkpoint(folder: str | Path, removes_others: bool = False) -> s
         removes_others: Whether to remove later, incomplete checkpoints, which the trainer would take for newer ones.
     """
     for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        if _is_whole(path):
+        if is_whole(path):
             return str(path)
         if removes_others:
             discard(path)
     return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the checkpoint of a run is complete."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

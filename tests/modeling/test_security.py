@@ -33,6 +33,7 @@ FILES = {
     "hub_files_unigd.py": {"read_json"},
     "digests_unigd.py": {"digests_of_tensors", "_digests_of_files", "_write"},
     "plausible_unigd.py": {"_tensor_sizes"},
+    "save_folder_unigd.py": {"_names"},
 }
 OPENS = {
     *("open", "read_text", "read_bytes", "write_text", "write_bytes", "unlink", "rmdir", "rename", "replace_file"),
