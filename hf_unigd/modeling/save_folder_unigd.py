@@ -67,6 +67,6 @@ def _shapes(config: dict, prefix: str = "") -> dict[str, object]:
     for key, value in config.items():
         if isinstance(value, dict):
             shapes |= _shapes(value, f"{prefix}{key}.")
-        elif _SHAPE.fullmatch(key) and key != _NO_SHAPE:
+        elif _SHAPE.fullmatch(str(key)) and key != _NO_SHAPE:
             shapes[f"{prefix}{key}"] = value
     return shapes
