@@ -128,12 +128,16 @@ def _load_processor(folder: Path):
             processor = UniGDProcessor.from_pretrained(folder, verify="none")
     except Exception as error:
         return None, [Finding("processor", FAULT, line(error))]
+    return processor, attempt("prompts", _prompts, processor)
+
+
+def _prompts(processor) -> list[Finding]:
     prompts = ", ".join(f"{modality}: {prompt!r}" for modality, prompt in processor.prompts.items())
     if processor.embedding_position == "last_slice":
         prompts = f"none; embeds at the last slice, and an image at the {processor.image_pooling} of its tokens"
     elif processor.soft_prompts:
         prompts += f"; replaced by {len(processor.soft_prompt_ids)} soft-prompt tokens"
-    return processor, [Finding("prompts", OK, prompts)]
+    return [Finding("prompts", OK, prompts)]
 
 
 def _probe_of_model(folder: Path, model) -> list[Finding]:

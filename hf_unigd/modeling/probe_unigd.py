@@ -122,8 +122,9 @@ def processor_differences(processor, probe: dict[str, torch.Tensor]) -> list[str
         if value.shape != now.shape:
             differences.append(f"{name} of shape {tuple(now.shape)}, it was {tuple(value.shape)}")
         elif value.is_floating_point():
-            if (value - now).abs().max() > 0.1:  # of normalised pixels, as libraries resize differently
-                differences.append(f"{name} differ by {(value - now).abs().max():.2f}")
+            difference = (value - now).abs().nan_to_num(nan=torch.inf).max()
+            if difference > 0.1:  # of normalised pixels, as libraries resize differently
+                differences.append(f"{name} differ by {difference:.2f}")
         elif not torch.equal(value, now):
             row = int((value != now).nonzero()[0, 0])
             differences.append(f"{name} of row {row} differ")

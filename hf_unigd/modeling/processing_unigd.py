@@ -21,7 +21,9 @@ from .chat_template_unigd import freeze_dates
 from .configuration_unigd import check_choice
 from .digests_unigd import VERIFY, check_digests, renew_digests_of_files
 from .hub_files_unigd import check_json, find_file
+from .loading_info_unigd import errors_name
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
+from .plausible_unigd import check_sizes
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
 from .rendering_unigd import SequenceError, SequenceRenderer
 from .tokenizing_unigd import SequenceTokenizer, check_vlm_processor
@@ -434,6 +436,7 @@ class UniGDProcessor(ProcessorMixin):
             check_digests(pretrained_model_name_or_path, kwargs, with_tensors=False)
         check_json(pretrained_model_name_or_path, (PROCESSOR_NAME,), kwargs)
         config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        check_sizes(PROCESSOR_NAME, config)
         if "vlm_processor_class" not in config:
             raise ValueError(
                 f"The processor of {pretrained_model_name_or_path} has no embedding prompts. "
@@ -444,9 +447,10 @@ class UniGDProcessor(ProcessorMixin):
         kwargs["config"] = PreTrainedConfig()
         vlm_processor = load_backbone_processor(config["vlm_processor_class"], pretrained_model_name_or_path, **kwargs)
         names = ("prompts", "soft_prompts", "embedding_position", "image_pooling")
-        processor = cls(vlm_processor, **{name: config[name] for name in names if name in config})
-        if verify != "none":
-            processor._check_probe(pretrained_model_name_or_path, kwargs)
+        with errors_name(pretrained_model_name_or_path):
+            processor = cls(vlm_processor, **{name: config[name] for name in names if name in config})
+            if verify != "none":
+                processor._check_probe(pretrained_model_name_or_path, kwargs)
         return processor
 
     def _check_probe(self, name, kwargs) -> None:
