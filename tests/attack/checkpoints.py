@@ -229,32 +229,39 @@ def judge(case: Case, folder: Path) -> tuple[str, str]:
     with limits(), mock.patch.object(doctor, "TEMPLATE_SECONDS", 2):
         started = time.monotonic()
         try:
-            is_seen = any(f.level != OK and f not in findings for f in examine(folder))
+            found = [finding for finding in examine(folder) if finding.level != OK and finding not in findings]
         except Exception as error:
             return "wrong", f"the doctor died of {type(error).__name__}: {error}"
+        if any(is_endless(finding.text) for finding in found):
+            return "wrong", "the doctor recurses"
         if time.monotonic() - started > SECONDS:
             return "wrong", f"the doctor took {time.monotonic() - started:.0f} seconds"
         if not case.is_loaded:
-            return ("right", "") if is_seen else ("wrong", "the doctor does not see it")
+            return ("right", "") if found else ("wrong", "the doctor does not see it")
         started = time.monotonic()
         verdict = "right"
         for verify in ("probe", "digests"):
             try:
                 is_same = torch.equal(embed(folder, verify=verify), embeddings)
             except (ValueError, RuntimeError, OSError) as error:
-                if not str(error).strip():
-                    return "wrong", f"loading raises a nameless {type(error).__name__}"
+                if not str(error).strip() or is_endless(str(error)):
+                    return "wrong", f"loading raises {type(error).__name__}: {error}"
                 verdict = "refused"
                 break
             except Exception as error:
                 return "wrong", f"loading raises {type(error).__name__}: {error}"
         if time.monotonic() - started > SECONDS:
             return "wrong", f"loading took {time.monotonic() - started:.0f} seconds"
-    if not is_seen and (case.is_seen or verdict == "refused"):
+    if not found and (case.is_seen or verdict == "refused"):
         return "wrong", "the doctor does not see it"
     if verdict == "right" and not is_same:
         return "wrong", "it loads with every check, and embeds otherwise"
     return verdict, ""
+
+
+def is_endless(text: str) -> bool:
+    """Whether an error tells of a recursion without end, other than that of a JSON file's content."""
+    return "recursion" in text and "JSON" not in text
 
 
 @contextmanager
