@@ -16,14 +16,14 @@ from ..version import __version__
 from .doctor_files import examine_files
 from .export import check_exportable
 from .findings import FAULT, NOTE, OK, Finding, attempt, line
-from .time_limit import time_limit
+from .limits import limited
 
 
 # The code that sentence-transformers runs. Not every version has what it imports.
 SENTENCE_MODULE = "hf_unigd.modeling.sentence_unigd"
-# A chat template is a program, which may run for days.
-TEMPLATE_SECONDS = 30
-TEMPLATE_IS_SLOW = f"the processor needed more than {TEMPLATE_SECONDS} seconds for a few words: see its chat template"
+# For a few words and small images. A chat template is a program, which may run for days.
+PROCESSOR_SECONDS, PROCESSOR_GIGABYTES = 30, 4
+PROCESSOR_IS_SLOW = "the processor takes too long for a few words and small images: see its chat template"
 
 
 def examine(name: str | Path, revision: str | None = None, token: str | None = None) -> list[Finding]:
@@ -124,7 +124,7 @@ def _tied(tied: bool) -> str:
 
 def _load_processor(folder: Path):
     try:
-        with time_limit(TEMPLATE_SECONDS, TEMPLATE_IS_SLOW):
+        with limited(PROCESSOR_SECONDS, PROCESSOR_GIGABYTES, PROCESSOR_IS_SLOW):
             processor = UniGDProcessor.from_pretrained(folder, verify="none")
     except Exception as error:
         return None, [Finding("processor", FAULT, line(error))]
@@ -149,7 +149,7 @@ def _probe_of_model(folder: Path, model) -> list[Finding]:
 
 
 def _probe_of_processor(folder: Path, processor) -> list[Finding]:
-    with time_limit(TEMPLATE_SECONDS, TEMPLATE_IS_SLOW):
+    with limited(PROCESSOR_SECONDS, PROCESSOR_GIGABYTES, PROCESSOR_IS_SLOW):
         changes = processor_differences(processor, load_probe(folder / PROBE_NAME))
     if not changes:
         return [Finding("probe", OK, "the same inputs as when it was saved")]

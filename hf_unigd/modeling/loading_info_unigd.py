@@ -39,7 +39,7 @@ def errors_name(name) -> Iterator[None]:
     """
     try:
         yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(
             f"{name} cannot be loaded, because an argument or a value in its config is wrong: "
             f"{type(error).__name__}: {error}"

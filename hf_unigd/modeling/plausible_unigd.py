@@ -30,6 +30,8 @@ def check_sizes(name: str, config: dict) -> None:
         path, value = found.pop()
         if isinstance(value, dict):
             found += [(f"{path}.{key}", each) for key, each in value.items()]
+            if isinstance(value.get("height"), int) and isinstance(value.get("width"), int):
+                found.append((f"{path}.height * width", value["height"] * value["width"]))
         elif isinstance(value, list):
             found += [(path, each) for each in value]
         elif isinstance(value, int) and value > MAX_SIZE and "theta" not in path:  # a base of angles, not a size

@@ -1,8 +1,10 @@
 """Checkpoints damaged in many ways: loading refuses them, and the doctor says why."""
 
 import json
+import re
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDModel, UniGDProcessor
 from hf_unigd.cli.main import main
-from hf_unigd.hub import load_checkpoint, save_digests
+from hf_unigd.hub import doctor, load_checkpoint, save_digests
 from hf_unigd.hub.doctor import SENTENCE_MODULE
 from hf_unigd.modeling.probe_unigd import PROBE_NAME
 from tiny_adapters import make_adapter
@@ -287,6 +289,100 @@ def test_a_plain_model_is_no_checkpoint_of_ours(tmp_path, capsys):
     healthy, page = examine(tmp_path, capsys)
     assert not healthy
     assert page.startswith("FAULT config") and "is no checkpoint of hf-unigd" in page
+
+
+def faults(folder, capsys):
+    _, page = examine(folder, capsys)
+    return [line.removeprefix("FAULT").strip() for line in page.splitlines() if line.startswith("FAULT")]
+
+
+def test_edited_code_and_files_are_named(checkpoint, capsys):
+    with (checkpoint / "head_unigd.py").open("a") as file:
+        file.write("\n")
+    (checkpoint / "generation_config.json").write_text("{}")
+    found = faults(checkpoint, capsys)
+    assert len(found) == 1 and found[0].endswith("files changed: generation_config.json, head_unigd.py")
+    assert "head_unigd.py differ from those of hf-unigd" in examine(checkpoint, capsys)[1]
+
+
+def test_without_digests_the_doctor_says_what_nobody_can_tell(checkpoint, capsys):
+    (checkpoint / "digests.json").unlink()
+    healthy, page = examine(checkpoint, capsys)
+    assert healthy
+    assert "no digests.json: nobody can tell" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda c: c["auto_map"].update(AutoModel="somebody/else--modeling_unigd.UniGDModel")),
+        ("processor_config.json", lambda c: c["auto_map"].update(AutoProcessor="somebody/else--x.UniGDProcessor")),
+        ("tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["somebody/else--x.Slow", None]})),
+        ("modules.json", lambda c: c[0].update(type="somebody/else--sentence_unigd.UniGDSentenceModule")),
+    ],
+)
+def test_code_of_another_repository_is_a_fault(checkpoint, capsys, name, change):
+    change_json(checkpoint, name, change)
+    save_digests(checkpoint)  # as whoever changes the file on purpose would
+    found = faults(checkpoint, capsys)
+    assert any(line.startswith("code") and name in line and "somebody/else--" in line for line in found), found
+
+
+def link_to_nothing(file):
+    file.unlink()
+    file.symlink_to("nothing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "modules.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("damage", "finding"),
+    [
+        (lambda file: file.write_text("null"), "holds a NoneType"),
+        (lambda file: file.write_text("[" * 100_000), "maximum recursion depth"),
+        (lambda file: file.write_bytes(file.read_bytes()[:20]), "holds no JSON that can be read"),
+        (lambda file: file.write_bytes(bytes(range(256))), "can't decode byte"),
+        (link_to_nothing, "is no file, but a link to none"),
+    ],
+)
+def test_files_that_cannot_be_read_are_lines_of_the_report(checkpoint, capsys, name, damage, finding):
+    damage(checkpoint / name)
+    assert any(line.startswith("files") and name in line and finding in line for line in faults(checkpoint, capsys))
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(10**9, r"`vlm_config\.text_config\.num_hidden_layers` is 1000000000, .* larger than any"), (10**5, "many more")],
+)
+def test_a_config_that_asks_for_more_than_the_files_hold_builds_nothing(checkpoint, capsys, value, error):
+    def change(config):
+        config["vlm_config"]["text_config"]["num_hidden_layers"] = value
+
+    change_json(checkpoint, "config.json", change)
+    started = time.monotonic()
+    assert any(re.search(error, line) for line in faults(checkpoint, capsys))
+    with pytest.raises(ValueError, match=error):
+        UniGDModel.from_pretrained(checkpoint)
+    assert time.monotonic() - started < 10
+
+
+def test_what_names_itself_is_refused(tmp_path, capsys):
+    make_adapter(tmp_path, on="ours")
+    adapter = tmp_path / "adapter"
+    change_json(adapter, "processor_config.json", lambda c: c.update(vlm_processor_class="AutoProcessor"))
+    with pytest.raises(ValueError, match="names 'AutoProcessor' as `vlm_processor_class`"):
+        UniGDProcessor.from_pretrained(adapter)
+    change_json(adapter, "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(adapter)))
+    with pytest.raises(ValueError, match=r"names the base model .* which is an adapter itself"):
+        UniGDModel.from_pretrained(adapter)
+    found = faults(adapter, capsys)
+    assert any("is an adapter itself" in line for line in found) and any("AutoProcessor" in line for line in found)
+
+
+def test_a_template_without_end_is_stopped(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "PROCESSOR_SECONDS", 1)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (checkpoint / "chat_template.jinja").write_text(loop)
+    assert any("see its chat template" in line for line in faults(checkpoint, capsys))
 
 
 def test_a_newer_format_is_refused(checkpoint):
