@@ -40,8 +40,8 @@ def load_with_adapter(model_class, name, verify: str = "probe", **kwargs):
     where = hub_arguments(kwargs)
     base, base_kwargs = _find_base_model(name, kwargs)
     processor = UniGDProcessor.from_pretrained(name, verify=verify, **where)
-    files = [*weight_files(base, base_kwargs), *weight_files(name, where)]
-    with errors_name(name), as_large_as(name, files):
+    base_files = weight_files(base, base_kwargs)  # none if the base model's weights are no safetensors
+    with errors_name(name), as_large_as(name, [*base_files, *weight_files(name, where)] if base_files else []):
         model, head_is_new = _load_base_model(model_class, name, base, verify, where, base_kwargs)
         new_tensors = [f"embedding_head.{key}" for key in model.embedding_head.state_dict()] if head_is_new else []
         reserved = set(model.vlm.generation_config.suppress_tokens or [])

@@ -127,6 +127,15 @@ def test_an_adapter_with_a_missing_or_changed_tensor_is_refused(folder, tmp_path
     load_checkpoint(tmp_path, verify="none")
 
 
+def test_a_base_model_may_have_other_weights_than_safetensors(tmp_path):
+    make_adapter(tmp_path, on="plain")
+    weights = tmp_path / "base" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    for verify in ("probe", "digests"):
+        load_checkpoint(tmp_path / "adapter", verify=verify)
+
+
 def test_an_adapter_that_names_no_base_model_is_refused(folder, tmp_path):
     name = folder / "ours" / "adapter"
     for file in name.iterdir():
