@@ -13,7 +13,7 @@ from torch.nn.modules.module import (
 )
 
 
-MAX_SIZE = 1 << 25  # of anything that a config counts: tokens, layers, widths, pixels
+MAX_SIZE = 1 << 27  # of anything that a config counts: tokens, layers, widths, pixels of a video
 
 
 def check_sizes(name: str, config: dict) -> None:
@@ -53,8 +53,9 @@ def as_large_as(name, files: Iterable[str | Path]) -> Iterator[None]:
         ValueError: the model is larger, or a file is damaged.
     """
     sizes = [size for file in files for size in _tensor_sizes(file)]
-    # Tied tensors are saved once, and resizing registers a tensor anew. Modules may hold no tensor.
-    most_elements, most_parts = 4 * sum(sizes), 1000 + 16 * len(sizes)
+    # Quantised tensors hold up to eight elements in one, tied ones are saved once, and resizing registers a tensor
+    # anew. Modules may hold no tensor.
+    most_elements, most_parts = 16 * sum(sizes), 1000 + 16 * len(sizes)
     elements: dict[tuple[nn.Module, str], int] = {}  # by owner, because loading replaces what building registered
     total = 0
     thread = threading.get_ident()  # the hooks see what other threads build, too
