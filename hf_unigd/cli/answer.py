@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..retrieval import answer_with_retrieval
+from ..settings import Positive
 from .arguments import SamplingArguments
 from .parser import CommandParser
 from .query import QueryArguments
@@ -11,11 +12,10 @@ from .query import QueryArguments
 @dataclass
 class AnswerArguments(SamplingArguments, QueryArguments):
     question: str | None = field(default=None, metadata={"help": "Question to answer."})
-    k: int = field(default=3, metadata={"help": "Number of entries to put into the prompt."})
+    k: Positive = field(default=3, metadata={"help": "Number of entries to put into the prompt."})
     use_images: bool = field(default=False, metadata={"help": "Put the images of the entries into the prompt too."})
 
     def __post_init__(self):
-        super().__post_init__()
         if self.question is None and self.image is None:
             raise ValueError("Give `--question TEXT`, `--image FILE`, or both.")
 

@@ -1,13 +1,19 @@
 """Arguments that several commands have in common."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
 
 from ..data.images import open_image
+from ..evaluation.figures import is_figure
 from ..modeling.images_unigd import MAX_PIXELS
+from ..outputs import OutputFile
+from ..settings import AtLeast, Positive
+
+
+FigureFile = Annotated[str, OutputFile(".png", is_figure)]
 
 
 def dtype_field(help: str) -> Any:
@@ -20,7 +26,7 @@ class ImageArguments:
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that image paths start from and must not leave."}, kw_only=True
     )
-    max_image_pixels: int = field(
+    max_image_pixels: Positive = field(
         default=MAX_PIXELS,
         metadata={"help": "The largest width times height of an image, checked before it is decoded."},
         kw_only=True,
@@ -39,12 +45,10 @@ class CheckpointArguments(ImageArguments):
 
 @dataclass
 class SamplingArguments:
-    max_new_tokens: int = field(default=128, metadata={"help": "Maximum number of tokens to generate."})
-    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature. 0 decodes greedily."})
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"`--temperature {self.temperature:g}` must not be negative.")
+    max_new_tokens: Positive = field(default=128, metadata={"help": "Maximum number of tokens to generate."})
+    temperature: Annotated[float, AtLeast(0)] = field(
+        default=0.0, metadata={"help": "Sampling temperature. 0 decodes greedily."}
+    )
 
     def generate_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `generate`."""

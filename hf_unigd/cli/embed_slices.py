@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 
 from ..data import ExampleDataset, RowParser, TeacherArguments, write_slice_features
 from ..data.formats import check_columns
+from ..outputs import OutputFolder
+from ..settings import NotNegative, Positive
 from ..trainer import UniGDScriptArguments
 from .arguments import ImageArguments, accelerator
 from .parser import CommandParser
@@ -20,20 +22,20 @@ class EmbedSlicesArguments(ImageArguments):
     model: str = field(
         metadata={"help": "Model that will be trained. Its tokenizer measures captions, which are short or long."}
     )
-    output: str = field(default="slice_features", metadata={"help": "Folder to write, or to continue in."})
-    batch_size: int = field(default=64, metadata={"help": "Number of images or sentences per forward pass."})
-    rows_per_part: int = field(
+    output: OutputFolder = field(default="slice_features", metadata={"help": "Folder to write, or to continue in."})
+    batch_size: Positive = field(default=64, metadata={"help": "Number of images or sentences per forward pass."})
+    rows_per_part: Positive = field(
         default=1000, metadata={"help": "Number of rows per file. An interrupted run loses at most these."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete the features that the folder holds."})
-    short_caption_max_tokens: int = field(
+    short_caption_max_tokens: NotNegative = field(
         default=0,
         metadata={
             "help": "Same value as in training, where it counts as 0 if `contrastive_weight` is 0: captions below the "
             "limit serve the contrastive loss alone."
         },
     )
-    long_caption_max_tokens: int = field(default=500, metadata={"help": "Same value as in training."})
+    long_caption_max_tokens: NotNegative = field(default=500, metadata={"help": "Same value as in training."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows, with a warning."})
 
 

@@ -4,17 +4,32 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 from ..hub import load_checkpoint
+from ..outputs import OutputFile, writing
+from ..settings import Positive
 from ..trainer import UniGDScriptArguments, UniGDTrainer, UniGDTrainingArguments
 from .arguments import CheckpointArguments
 from .parser import CommandParser
 
 
+def holds_metrics(file: Path) -> bool:
+    """Whether a file is what this command writes."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and all(isinstance(value, float) for value in content.values())
+
+
+MetricsFile = Annotated[str, OutputFile(".json", holds_metrics)]
+
+
 @dataclass
 class EvaluateArguments(CheckpointArguments):
-    output: str | None = field(default=None, metadata={"help": "JSON file to write the metrics to."})
-    batch_size: int = field(default=32, metadata={"help": "Number of rows per forward pass."})
+    output: MetricsFile | None = field(default=None, metadata={"help": "JSON file to write the metrics to."})
+    batch_size: Positive = field(default=32, metadata={"help": "Number of rows per forward pass."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
 
 
@@ -36,4 +51,5 @@ def main(argv: list[str]) -> None:
     for name, value in metrics.items():
         print(f"{name:<40} {value:.4f}")
     if args.output:
-        Path(args.output).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        with writing(args.output) as file:
+            file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

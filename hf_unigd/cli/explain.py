@@ -8,6 +8,7 @@ as in the target of training, or by those of `--model`.
 
 import sys
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from datasets import IterableDataset
@@ -16,8 +17,9 @@ from ..data import Example, ExampleDataset, RowError, RowParser, TeacherArgument
 from ..evaluation.alignment import align_slices, embed_slices
 from ..evaluation.figures import draw_alignment
 from ..hub import load_checkpoint
+from ..settings import AtLeast
 from ..trainer import UniGDScriptArguments
-from .arguments import ImageArguments, accelerator
+from .arguments import FigureFile, ImageArguments, accelerator
 from .parser import CommandParser
 
 
@@ -25,11 +27,13 @@ from .parser import CommandParser
 class ExplainArguments(ImageArguments):
     a: int = field(metadata={"help": "Number of the row along the side of the heat map."})
     b: int = field(metadata={"help": "Number of the row along the top of the heat map."})
-    output: str = field(default="alignment.png", metadata={"help": "PNG file to write."})
+    output: FigureFile = field(default="alignment.png", metadata={"help": "PNG file to write."})
     model: str | None = field(
         default=None, metadata={"help": "Trained checkpoint whose embeddings replace those of the teachers."}
     )
-    alignment_bandwidth: float = field(default=1.0, metadata={"help": "Same value as in training."})
+    alignment_bandwidth: Annotated[float, AtLeast(0, exclusive=True)] = field(
+        default=1.0, metadata={"help": "Same value as in training."}
+    )
     alignment_normalization: str = field(
         default="content", metadata={"help": "Same value as in training.", "choices": ["cosine", "content"]}
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..hub import export_checkpoint
 from ..hub.export import TARGETS
+from ..outputs import NewFolder
 from .arguments import dtype_field
 from .parser import CommandParser
 
@@ -14,7 +15,7 @@ from .parser import CommandParser
 @dataclass
 class ExportArguments:
     model: str = field(metadata={"help": "Trained checkpoint or adapter: a Hub id or a folder."})
-    output: str = field(metadata={"help": "New or empty folder to write."})
+    output: NewFolder = field(metadata={"help": "New or empty folder to write."})
     to: str = field(
         default="llava",
         metadata={"help": "Family of the plain model. `vlm` is the backbone's own.", "choices": list(TARGETS)},

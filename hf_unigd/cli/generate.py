@@ -16,7 +16,6 @@ class GenerateArguments(SamplingArguments, CheckpointArguments):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         if self.image is None and self.prompt is None:
             raise ValueError("Give `--image FILE`, `--prompt TEXT`, or both.")
 

@@ -6,7 +6,9 @@ stopped when it is started again.
 from dataclasses import dataclass, field
 
 from ..hub import load_checkpoint
+from ..outputs import OutputFolder
 from ..retrieval import build_index
+from ..settings import Positive
 from ..trainer import UniGDScriptArguments
 from .arguments import CheckpointArguments, accelerator
 from .parser import CommandParser
@@ -14,20 +16,22 @@ from .parser import CommandParser
 
 @dataclass
 class IndexArguments(CheckpointArguments):
-    output: str = field(default="index", metadata={"help": "Folder to write, or to continue in."})
-    batch_size: int = field(default=32, metadata={"help": "Number of rows per forward pass."})
+    output: OutputFolder = field(default="index", metadata={"help": "Folder to write, or to continue in."})
+    batch_size: Positive = field(default=32, metadata={"help": "Number of rows per forward pass."})
     faiss: str | None = field(
         default=None,
         metadata={
             "help": "FAISS index to search with: Flat, HNSW32, 'IVF1024,Flat', ... The search is exact without."
         },
     )
-    truncate_dim: int | None = field(default=None, metadata={"help": "Matryoshka prefix of the embeddings to keep."})
+    truncate_dim: Positive | None = field(
+        default=None, metadata={"help": "Matryoshka prefix of the embeddings to keep."}
+    )
     store_images: bool = field(
         default=True, metadata={"help": "Keep the images, which plots and `hf-unigd answer --use_images` need."}
     )
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
-    rows_per_part: int = field(
+    rows_per_part: Positive = field(
         default=1000, metadata={"help": "Number of rows per file. An interrupted run loses at most these."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete the index that the folder holds."})

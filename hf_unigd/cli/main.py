@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from ..version import __version__
+from .errors import one_line
 
 
 COMMANDS = {
@@ -70,7 +71,4 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if places:
             raise
-        # Errors of these types are raised with a message for people.
-        is_explained = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, RuntimeError))
-        kind = "" if is_explained and str(error) else f"{type(error).__name__}: "
-        sys.exit(f"hf-unigd {command}: {kind}{error}{'' if is_explained else ' (`--debug` shows where)'}")
+        sys.exit(f"hf-unigd {command}: {one_line(error)}")

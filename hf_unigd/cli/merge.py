@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..hub import merge_adapter
+from ..outputs import NewFolder
 from .arguments import dtype_field
 from .parser import CommandParser
 
@@ -10,7 +11,7 @@ from .parser import CommandParser
 @dataclass
 class MergeArguments:
     adapter: str = field(metadata={"help": "Adapter: a Hub id or a folder."})
-    output: str = field(metadata={"help": "New or empty folder to write."})
+    output: NewFolder = field(metadata={"help": "New or empty folder to write."})
     dtype: str = dtype_field(
         "Data type to merge and save in. The merge is exact in float32. With `auto` it is the base model's data type."
     )

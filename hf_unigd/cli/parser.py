@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from ..settings import check_settings
+
 
 class CommandParser(TrlParser):
     """
@@ -67,7 +69,7 @@ class CommandParser(TrlParser):
 
         Raises:
             SystemExit: an argument is missing, unknown or has no valid value. The usage and the reason are printed.
-            ValueError: a dataclass refuses its values, or the YAML file is not valid.
+            ValueError: a dataclass refuses its values ([`check_settings`] included), or the YAML file is not valid.
             OSError: the YAML file cannot be read.
         """
         # TrlParser does not know `--config=FILE`, and fails with an IndexError if the file is missing.
@@ -75,9 +77,12 @@ class CommandParser(TrlParser):
         config_parser.add_argument("--config")
         found, argv = config_parser.parse_known_args(argv)
         try:
-            return self.parse_args_and_config(["--config", found.config, *argv] if found.config else argv)
-        except yaml.YAMLError as error:
+            parsed = self.parse_args_and_config(["--config", found.config, *argv] if found.config else argv)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{found.config} is not valid YAML: {error}") from error
+        for settings in parsed:
+            check_settings(settings)
+        return parsed
 
     def parse_known_args(self, args=None, namespace=None):
         """As in `argparse`, but with the positional arguments assigned and without any argument left over."""

@@ -6,14 +6,14 @@ from textwrap import shorten
 from ..evaluation.figures import draw_retrieval
 from ..hub import load_checkpoint
 from ..retrieval import EmbeddingIndex, Hit
-from .arguments import ImageArguments, accelerator, dtype_field, open_images
+from .arguments import FigureFile, ImageArguments, accelerator, dtype_field, open_images
 
 
 @dataclass
 class QueryArguments(ImageArguments):
     index: str = field(metadata={"help": "Folder that `hf-unigd index` wrote."})
     image: list[str] | None = field(default=None, metadata={"help": "One or more image files of the query."})
-    output: str | None = field(default=None, metadata={"help": "PNG file to plot the entries found in."})
+    output: FigureFile | None = field(default=None, metadata={"help": "PNG file to plot the entries found in."})
     model: str | None = field(
         default=None,
         metadata={"help": "Hub id or folder of the model that made the index, if it is no longer where it was."},

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..settings import Positive
 from .parser import CommandParser
 from .query import QueryArguments
 
@@ -9,7 +10,7 @@ from .query import QueryArguments
 @dataclass
 class SearchArguments(QueryArguments):
     query: str | None = field(default=None, metadata={"help": "Text to search for."})
-    k: int = field(default=5, metadata={"help": "Number of entries to show."})
+    k: Positive = field(default=5, metadata={"help": "Number of entries to show."})
 
     def __post_init__(self):
         if self.query is None and self.image is None:

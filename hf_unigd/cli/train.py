@@ -2,6 +2,7 @@
 
 from ..trainer import UniGDModelConfig, UniGDScriptArguments, UniGDTrainer, UniGDTrainingArguments
 from ..trainer.loading import load_for_training
+from ..trainer.output_folder import check_output_folder
 from .parser import CommandParser
 
 
@@ -11,6 +12,8 @@ def main(argv: list[str]) -> None:
     )
     script_args, training_args, model_args = parser.parse(argv)
 
+    if training_args.resume_from_checkpoint is None and training_args.should_save:
+        check_output_folder(training_args.output_dir)  # hours before the trainer does
     model, processor, peft_config = load_for_training(model_args, training_args.seed)
     evaluates = training_args.eval_strategy != "no"
     trainer = UniGDTrainer(

@@ -24,8 +24,15 @@ class RowError(ValueError):
         reason: Why the row cannot be used and what to do about it, as the continuation of "Row 3 ...".
     """
 
-    def __init__(self, row: int, reason: str):
-        super().__init__(f"Row {row} {reason}")
+    # torch raises the error of a data loader's worker again, as `type(error)(message=...)` for types that have a
+    # `message`. What it passes is the traceback of the worker, which ends with the error.
+    message = "Row {} {}"
+
+    def __init__(self, row: int = 0, reason: str = "", *, message: str | None = None):
+        if message is not None:
+            number, _, reason = message.rpartition("RowError: Row ")[2].strip().partition(" ")
+            row = int(number)
+        super().__init__(self.message.format(row, reason))
         self.row = row
         self.reason = reason
 

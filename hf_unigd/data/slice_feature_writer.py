@@ -9,9 +9,19 @@ import torch
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
+from ..outputs import writing
+from ..settings import check_positive
 from .dataset import ExampleDataset
 from .example import Slice
-from .slice_features import DESCRIPTION, SliceFeatures, check_fingerprint, read_description, read_parts
+from .slice_features import (
+    DESCRIPTION,
+    SliceFeatures,
+    check_fingerprint,
+    finished_parts,
+    read_description,
+    read_parts,
+    unfinished_parts,
+)
 from .teachers import TeacherArguments, Teachers
 
 
@@ -51,21 +61,25 @@ def write_slice_features(
         RowError: a row is bad and `examples` does not skip bad rows.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_positive(batch_size=batch_size, rows_per_part=rows_per_part)
     description = read_description(folder)
-    if description is None and any(folder.iterdir()):
+    if description is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files, and no slice features. Choose a new folder as `--output`.")
+    fingerprint = args.fingerprint()
+    teachers = Teachers(args, device)
+    for killed in unfinished_parts(folder):
+        shutil.rmtree(killed)
     if overwrite and description is not None:
-        for written in folder.glob("part-[0-9][0-9][0-9][0-9][0-9]*"):  # nothing but what was written here
+        for written in finished_parts(folder):  # nothing but what was written here
             shutil.rmtree(written)
         (folder / DESCRIPTION).unlink()
         description = None
-    fingerprint = args.fingerprint()
-    teachers = Teachers(args, device)
+    folder.mkdir(parents=True, exist_ok=True)
     if description is None:
         widths = {"own_width": teachers.own_width, "cross_width": teachers.cross_width}
         description = {**fingerprint, **widths, "num_rows": len(examples)}
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        with writing(folder / DESCRIPTION) as file:
+            file.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     check_fingerprint(folder, description, fingerprint)
     if description["num_rows"] != len(examples):
         raise ValueError(
@@ -112,11 +126,11 @@ def write_slice_features(
 
 
 def _write_part(folder: Path, rows: list[list[int]], keys: list[int], vectors: torch.Tensor) -> None:
-    unfinished = folder.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    Dataset.from_dict({"slices": rows}, Features({"slices": List(Value("int64"))})).save_to_disk(unfinished / "rows")
-    Dataset.from_dict(
+    places = Dataset.from_dict({"slices": rows}, Features({"slices": List(Value("int64"))}))
+    features = Dataset.from_dict(
         {"key": keys, "features": vectors.numpy()},
         Features({"key": Value("int64"), "features": List(Value("float16"), length=vectors.shape[1])}),
-    ).save_to_disk(unfinished / "features")
-    unfinished.rename(folder)
+    )
+    with writing(folder) as unfinished:
+        places.save_to_disk(unfinished / "rows")
+        features.save_to_disk(unfinished / "features")

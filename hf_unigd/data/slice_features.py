@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
+from ..outputs import UNFINISHED
 from .example import Slice
 from .teachers import TeacherArguments, slice_columns
 
@@ -99,8 +100,17 @@ class SliceFeatures:
 
 def read_parts(folder: Path) -> list[tuple[Dataset, Dataset]]:
     """Returns the `rows` and the `features` of the finished parts, in order."""
-    folders = sorted(part for part in folder.glob("part-*") if part.suffix != ".unfinished")
-    return [(load_from_disk(part / "rows"), load_from_disk(part / "features")) for part in folders]
+    return [(load_from_disk(part / "rows"), load_from_disk(part / "features")) for part in finished_parts(folder)]
+
+
+def finished_parts(folder: Path) -> list[Path]:
+    """Returns the folders of the finished parts, in order."""
+    return sorted(folder.glob("part-[0-9][0-9][0-9][0-9][0-9]"))
+
+
+def unfinished_parts(folder: Path) -> list[Path]:
+    """Returns what runs left that were killed while they wrote a part."""
+    return list(folder.glob(f".part-*{UNFINISHED}"))
 
 
 def read_description(folder: Path) -> dict | None:

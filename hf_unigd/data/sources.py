@@ -8,6 +8,10 @@ from .icons import load_icons
 from .stories import load_stories
 
 
+# The builders of `datasets` for files, by how their names end.
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+
+
 def load_rows(
     name: str,
     config: str | None = None,
@@ -20,16 +24,24 @@ def load_rows(
 
     Args:
         name: `"icons"` or `"stories"` for the offline sources, a folder written by `save_to_disk`, or anything that
-            `datasets.load_dataset` takes: a Hub id, a folder, or a `.json`, `.jsonl`, `.csv` or `.parquet` file.
+            `datasets.load_dataset` takes: a Hub id, a folder, or a `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow`
+            file.
         config: Name of the dataset configuration. It is used only for what `load_dataset` loads by a Hub id or folder.
         split: Name of the split.
         streaming: Return a streaming dataset instead of downloading all rows first. The offline sources ignore it.
         rename_columns: Maps old column names to new ones.
 
     Raises:
-        ValueError: the split does not exist, or a column to rename does not exist.
+        ValueError: the split does not exist, a column to rename does not exist, or a file or folder cannot be read.
     """
-    rows = _load(name, config, split, streaming)
+    is_here = Path(name).exists()
+    try:
+        rows = _load(name, config, split, streaming)
+    except Exception as error:
+        if not is_here:
+            raise
+        cause = error.__cause__ or error  # `datasets` says "An error occurred while generating the dataset"
+        raise ValueError(f"{name} cannot be read: {cause}") from error
     return rows.rename_columns(rename_columns) if rename_columns else rows
 
 
@@ -43,10 +55,13 @@ def _load(name, config, split, streaming):
         loaded = load_from_disk(name)
         if isinstance(loaded, DatasetDict):
             if split not in loaded:
-                raise ValueError(f"{name} has no split {split!r}, only {sorted(loaded)}.")
+                raise ValueError(f"it has no split {split!r}, only {sorted(loaded)}.")
             loaded = loaded[split]
         return loaded.to_iterable_dataset() if streaming else loaded
     if path.is_file():
-        builder = {".jsonl": "json"}.get(path.suffix, path.suffix.lstrip("."))
-        return load_dataset(builder, data_files={split: name}, split=split, streaming=streaming)
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"its name must end in {', '.join(BUILDERS)}.")
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty, it holds no rows.")
+        return load_dataset(BUILDERS[path.suffix], data_files={split: name}, split=split, streaming=streaming)
     return load_dataset(name, config, split=split, streaming=streaming)

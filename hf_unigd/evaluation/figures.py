@@ -8,6 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..outputs import writing
+
+
+_MARK = b"tEXtSoftware\0hf-unigd"  # in a PNG file, the metadata stand before the pixels
 
 # A result of a query: its image if it has one, its text, and whether it is relevant (None if this is unknown).
 Result = tuple[Image.Image | None, str, bool | None]
@@ -20,7 +24,7 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
 
     Args:
         queries: For each query its text or image, and its results.
-        output: Image file to write.
+        output: PNG file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -46,7 +50,7 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
                 spine.set(color=colour, linewidth=4)
             if image is not None:
                 axes.imshow(image)
-    figure.savefig(output, dpi=110)
+    _save(figure, output)
 
 
 def draw_alignment(
@@ -64,7 +68,7 @@ def draw_alignment(
         a, b: Images and sentences of the two sequences.
         posterior (`torch.FloatTensor` of shape `(len(a), len(b))`): Values of the cells, from 0 to 1, as
             [`align_slices`] returns them.
-        output: Image file to write.
+        output: PNG file to write.
         title: Title, drawn below the heat map.
 
     Raises:
@@ -89,7 +93,7 @@ def draw_alignment(
         _draw_slice(axes, content, cell, (place + 0.5, 1), ("data", "axes fraction"), (0, 6))
     bar = axes.inset_axes((1 + 0.25 / len(b), 0, 0.2 / len(b), 1))
     figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
-    figure.savefig(output, dpi=110, bbox_inches="tight", pad_inches=0.15)
+    _save(figure, output, bbox_inches="tight", pad_inches=0.15)
 
 
 def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:
@@ -126,6 +130,17 @@ def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:
             fontsize=8,
             parse_math=False,  # a dollar sign is not the start of a formula
         )
+
+
+def is_figure(file: Path) -> bool:
+    """Whether a file is a figure that was drawn here."""
+    with file.open("rb") as content:
+        return _MARK in content.read(1024)
+
+
+def _save(figure, output: str | Path, **kwargs) -> None:
+    with writing(output) as file:
+        figure.savefig(file, dpi=110, format="png", metadata={"Software": "hf-unigd"}, **kwargs)
 
 
 def _figure(**kwargs):

@@ -16,7 +16,7 @@ from torch import nn
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.probe_unigd import probe_sequences
 from ..modeling.sentence_files_unigd import save_sentence_files
-from .folders import new_folder
+from ..outputs import new_folder
 from .loading import load_checkpoint
 
 
@@ -43,9 +43,14 @@ def export_checkpoint(name: str, output: str | Path, to: str = "llava", **kwargs
         FileExistsError: `output` holds files.
         RuntimeError: the exported chat template does not give the tokens that the checkpoint was trained with.
     """
-    model, processor = load_checkpoint(name, **kwargs)
-    check_exportable(model, processor, to)
-    folder = new_folder(output)
+    with new_folder(output) as folder:
+        model, processor = load_checkpoint(name, **kwargs)
+        check_exportable(model, processor, to)
+        _write(model, processor, folder)
+    return type(model.vlm).__name__
+
+
+def _write(model: UniGDForConditionalGeneration, processor: UniGDProcessor, folder: Path) -> None:
     model.vlm.save_pretrained(folder)
     vlm_processor = processor.vlm_processor
     chat_template = vlm_processor.chat_template
@@ -58,7 +63,6 @@ def export_checkpoint(name: str, output: str | Path, to: str = "llava", **kwargs
     for path, layer in _dense_layers(model).items():
         tensors = {"linear.weight": layer.weight.detach(), "linear.bias": layer.bias.detach()}
         save_file(tensors, folder / path / "model.safetensors", metadata={"format": "pt"})
-    return type(model.vlm).__name__
 
 
 def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProcessor, to: str) -> None:

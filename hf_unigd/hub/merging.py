@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..modeling.hub_files_unigd import is_adapter
-from .folders import new_folder
+from ..outputs import new_folder
 from .loading import load_checkpoint
 
 
@@ -23,6 +23,6 @@ def merge_adapter(name: str, output: str | Path, **kwargs) -> None:
     """
     if not is_adapter(name, kwargs):
         raise ValueError(f"{name} holds no adapter (adapter_config.json): there is nothing to merge.")
-    folder = new_folder(output)
-    model, _ = load_checkpoint(name, **kwargs)
-    model.save_pretrained(folder)
+    with new_folder(output) as folder:
+        model, _ = load_checkpoint(name, **kwargs)
+        model.save_pretrained(folder)

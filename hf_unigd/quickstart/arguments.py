@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..settings import NotNegative, Positive
 from ..trainer import UniGDTrainingArguments
 
 
@@ -24,21 +25,20 @@ class QuickstartArguments:
     output: str | None = field(
         default=None, metadata={"help": "Folder to write, runs/quickstart or runs/quickstart-sugar by default."}
     )
-    max_steps: int | None = field(
+    max_steps: Positive | None = field(
         default=None, metadata={"help": "Number of training steps, 650 (VladVA) or 600 (Sugar) by default."}
     )
-    batch_size: int | None = field(
+    batch_size: Positive | None = field(
         default=None, metadata={"help": "Number of rows per step, 128 (VladVA) or 32 (Sugar) by default."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the data, the initial weights and the order of the rows."})
+    seed: NotNegative = field(
+        default=0, metadata={"help": "Seed of the data, the initial weights and the order of the rows."}
+    )
 
     def __post_init__(self):
         for name, value in DEFAULTS[self.recipe].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("max_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`--{name} {getattr(self, name)}` must be positive.")
 
     @property
     def folder(self) -> Path:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -39,14 +40,12 @@ def check_in_fresh_process(model, processor, image: Image.Image, text: str, fold
     """
     first, second = model.embed(**processor.process_sequences([[image], text]))
     expected = float(first @ second)
-    file = folder / "query.png"
-    image.save(file)
-    try:
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary, "query.png")
+        image.save(file)
         result = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(folder), str(file), text], capture_output=True, text=True
         )
-    finally:
-        file.unlink()
     if result.returncode != 0:
         raise RuntimeError(f"The checkpoint does not load in a fresh process:\n{result.stderr}")
     similarity = json.loads(result.stdout.splitlines()[-1])

@@ -6,6 +6,7 @@ import torch
 
 from ..hub import make_model_card
 from ..hub.cards import RETRIEVAL_NAME
+from ..outputs import writing
 from .arguments import QuickstartArguments
 
 
@@ -31,10 +32,12 @@ def write_card(
         methods=[args.recipe],
         retrieval_picture=RETRIEVAL_NAME if (args.folder / RETRIEVAL_NAME).is_file() else None,
     )
-    card.save(args.folder / "README.md")
+    with writing(args.folder / "README.md") as file:
+        card.save(file)
 
 
 def write_metrics(args: QuickstartArguments, metrics: dict[str, dict[str, float]], minutes: float) -> None:
     """Writes `metrics.json`."""
     text = json.dumps({**metrics, "minutes": round(minutes, 2)}, indent=2)
-    (args.folder / "metrics.json").write_text(f"{text}\n", encoding="utf-8")
+    with writing(args.folder / "metrics.json") as file:
+        file.write_text(f"{text}\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from pathlib import Path
 
 from transformers import CLIPModel, CLIPProcessor, LlavaProcessor
 
@@ -12,6 +11,7 @@ from ..data.stories import captions_of, cast_of_icons, describe
 from ..evaluation.stories import last_image_recall
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..trainer import UniGDTrainer
+from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
 from .results import write_card, write_metrics
@@ -80,17 +80,21 @@ def run_sugar(args: QuickstartArguments) -> dict[str, dict[str, float]]:
 def prepare(args: QuickstartArguments):
     """Training and test stories, the teachers, whose slice features are written, and an untrained model."""
     output = args.folder
+    check_output_folder(output, "clip", "slice_features")
     train = load_stories("train", STORIES, CAST, IMAGE_SIZE, args.seed)
     test = load_stories("test", TEST_STORIES, CAST, IMAGE_SIZE, args.seed)
     images = captioned_images()
     vlm_processor = make_processor(images)
-    clip = make_clip(vlm_processor, images, output / "clip", args.seed)
+    clip, clip_processor = make_clip(vlm_processor, images, args.seed)
+    model, processor = build(vlm_processor, clip, args.seed)
+    model.config.save_pretrained(output)  # first: another run will see that this folder is one of ours
+    clip.save_pretrained(output / "clip")
+    clip_processor.save_pretrained(output / "clip")
     teachers = TeacherArguments(
         image_teacher=str(output / "clip"), text_teacher=sentence_encoder(), cross_teacher=str(output / "clip")
     )
     examples = ExampleDataset(train, RowParser(len, splitter=teachers.splitter))
     write_slice_features(examples, teachers, output / "slice_features", batch_size=128, overwrite=True)
-    model, processor = build(vlm_processor, clip, args.seed)
     return train, test, teachers, model, processor
 
 
@@ -110,16 +114,14 @@ def make_processor(images: list[tuple]) -> LlavaProcessor:
     return build_processor(texts + ["USER: ASSISTANT:"] * 100)
 
 
-def make_clip(vlm_processor: LlavaProcessor, images: list[tuple], folder: Path, seed: int) -> CLIPModel:
-    """A CLIP trained on the images and their sentences, which is also saved in `folder`."""
+def make_clip(vlm_processor: LlavaProcessor, images: list[tuple], seed: int) -> tuple[CLIPModel, CLIPProcessor]:
+    """A CLIP trained on the images and their sentences, and its processor."""
     tokenizer = copy.deepcopy(vlm_processor.tokenizer)
     tokenizer.model_max_length = 32
     processor = CLIPProcessor(vlm_processor.image_processor, tokenizer)
     model = build_clip(vlm_processor, seed=seed)
     train_clip(model, processor, images, CLIP_STEPS, seed=seed)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model
+    return model, processor
 
 
 def build(

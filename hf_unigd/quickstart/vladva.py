@@ -11,6 +11,7 @@ from ..hub.cards import RETRIEVAL_NAME
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..retrieval import embed_sequences
 from ..trainer import UniGDTrainer
+from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
 from .results import write_card, write_metrics
@@ -35,6 +36,7 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     """
     start = time.perf_counter()
     output = args.folder
+    check_output_folder(output, RETRIEVAL_NAME)
     train = load_icons("train", views=VIEWS, size=IMAGE_SIZE, seed=args.seed)
     test = load_icons("test", size=IMAGE_SIZE)
     model, processor = build(train, args.seed)

@@ -15,12 +15,14 @@ from ..data import Example, ExampleCheck, ExampleDataset, RowError, RowParser
 from ..data.formats import check_columns
 from ..modeling import SequenceError, UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
+from ..outputs import writing
+from ..settings import check_positive
 from .description import IndexDescription, dtype_name
 from .embedding import embed_sequences
 from .entries import entry_features, make_entry
 from .index import FAISS_FILE, EmbeddingIndex
 from .nearest import make_faiss_index, write_faiss_index
-from .parts import finished_parts, part_file, read_entries, rows_done
+from .parts import finished_parts, part_file, read_entries, rows_done, unfinished_parts
 from .probe import probe
 
 
@@ -74,6 +76,7 @@ def build_index(
         ImportError: `faiss` is given and not installed.
     """
     folder = Path(folder)
+    check_positive(batch_size=batch_size, rows_per_part=rows_per_part, truncate_dim=truncate_dim)
     if isinstance(rows, IterableDataset):
         raise ValueError("An index goes on by row numbers, which a stream does not have: load the rows without it.")
     if len(rows) == 0:
@@ -94,8 +97,11 @@ def build_index(
         faiss=faiss,
     )
     width = truncate_dim or model.config.embedding_dim
+    # Hours later would be too late to learn that a prefix was not trained, or that an index cannot be made.
+    if truncate_dim:
+        embed_sequences(model, processor, ["prefix"], truncate_dim=truncate_dim, show_progress=False)
     if faiss:
-        make_faiss_index(faiss, width)  # hours later would be too late to learn that it cannot be made
+        make_faiss_index(faiss, width)
     _open(folder, description, model, processor, overwrite)
 
     parser = RowParser(
@@ -123,7 +129,7 @@ def _open(folder, description, model, processor, overwrite) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     made = IndexDescription.load(folder)
     if made is None:
-        if any(file.suffix != ".unfinished" for file in folder.iterdir()):
+        if any(folder.iterdir()):
             raise ValueError(f"{folder} holds other files, and no index. Choose a new folder.")
     elif overwrite:
         for file in [folder / FAISS_FILE, *reversed(finished_parts(folder))]:  # what is left has no gap
@@ -133,7 +139,7 @@ def _open(folder, description, model, processor, overwrite) -> None:
         description.check_same(made)
     if made is not None and made.faiss != description.faiss:
         (folder / FAISS_FILE).unlink(missing_ok=True)
-    for file in folder.glob("*.unfinished"):
+    for file in unfinished_parts(folder):
         file.unlink()
     description.save(folder)
 
@@ -165,10 +171,12 @@ class _PartWriter:
 
     def write(self, file: Path, start: int, stop: int, progress: tqdm) -> None:
         """Embeds the rows `start` to `stop` into a file, one batch in memory at a time."""
-        unfinished = file.with_suffix(".unfinished")
         features = entry_features(self.width)
         check = ExampleCheck(self.processor, self.model.config.context_length, causal_lm=False, contrastive=False)
-        with ArrowWriter(path=str(unfinished), features=features, writer_batch_size=self.batch_size) as writer:
+        with (
+            writing(file) as unfinished,
+            ArrowWriter(path=str(unfinished), features=features, writer_batch_size=self.batch_size) as writer,
+        ):
             for first in range(start, stop, self.batch_size):
                 places = range(first, min(first + self.batch_size, stop))
                 examples = list(ExampleDataset(self.rows, self.parser, places, self.skip_bad_rows, check=check))
@@ -177,7 +185,6 @@ class _PartWriter:
                     writer.write({**entry, "embedding": embedding.numpy()})
                 progress.update(len(places))
             writer.finalize()
-        unfinished.replace(file)
 
     def _embed(self, examples: list[Example]) -> list[tuple[Example, torch.Tensor]]:
         """The examples that can be embedded, and their embeddings."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..modeling import UniGDProcessor
+from ..outputs import writing
 from .probe import probe, probes_differ
 
 
@@ -71,9 +72,8 @@ class IndexDescription:
             )
 
     def save(self, folder: Path) -> None:
-        unfinished = folder / f"{_FILE}.unfinished"
-        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / _FILE)
+        with writing(folder / _FILE) as file:
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "IndexDescription | None":

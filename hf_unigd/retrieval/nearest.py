@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..outputs import writing
+
 
 _TRAINING_SAMPLE = 100_000
 
@@ -78,9 +80,8 @@ def write_faiss_index(
             ) from error
     for chunk in chunks():
         index.add(chunk.numpy())
-    unfinished = file.with_suffix(".unfinished")
-    _faiss().write_index(index, str(unfinished))
-    unfinished.replace(file)
+    with writing(file) as unfinished:
+        _faiss().write_index(index, str(unfinished))
 
 
 def read_faiss_index(file: Path, parameters: str | None = None) -> Any:

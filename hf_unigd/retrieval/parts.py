@@ -1,8 +1,14 @@
 """The files of an index: each holds the entries of some rows, and is written whole or not at all."""
 
+import re
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
+
+from ..outputs import UNFINISHED
+
+
+_NAME = re.compile(r"rows-\d{10}-\d{10}\.arrow")
 
 
 def part_file(folder: Path, start: int, stop: int) -> Path:
@@ -12,7 +18,12 @@ def part_file(folder: Path, start: int, stop: int) -> Path:
 
 def finished_parts(folder: Path) -> list[Path]:
     """The finished files, in the order of their rows."""
-    return sorted(folder.glob("rows-*.arrow"))
+    return [file for file in sorted(folder.iterdir()) if _NAME.fullmatch(file.name)]
+
+
+def unfinished_parts(folder: Path) -> list[Path]:
+    """What runs left that were killed while they wrote a file."""
+    return list(folder.glob(f".rows-*.arrow.*{UNFINISHED}"))
 
 
 def rows_done(folder: Path) -> int:

@@ -13,6 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.hub_files_unigd import ADAPTER_CONFIG_NAME
+from ..outputs import writing
 
 
 HEAD_NAME = "embedding_head"
@@ -114,7 +115,8 @@ def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
         "task_type": None,
         "auto_mapping": {"parent_library": "transformers", "base_model_class": "AutoModelForImageTextToText"},
     }
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with writing(config_file) as file:
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     card = folder / REPOCARD_NAME
     if card.is_file() and "[More Information Needed]" in card.read_text(encoding="utf-8"):
         card.unlink()  # PEFT's empty template

@@ -2,15 +2,17 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig, ScriptArguments
 
 from ..data import load_rows
 from ..data.teachers import TeacherArguments
 from ..modeling.images_unigd import MAX_PIXELS
+from ..settings import AtLeast, NotNegative, Positive, check_least, check_settings
 
 
 LOSSES = ("contrastive", "alignment", "causal_lm")
@@ -32,6 +34,18 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "use_cache": (False, "training never uses the key-value cache"),
     "use_liger_kernel": (False, "Liger patches only the model types that it knows, and a UniGD model is none of them"),
 }
+
+
+# The least values of inherited fields that transformers does not check before it trains.
+LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "ddp_bucket_cap_mb", "ddp_timeout"), 1),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers", "num_train_epochs", "learning_rate"), 0),
+    **dict.fromkeys(("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"), 0),
+    **dict.fromkeys(("label_smoothing_factor", "eval_delay", "eval_steps", "save_steps", "logging_steps"), 0),
+}
+
+Weight = Annotated[float, AtLeast(0)]
 
 
 @dataclass
@@ -141,12 +155,12 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         default=False, metadata={"help": "Not supported: rows keep all columns."}
     )
 
-    contrastive_weight: float = field(default=1.0, metadata={"help": "Weight of the InfoNCE loss. 0 disables it."})
-    causal_lm_weight: float = field(default=1.0, metadata={"help": "Weight of the next-token loss. 0 disables it."})
-    alignment_weight: float = field(
+    contrastive_weight: Weight = field(default=1.0, metadata={"help": "Weight of the InfoNCE loss. 0 disables it."})
+    causal_lm_weight: Weight = field(default=1.0, metadata={"help": "Weight of the next-token loss. 0 disables it."})
+    alignment_weight: Weight = field(
         default=0.0, metadata={"help": "Weight of the structure loss (Sugar's alpha). 0 disables it."}
     )
-    alignment_positions: int = field(
+    alignment_positions: Positive = field(
         default=4, metadata={"help": "Number of slice ends per sequence at which the structure loss is computed."}
     )
     alignment_target: str = field(
@@ -156,7 +170,9 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     alignment_normalization: str = field(
         default="content", metadata={"help": "Normalisation of the kernel.", "choices": ["cosine", "content"]}
     )
-    alignment_bandwidth: float = field(default=1.0, metadata={"help": "Delta of the kernel's bandwidth."})
+    alignment_bandwidth: Annotated[float, AtLeast(0, exclusive=True)] = field(
+        default=1.0, metadata={"help": "Delta of the kernel's bandwidth."}
+    )
     alignment_one_slice: str = field(
         default="cosine",
         metadata={"help": "Target of two prefixes of one slice.", "choices": ["cosine", "kernel"]},
@@ -172,16 +188,16 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     slice_features: str | None = field(
         default=None, metadata={"help": "Folder that `hf-unigd embed-slices` wrote for the training rows."}
     )
-    gradient_cache_chunk_size: int | None = field(
+    gradient_cache_chunk_size: Positive | None = field(
         default=None, metadata={"help": "Number of rows per chunk of the gradient cache. The cache is off by default."}
     )
     negatives_across_accumulation: bool = field(
         default=False, metadata={"help": "Whether to contrast the rows of all accumulation steps with each other."}
     )
-    loss_gradient_norm_steps: int = field(
+    loss_gradient_norm_steps: NotNegative = field(
         default=0, metadata={"help": "Log the gradient norm of each loss every X update steps. 0 disables it."}
     )
-    eval_block_size: int = field(
+    eval_block_size: Annotated[int, AtLeast(2)] = field(
         default=64, metadata={"help": "Number of rows that are compared with each other in `eval_loss`."}
     )
     freeze_vision_tower: bool = field(
@@ -190,15 +206,17 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     vision_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps the features of a frozen vision tower for later runs."}
     )
-    max_length: int | None = field(
+    max_length: Positive | None = field(
         default=None,
         metadata={"help": "Maximum number of tokens in a row, including images and target. Longer rows are errors."},
     )
-    short_caption_max_tokens: int = field(
+    short_caption_max_tokens: NotNegative = field(
         default=30,
         metadata={"help": "A `caption` with fewer tokens is a positive; any other is a next-token target."},
     )
-    long_caption_max_tokens: int = field(default=500, metadata={"help": "Maximum number of tokens in a caption."})
+    long_caption_max_tokens: NotNegative = field(
+        default=500, metadata={"help": "Maximum number of tokens in a caption."}
+    )
     skip_bad_rows: bool = field(
         default=False,
         metadata={"help": "Whether to skip bad rows and log their reasons instead of stopping at the first one."},
@@ -206,14 +224,14 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     check_rows: bool = field(
         default=True, metadata={"help": "Whether to read every row of a map-style dataset once beforehand."}
     )
-    shuffle_buffer_size: int = field(
+    shuffle_buffer_size: NotNegative = field(
         default=1000,
         metadata={"help": "Number of rows of a stream that training draws from at a time. 0 keeps their order."},
     )
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that image paths start from and must not leave."}
     )
-    max_image_pixels: int = field(
+    max_image_pixels: Positive = field(
         default=MAX_PIXELS, metadata={"help": "The largest width times height of an image. A larger one is a bad row."}
     )
 
@@ -225,32 +243,19 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         super().__post_init__()
         if self.resume_from_checkpoint in ("true", "True"):  # on a command line
             self.resume_from_checkpoint: Any = True
+        check_settings(self)
+        check_least(self, LEAST)
         weights = {f"{name}_weight": getattr(self, f"{name}_weight") for name in LOSSES}
-        listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())
-        if min(weights.values()) < 0:
-            raise ValueError(f"Loss weights must not be negative: {listing}.")
         if not any(weights.values()):
+            listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())
             raise ValueError(f"Every loss weight is 0: {listing}.")
-        if self.alignment_positions < 1 or self.alignment_bandwidth <= 0:
-            raise ValueError(
-                f"`alignment_positions={self.alignment_positions}` and "
-                f"`alignment_bandwidth={self.alignment_bandwidth}` must be positive."
-            )
-        if self.shuffle_buffer_size < 0:
-            raise ValueError(f"`shuffle_buffer_size={self.shuffle_buffer_size}` must not be negative.")
-        if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
-            raise ValueError(f"`gradient_cache_chunk_size={self.gradient_cache_chunk_size}` must be positive.")
         if self.alignment_weight and self.dataloader_persistent_workers:
             raise ValueError(
                 "`dataloader_persistent_workers=True` would keep the positions of the first epoch, but the structure "
                 "loss draws new ones in each epoch. Leave it out, or set `alignment_weight=0`."
             )
-        if self.eval_block_size < 2:
-            raise ValueError(
-                f"`eval_block_size={self.eval_block_size}` must be at least 2: the rows of a block are compared with "
-                "each other."
-            )
         self._refuse_arguments_without_effect()
+        self._check_report_to()
 
     def _refuse_arguments_without_effect(self) -> None:
         for name, (accepted, reason) in WITHOUT_EFFECT.items():
@@ -275,6 +280,13 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
                 "`parallelism_config` with tensor, context or sequence parallelism is not supported: spans and labels "
                 "refer to whole sequences. Use data parallelism, or FSDP2."
             )
+
+    def _check_report_to(self) -> None:
+        try:
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()  # Trainer would find that its package is missing when the model and the rows are loaded
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ValueError(f"`report_to`: {error}") from error
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments | None) -> "UniGDTrainingArguments":
@@ -334,7 +346,7 @@ class UniGDModelConfig(ModelConfig):
     head_type: str = field(
         default="none", metadata={"help": "Embedding head of a new model.", "choices": ["none", "linear", "mlp"]}
     )
-    embedding_dim: int | None = field(default=None, metadata={"help": "Embedding size of a new head."})
+    embedding_dim: Positive | None = field(default=None, metadata={"help": "Embedding size of a new head."})
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Prefix sizes that a new model is trained for."}
     )
@@ -352,6 +364,8 @@ class UniGDModelConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_settings(self)
+        check_least(self, {"lora_r": 1, "lora_alpha": 1, "lora_dropout": 0})
         if self.model_name_or_path is None:
             raise ValueError("`model_name_or_path` is required: the Hub id or the folder of the model to train.")
 

@@ -21,8 +21,10 @@ from ..hub.cards import CURVES_NAME
 from ..hub.pushing import check_base_is_on_hub, check_is_private, push_checkpoint, pushed_files
 from ..modeling import UniGDForConditionalGeneration
 from ..modeling.save_folder_unigd import check_save_folder
+from ..outputs import writing
 from .adapters import save_adapter_companions
 from .interruption import SaveOnSigterm, discard, is_whole, last_whole_checkpoint
+from .output_folder import check_output_folder
 from .run_card import make_run_card
 
 
@@ -46,6 +48,8 @@ class CheckpointingTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         self._check_save_folders(self.args.output_dir, *Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        if resume_from_checkpoint is None and self.args.should_save:
+            check_output_folder(self.args.output_dir)
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
@@ -125,7 +129,8 @@ class CheckpointingTrainer(Trainer):
         if self.is_world_process_zero():
             card = make_run_card(self, **kwargs)
             card.data["tags"] += [tags] if isinstance(tags, str) else tags or []
-            card.save(Path(self.args.output_dir, REPOCARD_NAME))
+            with writing(Path(self.args.output_dir, REPOCARD_NAME)) as file:
+                card.save(file)
 
     def init_hf_repo(self, token=None, private=None):
         """Creates the repository before training.

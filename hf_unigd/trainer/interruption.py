@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from .output_folder import checkpoints_in
+
 
 class SaveOnSigterm(TrainerCallback):
     """Ends a run on SIGTERM: finishes the step, saves a checkpoint and exits with status 143.
@@ -60,13 +62,17 @@ def last_whole_checkpoint(folder: str | Path, removes_others: bool = False) -> s
 
     Args:
         folder: The output folder of the run.
-        removes_others: Whether to remove later, incomplete checkpoints, which the trainer would take for newer ones.
+        removes_others: Whether to remove the incomplete checkpoints after it, which the trainer would take for newer
+            ones. Without a complete one, nothing is removed: no run may have written there.
     """
-    for path in sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+    incomplete: list[Path] = []
+    for path in checkpoints_in(folder):
         if is_whole(path):
+            if removes_others:
+                for later in incomplete:
+                    discard(later)
             return str(path)
-        if removes_others:
-            discard(path)
+        incomplete.append(path)
     return None
 
 

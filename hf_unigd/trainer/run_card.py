@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from ..hub.cards import CURVES_NAME, RETRIEVAL_NAME, is_hub_id, make_model_card
+from ..outputs import writing
 
 
 # Arguments that name paths, accounts or loggers. They do not affect the weights and may be private.
@@ -89,7 +90,8 @@ def draw_curves(log_history: list[Mapping[str, Any]], file: Path) -> str | None:
         points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
         axes.plot(*zip(*points, strict=True))
         axes.set(title=name, xlabel="step")
-    figure.savefig(file, dpi=120)
+    with writing(file) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     return file.name
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import ModelOutput
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..outputs import writing
 
 
 Chunk = dict[str, Any]
@@ -131,9 +131,8 @@ class VisionFeatureCache:
         for key, tensors in zip(keys, split_images(features, [length for _, length in keys]), strict=True):
             file = self._file(key)
             file.parent.mkdir(exist_ok=True)
-            unfinished = file.with_suffix(f".{os.getpid()}")  # processes may write the same image at once
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
-            unfinished.replace(file)
+            with writing(file) as unfinished:
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
 
     def _file(self, key: ImageKey) -> Path:
         name, length = key

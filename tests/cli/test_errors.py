@@ -25,8 +25,10 @@ def command_that_raises(monkeypatch, error):
         (ValueError("Row 3 is bad."), "hf-unigd generate: Row 3 is bad."),
         (RuntimeError("x does not compute what it did."), "hf-unigd generate: x does not compute what it did."),
         (KeyError("name"), "hf-unigd generate: KeyError: 'name' (`--debug` shows where)"),
-        (StopIteration(), "hf-unigd generate: StopIteration:  (`--debug` shows where)"),
-        (ValueError(), "hf-unigd generate: ValueError: "),
+        (StopIteration(), "hf-unigd generate: StopIteration (`--debug` shows where)"),
+        (ValueError(), "hf-unigd generate: ValueError (`--debug` shows where)"),
+        (RuntimeError("Sizes differ:\n\ta: 1\n\tb: 2"), "hf-unigd generate: Sizes differ: a: 1 b: 2"),
+        (ValueError("x" * 700), f"hf-unigd generate: {'x' * 600} ... (`--debug` shows where)"),
     ],
 )
 def test_an_error_is_one_line_and_debug_shows_all(monkeypatch, error, line):
