@@ -26,7 +26,7 @@ LAYERS = [
     {"retrieval"},
     {"data", "hub", "registration"},
     {"modeling"},
-    {"kernels", "outputs", "settings", "version"},
+    {"inputs", "kernels", "outputs", "settings", "version"},
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The command `hf-unigd kernels` exports the kernels.

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from ..data import ExampleDataset, RowParser, TeacherArguments, write_slice_features
 from ..data.formats import check_columns
+from ..inputs import reading
 from ..outputs import OutputFolder
 from ..settings import NotNegative, Positive
 from ..trainer import UniGDScriptArguments
@@ -35,7 +36,7 @@ class EmbedSlicesArguments(ImageArguments):
             "limit serve the contrastive loss alone."
         },
     )
-    long_caption_max_tokens: NotNegative = field(default=500, metadata={"help": "Same value as in training."})
+    long_caption_max_tokens: Positive = field(default=500, metadata={"help": "Same value as in training."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows, with a warning."})
 
 
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> None:
         "embed-slices", EmbedSlicesArguments, UniGDScriptArguments, TeacherArguments, description=__doc__
     )
     args, script_args, teacher_args = parser.parse(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with reading(args.model):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
     row_parser = RowParser(
         lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         args.short_caption_max_tokens,

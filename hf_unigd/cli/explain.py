@@ -17,7 +17,7 @@ from ..data import Example, ExampleDataset, RowError, RowParser, TeacherArgument
 from ..evaluation.alignment import align_slices, embed_slices
 from ..evaluation.figures import draw_alignment
 from ..hub import load_checkpoint
-from ..settings import AtLeast
+from ..settings import AtLeast, NotNegative
 from ..trainer import UniGDScriptArguments
 from .arguments import FigureFile, ImageArguments, accelerator
 from .parser import CommandParser
@@ -25,8 +25,8 @@ from .parser import CommandParser
 
 @dataclass
 class ExplainArguments(ImageArguments):
-    a: int = field(metadata={"help": "Number of the row along the side of the heat map."})
-    b: int = field(metadata={"help": "Number of the row along the top of the heat map."})
+    a: NotNegative = field(metadata={"help": "Number of the row along the side of the heat map."})
+    b: NotNegative = field(metadata={"help": "Number of the row along the top of the heat map."})
     output: FigureFile = field(default="alignment.png", metadata={"help": "PNG file to write."})
     model: str | None = field(
         default=None, metadata={"help": "Trained checkpoint whose embeddings replace those of the teachers."}
@@ -86,7 +86,7 @@ def parse_row(argument: str, number: int, examples: ExampleDataset) -> Example:
     Raises:
         ValueError: there is no such row, or it is bad.
     """
-    if not 0 <= number < len(examples):
+    if number >= len(examples):
         raise ValueError(
             f"{argument}: there is no row {number}. The rows of `dataset_name` are numbered 0 to {len(examples) - 1}."
         )

@@ -1,5 +1,6 @@
 """Train a vision-language model with the joint objective: contrastive, structure-inducing and next-token losses."""
 
+from ..inputs import reading
 from ..trainer import UniGDModelConfig, UniGDScriptArguments, UniGDTrainer, UniGDTrainingArguments
 from ..trainer.loading import load_for_training
 from ..trainer.output_folder import check_output_folder
@@ -14,7 +15,8 @@ def main(argv: list[str]) -> None:
 
     if training_args.resume_from_checkpoint is None and training_args.should_save:
         check_output_folder(training_args.output_dir)  # hours before the trainer does
-    model, processor, peft_config = load_for_training(model_args, training_args.seed)
+    with reading(model_args.model_name_or_path):
+        model, processor, peft_config = load_for_training(model_args, training_args.seed)
     evaluates = training_args.eval_strategy != "no"
     trainer = UniGDTrainer(
         model=model,

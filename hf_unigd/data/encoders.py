@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
+from ..inputs import reading
 from ..modeling.hub_files_unigd import commit_of
 
 
@@ -41,17 +42,20 @@ class Encoder:
         self.truncated = 0
         self.model: Any
         self.is_sentence_transformer = _has_file(name, "modules.json")
-        if self.is_sentence_transformer:
-            try:
-                from sentence_transformers import SentenceTransformer
-            except ImportError as error:
-                raise ImportError(
-                    f"{name} needs sentence-transformers: `pip install 'hf-unigd[teachers]'`."
-                ) from error
-            self.model = SentenceTransformer(name, device=str(device)).eval()
-        else:
-            self.model = AutoModel.from_pretrained(name).to(device).eval()
+        with reading(name):
+            self.model = self._load().to(device).eval()
         self.model.requires_grad_(False)
+
+    def _load(self):
+        if not self.is_sentence_transformer:
+            return AutoModel.from_pretrained(self.name)
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ImportError(
+                f"{self.name} needs sentence-transformers: `pip install 'hf-unigd[teachers]'`."
+            ) from error
+        return SentenceTransformer(self.name, device=str(self.device))
 
     @torch.no_grad()
     def __call__(self, contents: Sequence[Image.Image | str]) -> torch.Tensor:
@@ -113,11 +117,13 @@ class Encoder:
 
     @cached_property
     def _tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.name)
+        with reading(self.name):
+            return AutoTokenizer.from_pretrained(self.name)
 
     @cached_property
     def _image_processor(self):
-        return AutoImageProcessor.from_pretrained(self.name)
+        with reading(self.name):
+            return AutoImageProcessor.from_pretrained(self.name)
 
 
 def encoder_commit(name: str) -> str:

@@ -24,15 +24,15 @@ class RowError(ValueError):
         reason: Why the row cannot be used and what to do about it, as the continuation of "Row 3 ...".
     """
 
-    # torch raises the error of a data loader's worker again, as `type(error)(message=...)` for types that have a
-    # `message`. What it passes is the traceback of the worker, which ends with the error.
-    message = "Row {} {}"
+    # torch raises the error of a data loader's worker again as `type(error)(message=...)` if its type has a `message`.
+    # What it passes is the traceback of the worker, which ends with the error.
+    message = True
 
     def __init__(self, row: int = 0, reason: str = "", *, message: str | None = None):
         if message is not None:
             number, _, reason = message.rpartition("RowError: Row ")[2].strip().partition(" ")
             row = int(number)
-        super().__init__(self.message.format(row, reason))
+        super().__init__(f"Row {row} {reason}")
         self.row = row
         self.reason = reason
 

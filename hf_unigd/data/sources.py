@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
+from ..inputs import reading
 from .icons import load_icons
 from .stories import load_stories
 
@@ -34,14 +36,11 @@ def load_rows(
     Raises:
         ValueError: the split does not exist, a column to rename does not exist, or a file or folder cannot be read.
     """
-    is_here = Path(name).exists()
-    try:
-        rows = _load(name, config, split, streaming)
-    except Exception as error:
-        if not is_here:
-            raise
-        cause = error.__cause__ or error  # `datasets` says "An error occurred while generating the dataset"
-        raise ValueError(f"{name} cannot be read: {cause}") from error
+    with reading(name):
+        try:
+            rows = _load(name, config, split, streaming)
+        except DatasetGenerationError as error:  # which says that an error occurred
+            raise error.__cause__ or error from error
     return rows.rename_columns(rename_columns) if rename_columns else rows
 
 

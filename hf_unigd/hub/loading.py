@@ -1,8 +1,11 @@
 """Loading a trained checkpoint, which holds a whole model or an adapter."""
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from ..inputs import reading
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.adapter_unigd import load_with_adapter
 from ..modeling.hub_files_unigd import hub_arguments, is_adapter
@@ -21,6 +24,11 @@ def load_checkpoint(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration,
         ValueError, RuntimeError: the checkpoint is incomplete, or does not compute what it did when it was saved.
             `hf-unigd doctor` says more.
     """
+    with reading(name):
+        return _load(name, kwargs)
+
+
+def _load(name: str, kwargs: dict[str, Any]) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
     where, verify = hub_arguments(kwargs), kwargs.get("verify", "probe")
     if not is_adapter(name, kwargs):
         model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..inputs import reading
 from ..modeling.hub_files_unigd import is_adapter
 from ..outputs import new_folder
 from .loading import load_checkpoint
@@ -21,7 +22,9 @@ def merge_adapter(name: str, output: str | Path, **kwargs) -> None:
         ValueError: `name` is no adapter.
         FileExistsError: `output` holds files.
     """
-    if not is_adapter(name, kwargs):
+    with reading(name):
+        is_mergeable = is_adapter(name, kwargs)
+    if not is_mergeable:
         raise ValueError(f"{name} holds no adapter (adapter_config.json): there is nothing to merge.")
     with new_folder(output) as folder:
         model, _ = load_checkpoint(name, **kwargs)

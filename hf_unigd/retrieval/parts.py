@@ -5,6 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
+from ..inputs import reading
 from ..outputs import UNFINISHED
 
 
@@ -33,4 +34,5 @@ def rows_done(folder: Path) -> int:
 
 def read_entries(folder: Path) -> Dataset:
     """All entries, memory-mapped."""
-    return concatenate_datasets([Dataset.from_file(str(file)) for file in finished_parts(folder)])
+    with reading(folder):
+        return concatenate_datasets([Dataset.from_file(str(file)) for file in finished_parts(folder)])

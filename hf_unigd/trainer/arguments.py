@@ -214,9 +214,7 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         default=30,
         metadata={"help": "A `caption` with fewer tokens is a positive; any other is a next-token target."},
     )
-    long_caption_max_tokens: NotNegative = field(
-        default=500, metadata={"help": "Maximum number of tokens in a caption."}
-    )
+    long_caption_max_tokens: Positive = field(default=500, metadata={"help": "Maximum number of tokens in a caption."})
     skip_bad_rows: bool = field(
         default=False,
         metadata={"help": "Whether to skip bad rows and log their reasons instead of stopping at the first one."},

@@ -1,11 +1,14 @@
-"""An error of a command is one line and a status, and `--debug` shows where it comes from."""
+"""An error of a command is one line and a status, and `--debug` shows where it comes from.
+
+`tests/attack/commands.py` has what commands refuse, and how they are interrupted.
+"""
 
 import sys
 from types import ModuleType
 
 import pytest
 
-from hf_unigd.cli.main import COMMANDS, main
+from hf_unigd.cli.main import main
 
 
 def command_that_raises(monkeypatch, error):
@@ -46,31 +49,3 @@ def test_debug_with_a_value_is_the_argument_of_the_trainer(monkeypatch):
     monkeypatch.setitem(sys.modules, "hf_unigd.cli.train", module)
     main(["train", "--debug", "underflow_overflow", "--debug", "--max_steps", "2"])
     assert seen == ["--debug", "underflow_overflow", "--max_steps", "2"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_an_interruption_says_what_is_kept(monkeypatch, capsys, command):
-    module = ModuleType("command")
-
-    def run(argv):
-        raise KeyboardInterrupt
-
-    module.main = run
-    monkeypatch.setattr("hf_unigd.cli.main.import_module", lambda *_: module)
-    with pytest.raises(SystemExit) as exit:
-        main([command])
-    assert exit.value.code == 130
-    message = capsys.readouterr().err
-    assert message.startswith(f"\nhf-unigd {command}: interrupted.") and message.count("\n") == 2
-    assert ("kept" in message) == (command in ("train", "index", "embed-slices"))
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("flags", [["--no_such_flag", "1"], ["--config", "nowhere.yaml"], ["--config", "broken.yaml"]])
-def test_wrong_flags_and_broken_files_are_one_message(tmp_path, monkeypatch, capsys, command, flags):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.yaml").write_bytes(b"a: [\xff")
-    with pytest.raises(SystemExit) as exit:
-        main([command, *flags])
-    assert exit.value.code not in (0, None)
-    assert "Traceback" not in f"{exit.value.code}{capsys.readouterr().err}"

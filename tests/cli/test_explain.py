@@ -83,7 +83,7 @@ def test_a_models_own_embeddings(folder, capsys):
     ("rows", "message"),
     [
         (("0", "3"), r"B: there is no row 3\. The rows of `dataset_name` are numbered 0 to 2"),
-        (("-1", "0"), "A: there is no row -1"),
+        (("-1", "0"), "`a=-1` must be at least 0"),
         (("0", "2"), "B: Row 2 has an empty text in the user's turn"),
     ],
 )
