@@ -18,8 +18,13 @@ def writing(path: str | Path) -> Iterator[Path]:
     """
     Gives a name to write a file or folder under, beside `path`, and renames it to `path` at the end: whoever reads
     `path` reads all of it. After an error nothing is left.
+
+    Raises:
+        FileExistsError: `path` is a device or a pipe, which would be replaced.
     """
     path = Path(path).resolve()  # a link stays a link
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(f"{path} is neither a file nor a folder. Name a file to write.")
     unfinished = _unfinished(path.parent, path.name)
     try:
         yield unfinished

@@ -294,7 +294,7 @@ def attack_outputs(attacker: Attacker, command: Command, bounded: bool) -> None:
             "a null character": f"{folder}/a\0b{suffix}",
         }
         if suffix:
-            outputs |= {"a folder": folder / f"folder{suffix}", "no suffix": folder / "x", "/dev/full": "/dev/full"}
+            outputs |= {"a folder": folder / f"folder{suffix}", "no suffix": folder / "x"}
         else:
             outputs["a file"] = folder / "file"
         for kind, output in outputs.items():

@@ -29,6 +29,7 @@ def train(name, model, processor, peft_config=None, waits=True, prepare=None, **
     logs = Path(name, "runs", "here")
     logs.mkdir(parents=True)
     (logs / "events.out.tfevents.1").write_text(str(logs.resolve()))
+    Path(name, "config.json").write_text('{"model_type": "unigd"}')  # an earlier run saved another model here
     for left_from_before in ("model-00001-of-00002.safetensors", "probe.safetensors", "adapter_model.safetensors"):
         Path(name, left_from_before).write_bytes(b"another model")
     trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
