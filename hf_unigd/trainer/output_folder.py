@@ -7,15 +7,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from ..hub.cards import CURVES_NAME
-from ..hub.pushing import CHECKPOINT_FILES, TEMPLATE_FOLDER
+from ..hub.pushing import CHECKPOINT_FILES
 from ..modeling import UniGDConfig
 from ..outputs import check_writable
 
 
 # What a run writes beside the files of a checkpoint: checkpoints, the folders of sentence-transformers' modules, ...
-_WRITTEN = (*CHECKPOINT_FILES, "checkpoint-[0-9]*", "[0-9]_*", TEMPLATE_FOLDER, CURVES_NAME, TRAINING_ARGS_NAME)
+_WRITTEN = (*CHECKPOINT_FILES, "checkpoint-[0-9]*", "[0-9]_*", CHAT_TEMPLATE_DIR, CURVES_NAME, TRAINING_ARGS_NAME)
 
 
 def check_output_folder(folder: str | Path, *more: str) -> None:
