@@ -30,7 +30,7 @@ def train(name, model, processor, peft_config=None, waits=True, prepare=None, **
     logs.mkdir(parents=True)
     (logs / "events.out.tfevents.1").write_text(str(logs.resolve()))
     Path(name, "config.json").write_text('{"model_type": "unigd"}')  # an earlier run saved another model here
-    for left_from_before in ("model-00001-of-00002.safetensors", "probe.safetensors", "adapter_model.safetensors"):
+    for left_from_before in ("probe.safetensors", "tokenizer.model"):  # the weights of another model are refused
         Path(name, left_from_before).write_bytes(b"another model")
     trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     on_save = trainer._push_from_checkpoint
