@@ -32,7 +32,8 @@ class UniGDConfig(PreTrainedConfig):
         head_hidden_dim (`int`, *optional*):
             Size of the `"mlp"` head's hidden layer. Defaults to the hidden size of the backbone.
         matryoshka_dims (`list[int]`, *optional*):
-            Sizes of the prefixes that are trained to be embeddings themselves, each at most `embedding_dim`.
+            Sizes of the prefixes that are trained to be embeddings themselves, each at most `embedding_dim`, which is
+            always one of them.
         logit_scale_init_value (`float`, *optional*, defaults to `log(1 / 0.07)`):
             Initial value of `logit_scale`, the logarithm of the inverse temperature. The papers do not state theirs;
             the default is CLIP's.
@@ -96,7 +97,8 @@ class UniGDConfig(PreTrainedConfig):
         self.head_type = head_type
         self.embedding_dim = hidden_size if embedding_dim is None else embedding_dim
         self.head_hidden_dim = head_hidden_dim
-        self.matryoshka_dims = sorted(matryoshka_dims) if matryoshka_dims else None
+        # Without the full size, the other dimensions would get no gradient, and be used by default all the same.
+        self.matryoshka_dims = sorted({*matryoshka_dims, self.embedding_dim}) if matryoshka_dims else None
         if self.matryoshka_dims and not 1 <= self.matryoshka_dims[0] <= self.matryoshka_dims[-1] <= self.embedding_dim:
             raise ValueError(
                 f"`matryoshka_dims={matryoshka_dims}` must lie between 1 and `embedding_dim={self.embedding_dim}`."

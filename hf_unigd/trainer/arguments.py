@@ -327,7 +327,7 @@ class UniGDModelConfig(ModelConfig):
         embedding_dim (`int`, *optional*):
             Embedding size of a new head.
         matryoshka_dims (`list[int]`, *optional*):
-            Prefix sizes that a new model is trained for.
+            Prefix sizes that a new model is trained for, besides the full size.
         soft_prompts (`bool`, *optional*, defaults to `False`):
             Whether to replace the hand-written prompts by trained tokens (VladVA, section 3.3).
         embedding_position (`str`, *optional*, defaults to `"prompt"`):
@@ -346,7 +346,7 @@ class UniGDModelConfig(ModelConfig):
     )
     embedding_dim: Positive | None = field(default=None, metadata={"help": "Embedding size of a new head."})
     matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "Prefix sizes that a new model is trained for."}
+        default=None, metadata={"help": "Prefix sizes that a new model is trained for, besides the full size."}
     )
     soft_prompts: bool = field(
         default=False, metadata={"help": "Whether to replace the hand-written prompts by trained tokens."}

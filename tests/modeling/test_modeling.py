@@ -190,7 +190,8 @@ def test_logits_are_skipped_in_training_with_labels(llava):
 
 
 def test_matryoshka_prefixes_are_unit_vectors_and_others_are_refused():
-    model, processor, _ = make("llava", head_type="linear", embedding_dim=16, matryoshka_dims=[8, 4, 16])
+    model, processor, _ = make("llava", head_type="linear", embedding_dim=16, matryoshka_dims=[8, 4])
+    assert model.config.matryoshka_dims == [4, 8, 16]
     batch = processor.process_sequences(SEQUENCES)
     short = model.embed(**batch, truncate_dim=4)
     expected = torch.nn.functional.normalize(model.embed(**batch)[:, :4], dim=-1)
