@@ -9,6 +9,7 @@ from functools import cached_property
 
 logger = logging.getLogger(__name__)
 
+MAX_CHARACTERS = 1 << 20
 _DATE = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 
 
@@ -57,6 +58,8 @@ class ChatTemplate:
     def image_placeholder(self) -> str:
         """What is rendered for an image: what a second image adds to a turn with one."""
         one, two = self.render([_turn(None, "@")]), self.render([_turn(None, None, "@")])
+        if len(two) > MAX_CHARACTERS:  # tokenizing it could take all memory
+            raise ValueError(f"it makes {len(two):,} characters of two images and a letter")
         start = len(os.path.commonprefix([one, two]))  # noqa: RUF071
         return two[start : start + len(two) - len(one)]
 

@@ -1,5 +1,6 @@
 """Limits of what a config may ask for: a damaged one must not take all memory, or days."""
 
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,16 +15,19 @@ from torch.nn.modules.module import (
 
 
 MAX_SIZE = 1 << 27  # of anything that a config counts: tokens, layers, widths, pixels of a video
+MAX_PROCESSOR_SIZE = 1 << 18  # of what a processor counts other than pixels: tokens of an image, sides
 
 
-def check_sizes(name: str, config: dict) -> None:
+def check_sizes(name: str, config: dict, largest: int = MAX_SIZE) -> None:
     """
     Args:
-        name: What the config is called, for the message.
+        name (`str`): What the config is called, for the message.
         config (`dict`): A config as it was read, of which nothing has been built yet.
+        largest (`int`, *optional*): The largest number allowed. For numbers of pixels it is `MAX_SIZE` in any case.
 
     Raises:
-        ValueError: it holds a number that is larger than any model's. Some configs make lists of that length.
+        ValueError: it holds a number that is larger than any model's. Some configs make lists of that length, and
+            processors make texts or images of that size.
     """
     found: list[tuple[str, object]] = [(name, config)]
     while found:
@@ -34,7 +38,11 @@ def check_sizes(name: str, config: dict) -> None:
                 found.append((f"{path}.height * width", value["height"] * value["width"]))
         elif isinstance(value, list):
             found += [(path, each) for each in value]
-        elif isinstance(value, int) and value > MAX_SIZE and "theta" not in path:  # a base of angles, not a size
+        elif (
+            isinstance(value, int)
+            and value > (MAX_SIZE if re.search(r"pixels|longest_edge|height \* width", path) else largest)
+            and "theta" not in path  # a base of angles, not a size
+        ):
             raise ValueError(f"`{path}` is {value}, which is larger than any model's.")
 
 

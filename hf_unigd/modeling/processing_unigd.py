@@ -23,7 +23,7 @@ from .digests_unigd import VERIFY, check_digests, renew_digests_of_files
 from .hub_files_unigd import check_json, find_file
 from .loading_info_unigd import errors_name
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
-from .plausible_unigd import check_sizes
+from .plausible_unigd import MAX_PROCESSOR_SIZE, check_sizes
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
 from .rendering_unigd import SequenceError, SequenceRenderer
 from .tokenizing_unigd import SequenceTokenizer, check_vlm_processor
@@ -436,7 +436,7 @@ class UniGDProcessor(ProcessorMixin):
             check_digests(pretrained_model_name_or_path, kwargs, with_tensors=False)
         check_json(pretrained_model_name_or_path, (PROCESSOR_NAME,), kwargs)
         config, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        check_sizes(PROCESSOR_NAME, config)
+        check_sizes(PROCESSOR_NAME, config, MAX_PROCESSOR_SIZE)
         if "vlm_processor_class" not in config:
             raise ValueError(
                 f"The processor of {pretrained_model_name_or_path} has no embedding prompts. "

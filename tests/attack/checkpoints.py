@@ -207,6 +207,8 @@ def special_cases() -> Iterator[Case]:
     yield set_value("whole", "config.json", "vlm_config", value={"model_type": "unigd"})
     yield set_value("whole", "processor_config.json", "vlm_processor_class", value="AutoProcessor")
     yield set_value("adapter", "adapter_config.json", "r", value=1 << 30)
+    long = b"{{ 'a' * 200000000 }}"
+    yield Case("a template that writes a lot", "whole", lambda f: append(f / "chat_template.jinja", long))
     loop = "{%- for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor -%}"
     # transformers runs templates in a sandbox without a limit of time, so loading it would not end.
     yield Case(
