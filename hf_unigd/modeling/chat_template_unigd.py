@@ -95,3 +95,10 @@ def _turn(*parts: str | None) -> dict:
     """A user's turn. None stands for an image."""
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
     return {"role": "user", "content": content}
+
+
+def holds_video(conversation) -> bool:
+    """Whether a message at any depth has a part of type `"video"`."""
+    if isinstance(conversation, dict):
+        return conversation.get("type") == "video" or holds_video(conversation.get("content"))
+    return isinstance(conversation, (list, tuple)) and any(map(holds_video, conversation))

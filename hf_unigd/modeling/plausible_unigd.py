@@ -40,7 +40,7 @@ def check_sizes(name: str, config: dict, largest: int = MAX_SIZE) -> None:
             found += [(path, each) for each in value]
         elif (
             isinstance(value, int)
-            and value > (MAX_SIZE if re.search(r"pixels|longest_edge|height \* width", path) else largest)
+            and value > (MAX_SIZE if re.search(r"pixels|edge|height \* width", path) else largest)
             and "theta" not in path  # a base of angles, not a size
         ):
             raise ValueError(f"`{path}` is {value}, which is larger than any model's.")

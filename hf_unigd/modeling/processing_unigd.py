@@ -17,7 +17,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.utils import PROCESSOR_NAME
 
 from .backbone_unigd import load_backbone_processor
-from .chat_template_unigd import freeze_dates
+from .chat_template_unigd import freeze_dates, holds_video
 from .configuration_unigd import check_choice
 from .digests_unigd import VERIFY, check_digests, renew_digests_of_files
 from .hub_files_unigd import check_json, find_file
@@ -119,7 +119,7 @@ class UniGDProcessor(ProcessorMixin):
         return self.vlm_processor(images=images, text=text, **kwargs)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        if _holds_video(conversation):
+        if holds_video(conversation):
             raise ValueError("The conversation holds a video. Videos are not supported; use images and texts.")
         return self.vlm_processor.apply_chat_template(conversation, *args, **kwargs)
 
@@ -482,13 +482,6 @@ class UniGDProcessor(ProcessorMixin):
         """
         vlm_processor = AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(vlm_processor, prompts, embedding_position=embedding_position, image_pooling=image_pooling)
-
-
-def _holds_video(conversation) -> bool:
-    """Whether a message at any depth has a part of type `"video"`."""
-    if isinstance(conversation, dict):
-        return conversation.get("type") == "video" or _holds_video(conversation.get("content"))
-    return isinstance(conversation, (list, tuple)) and any(map(_holds_video, conversation))
 
 
 def _common_length(a: list[int], b: list[int]) -> int:
