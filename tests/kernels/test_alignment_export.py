@@ -56,7 +56,7 @@ def test_the_guide_runs(tmp_path, monkeypatch):
 
 def test_refuses_a_folder_in_use(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match=r"The output folder .* is not empty"):
+    with pytest.raises(ValueError, match="`directory` must be a new or empty folder"):
         export(tmp_path)
     with pytest.raises(SystemExit, match="is not empty"):
         main(["kernels", "export", str(tmp_path)])
