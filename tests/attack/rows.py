@@ -350,7 +350,7 @@ def generated(count: int) -> settings:
 
 def run(bounded: bool) -> Outcomes:
     outcomes = Outcomes("rows")
-    parse_all(outcomes, 100 if bounded else 8_000)
+    parse_all(outcomes, 100 if bounded else 3_000)
     if not (bounded and outcomes.wrong):
         enter_all(outcomes, 1 if bounded else 25)
     return outcomes
