@@ -3,6 +3,7 @@
 import math
 
 from datasets import Dataset
+from peft import LoraConfig
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
@@ -10,6 +11,7 @@ from tiny_models import make_image, make_vlm
 
 
 COLOURS = ("red", "green", "blue", "yellow")
+LORA = LoraConfig(r=4, lora_alpha=4, task_type="CAUSAL_LM")
 
 
 def make_rows(n=16, **columns):
@@ -37,6 +39,11 @@ def make_args(folder, **kwargs):
         "save_strategy": "no",
     }
     return UniGDTrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
+
+
+def make_model(**kwargs):
+    tiny = make_vlm()
+    return UniGDForConditionalGeneration.from_vlm(tiny.model, **kwargs), UniGDProcessor(tiny.processor)
 
 
 def make_trainer(
