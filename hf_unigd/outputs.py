@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 
-UNFINISHED = ".unfinished"  # how the names end of what is being written
+_UNFINISHED = ".unfinished"  # how the names end of what is being written
 
 
 @contextmanager
@@ -31,6 +31,19 @@ def writing(path: str | Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         _remove(unfinished)
+
+
+def remove_unfinished(folder: str | Path, *names: str) -> None:
+    """
+    Removes what processes left in a folder that were killed while they wrote to it by [`writing`].
+
+    Args:
+        folder: The folder, which need not exist.
+        names: Patterns of the names that they wrote.
+    """
+    for name in names:
+        for path in Path(folder).glob(f".{name}.*{_UNFINISHED}"):
+            _remove(path)
 
 
 @contextmanager
@@ -152,7 +165,7 @@ NewFolder = Annotated[str, New()]
 
 
 def _unfinished(folder: Path, name: str = "") -> Path:
-    return folder / f".{name}.{os.getpid()}{UNFINISHED}"
+    return folder / f".{name}.{os.getpid()}{_UNFINISHED}"
 
 
 def _remove(path: Path) -> None:

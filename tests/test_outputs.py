@@ -1,13 +1,14 @@
 """What is written is whole or absent, what cannot be written is found by trying, and what is read is named."""
 
 import os
+from contextlib import suppress
 
 import pytest
 from torch.utils.data import DataLoader
 
 from hf_unigd.data import RowError
 from hf_unigd.inputs import reading
-from hf_unigd.outputs import check_writable, new_folder, writing
+from hf_unigd.outputs import check_writable, new_folder, remove_unfinished, writing
 from hf_unigd.trainer import UniGDTrainingArguments
 from hf_unigd.trainer.interruption import last_whole_checkpoint
 from hf_unigd.trainer.output_folder import check_output_folder
@@ -25,6 +26,19 @@ def test_a_file_is_renamed_at_the_end_and_links_stay(tmp_path):
         unfinished.write_text("half")
         raise KeyError
     assert file.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_killed_process_left_is_removed_by_name(tmp_path):
+    for name in (".rows-1.arrow.7.unfinished", ".notes.7.unfinished", "rows-1.arrow"):
+        (tmp_path / name).touch()
+    with suppress(SystemExit), writing(tmp_path / "part-1") as unfinished:
+        unfinished.mkdir()
+        left = unfinished.rename(tmp_path / f".part-1.9{unfinished.suffix}")
+        raise SystemExit
+    remove_unfinished(tmp_path, "rows-*.arrow", "part-*")
+    assert not left.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {".notes.7.unfinished", "rows-1.arrow"}
+    remove_unfinished(tmp_path / "nowhere", "part-*")
 
 
 def test_a_pipe_is_not_replaced(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from ..outputs import writing
+from ..outputs import remove_unfinished, writing
 from ..settings import check_positive
 from .dataset import ExampleDataset
 from .example import Slice
@@ -20,7 +20,6 @@ from .slice_features import (
     finished_parts,
     read_description,
     read_parts,
-    unfinished_parts,
 )
 from .teachers import TeacherArguments, Teachers
 
@@ -62,13 +61,12 @@ def write_slice_features(
     """
     folder = Path(folder)
     check_positive(batch_size=batch_size, rows_per_part=rows_per_part)
+    remove_unfinished(folder, "part-*", DESCRIPTION)
     description = read_description(folder)
     if description is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other files, and no slice features. Choose a new folder as `--output`.")
     fingerprint = args.fingerprint()
     teachers = Teachers(args, device)
-    for killed in unfinished_parts(folder):
-        shutil.rmtree(killed)
     if overwrite and description is not None:
         for written in finished_parts(folder):  # nothing but what was written here
             shutil.rmtree(written)

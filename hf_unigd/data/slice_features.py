@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from ..outputs import UNFINISHED
 from .example import Slice
 from .teachers import TeacherArguments, slice_columns
 
@@ -87,8 +86,9 @@ class SliceFeatures:
         entry = self.features[places] if places else {"key": torch.zeros(0), "features": torch.zeros(0, self.width)}
         if entry["key"].tolist() != [part.key for part in slices]:
             raise ValueError(
-                "has changed since its slice features were computed; compute them again with `hf-unigd embed-slices "
-                "--overwrite`"
+                "has changed since its slice features were computed, or holds a list of captions, of which each epoch "
+                "draws one. Compute them again with `hf-unigd embed-slices --overwrite`; with a list, train without "
+                "`slice_features`"
             )
         if entry["features"].shape[1] != self.width:
             raise ValueError(
@@ -106,11 +106,6 @@ def read_parts(folder: Path) -> list[tuple[Dataset, Dataset]]:
 def finished_parts(folder: Path) -> list[Path]:
     """Returns the folders of the finished parts, in order."""
     return sorted(folder.glob("part-[0-9][0-9][0-9][0-9][0-9]"))
-
-
-def unfinished_parts(folder: Path) -> list[Path]:
-    """Returns what runs left that were killed while they wrote a part."""
-    return list(folder.glob(f".part-*{UNFINISHED}"))
 
 
 def read_description(folder: Path) -> dict | None:

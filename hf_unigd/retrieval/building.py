@@ -15,14 +15,14 @@ from ..data import Example, ExampleCheck, ExampleDataset, RowError, RowParser
 from ..data.formats import check_columns
 from ..modeling import SequenceError, UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
-from ..outputs import writing
+from ..outputs import remove_unfinished, writing
 from ..settings import check_positive
-from .description import IndexDescription, dtype_name
+from .description import DESCRIPTION_FILE, IndexDescription, dtype_name
 from .embedding import embed_sequences
 from .entries import entry_features, make_entry
 from .index import FAISS_FILE, EmbeddingIndex
 from .nearest import make_faiss_index, write_faiss_index
-from .parts import finished_parts, part_file, read_entries, rows_done, unfinished_parts
+from .parts import finished_parts, part_file, read_entries, rows_done
 from .probe import probe
 
 
@@ -127,6 +127,7 @@ def build_index(
 def _open(folder, description, model, processor, overwrite) -> None:
     """Begins an index, or checks that the one begun before is the same."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder, "rows-*.arrow", FAISS_FILE, DESCRIPTION_FILE)
     made = IndexDescription.load(folder)
     if made is None:
         if any(folder.iterdir()):
@@ -139,8 +140,6 @@ def _open(folder, description, model, processor, overwrite) -> None:
         description.check_same(made)
     if made is not None and made.faiss != description.faiss:
         (folder / FAISS_FILE).unlink(missing_ok=True)
-    for file in unfinished_parts(folder):
-        file.unlink()
     description.save(folder)
 
 

@@ -11,7 +11,7 @@ from ..outputs import writing
 from .probe import probe, probes_differ
 
 
-_FILE = "index.json"
+DESCRIPTION_FILE = "index.json"
 
 
 @dataclass
@@ -72,7 +72,7 @@ class IndexDescription:
             )
 
     def save(self, folder: Path) -> None:
-        with writing(folder / _FILE) as file:
+        with writing(folder / DESCRIPTION_FILE) as file:
             file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -82,7 +82,7 @@ class IndexDescription:
         Raises:
             ValueError: its description is damaged.
         """
-        file = folder / _FILE
+        file = folder / DESCRIPTION_FILE
         if not file.is_file():
             return None
         try:

@@ -6,7 +6,6 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from ..inputs import reading
-from ..outputs import UNFINISHED
 
 
 _NAME = re.compile(r"rows-\d{10}-\d{10}\.arrow")
@@ -20,11 +19,6 @@ def part_file(folder: Path, start: int, stop: int) -> Path:
 def finished_parts(folder: Path) -> list[Path]:
     """The finished files, in the order of their rows."""
     return [file for file in sorted(folder.iterdir()) if _NAME.fullmatch(file.name)]
-
-
-def unfinished_parts(folder: Path) -> list[Path]:
-    """What runs left that were killed while they wrote a file."""
-    return list(folder.glob(f".rows-*.arrow.*{UNFINISHED}"))
 
 
 def rows_done(folder: Path) -> int:
