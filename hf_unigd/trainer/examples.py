@@ -71,7 +71,8 @@ def prepare_examples(
         ExampleCheck(
             processor,
             collator.max_length,
-            causal_lm=collator.causal_lm or not is_training,
+            # The structure loss reads targets even if no next-token loss does.
+            causal_lm=collator.causal_lm or bool(args.alignment_weight) or not is_training,
             contrastive=collator.contrastive or not is_training,
         ),
     )

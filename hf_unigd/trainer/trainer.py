@@ -176,6 +176,8 @@ class UniGDTrainer(EvaluatingTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if model_init is not None:  # the length of its context is known only now
+            self.data_collator = collator_for_objective(self.data_collator, args, self.model.config.context_length)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it per batch
         self.add_callback(ClampLogitScale())
         self._set_epoch = SetEpoch()

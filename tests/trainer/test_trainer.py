@@ -376,6 +376,21 @@ def test_no_row_is_longer_than_the_context_of_the_model(tmp_path):
         make_trainer(tmp_path, make_rows(4, long_caption=["a", "red " * 1200, "a", "a"]), long_caption_max_tokens=5000)
     with pytest.raises(ValueError, match="`max_length=5000` is more than the 1024 tokens of the model's context"):
         make_trainer(tmp_path, max_length=5000)
+    processor = UniGDProcessor(make_vlm().processor)
+    trainer = UniGDTrainer(
+        args=make_args(tmp_path),
+        train_dataset=make_rows(),
+        processing_class=processor,
+        model_init=lambda: UniGDForConditionalGeneration.from_vlm(make_vlm().model),
+    )
+    assert trainer.data_collator.max_length == 1024
+
+
+def test_the_check_measures_targets_that_only_the_structure_loss_reads(tmp_path):
+    rows = make_rows(4, long_caption=["a", "red " * 60, "a", "a"])
+    settings = {"max_length": 60, "contrastive_weight": 0.0, "causal_lm_weight": 0.0, "alignment_weight": 1.0}
+    with pytest.raises(RowError, match=r"Row 1 has \d+ tokens"):
+        make_trainer(tmp_path, rows, **settings, **vars(save_teachers(tmp_path / "teachers")))
 
 
 @pytest.mark.parametrize(("given", "kept"), [("true", True), ("True", True), ("out/checkpoint-2", "out/checkpoint-2")])
