@@ -61,9 +61,8 @@ def as_large_as(name, files: Iterable[str | Path]) -> Iterator[None]:
         ValueError: the model is larger, or a file is damaged.
     """
     sizes = [size for file in files for size in _tensor_sizes(file)]
-    # Quantised tensors hold up to eight elements in one, tied ones are saved once, and resizing registers a tensor
-    # anew. Modules may hold no tensor.
-    most_elements, most_parts = 16 * sum(sizes), 1000 + 16 * len(sizes)
+    # Tied tensors are saved once, and resizing registers a tensor anew. Modules may hold no tensor.
+    most_elements, most_parts = 4 * sum(sizes), 1000 + 16 * len(sizes)
     elements: dict[tuple[nn.Module, str], int] = {}  # by owner, because loading replaces what building registered
     total = 0
     thread = threading.get_ident()  # the hooks see what other threads build, too
