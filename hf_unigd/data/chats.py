@@ -53,7 +53,7 @@ def read_chat(messages: Any, images: Any, name: str, open_image: Callable[[Any],
             "Row 3 ...".
     """
     turns = [_read_turn(turn, name) for turn in _checked_turns(messages, name)]
-    images = _as_list(images)
+    images = as_list(images)
     placeholders = sum(part == {"type": "image"} for _, part in iter_parts(turns))
     if images and not placeholders:
         first = next((turn for turn in turns if turn["role"] == "user"), turns[0])
@@ -86,7 +86,7 @@ def read_chats(value: Any, images: Any, name: str, open_image: Callable[[Any], I
     Raises:
         ValueError: as in [`read_chat`], or the numbers of chats and of lists of images differ.
     """
-    chats, lists = _as_list(value), _as_list(images)
+    chats, lists = as_list(value), as_list(images)
     if chats and not isinstance(chats[0], (list, tuple)):
         chats = [chats]
         lists = lists if lists and isinstance(lists[0], (list, tuple)) else [lists]
@@ -159,7 +159,8 @@ def _split_at_tags(text: str, role: str, name: str) -> list[dict[str, Any]]:
     return pieces
 
 
-def _as_list(value: Any) -> list:
+def as_list(value: Any) -> list:
+    """A list of what may come alone. None is an empty one."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]

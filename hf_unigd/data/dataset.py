@@ -56,9 +56,10 @@ class ExampleDataset(torch.utils.data.Dataset):
         self.slice_features = slice_features
         self.lengths = lengths
         self.check = check
-        self.epoch = 0
+        self.epoch: int | None = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int | None) -> None:
+        """Sets what is drawn when rows are read, as in [`RowParser`]."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -238,6 +239,7 @@ def make_examples(
                 "checked. Set `check_rows=True`, or choose another strategy."
             )
         return examples
+    examples.set_epoch(None)  # every caption that an epoch may draw is checked
     good, lengths = [], []
     for index in tqdm(range(count), desc="Checking rows", unit="row"):
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.images_unigd import MAX_PIXELS
-from .chats import from_llava, read_chat, read_chats
+from .chats import as_list, from_llava, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
 from .formats import format_of, holds_many, is_negative
 from .images import open_image
@@ -50,12 +50,13 @@ class RowParser:
     seed: int = 0
     left_out: int = field(default=0, init=False)
 
-    def __call__(self, row: Mapping[str, Any], index: int, epoch: int = 0) -> Example:
+    def __call__(self, row: Mapping[str, Any], index: int, epoch: int | None = 0) -> Example:
         """
         Args:
             row: Values by column name.
             index: Index of the row in the dataset.
-            epoch: Current pass over the data, for what is drawn in each epoch.
+            epoch: Current pass over the data, for what is drawn in each epoch. None takes the longest of several
+                captions, to check them all at once.
 
         Raises:
             RowError: the row has no usable columns, or one of them is empty, corrupt, too long or inconsistent.
@@ -63,7 +64,7 @@ class RowParser:
         if not isinstance(row, Mapping):
             raise RowError(index, f"is a {type(row).__name__}, and a row is a dict of its columns.")
         example = self._parse(row, index, epoch)
-        example.epoch = epoch
+        example.epoch = epoch or 0
         self._check_texts(example)
         if self.splitter is not None:
             try:
@@ -74,28 +75,29 @@ class RowParser:
 
     def _check_texts(self, example: Example) -> None:
         """Raises if a tokenizer would read a part of a text as an image, the end of a sequence, or a soft prompt."""
-        if self.find_reserved is None:
-            return
         sequences = [example.anchor, example.positive or [], *example.negatives]
         texts = [part["text"] for sequence in sequences for _, part in iter_parts(sequence) if part["type"] == "text"]
         for text in [*texts, example.target or ""]:
-            reserved = self.find_reserved(text)
-            if reserved is not None:
-                raise RowError(
-                    example.row,
-                    f"has the reserved token {reserved!r} in the text {_shortened(text, reserved)!r}, which the model "
-                    "would not read as text. Remove it from the row.",
-                )
+            self._check_text(text, example.row)
 
-    def _parse(self, row: Mapping[str, Any], index: int, epoch: int) -> Example:
+    def _check_text(self, text: str, index: int) -> None:
+        reserved = None if self.find_reserved is None else self.find_reserved(text)
+        if reserved is not None:
+            raise RowError(
+                index,
+                f"has the reserved token {reserved!r} in the text {_shortened(text, reserved)!r}, which the model "
+                "would not read as text. Remove it from the row.",
+            )
+
+    def _parse(self, row: Mapping[str, Any], index: int, epoch: int | None) -> Example:
         row = {name: value for name, value in row.items() if value is not None}
         try:
             return self._parsers[format_of(row, self.requires_match).name](row, index, epoch)
         except ValueError as error:
-            raise RowError(index, f"{error}.") from error
+            raise RowError(index, f"{str(error).removesuffix('.')}.") from error
 
     @property
-    def _parsers(self) -> dict[str, Callable[[Mapping[str, Any], int, int], Example]]:
+    def _parsers(self) -> dict[str, Callable[[Mapping[str, Any], int, int | None], Example]]:
         """By the names of the formats."""
         return {
             "chat": self._from_messages,
@@ -116,6 +118,8 @@ class RowParser:
         image = self._open_image(row["image"])
         texts = {name: self._draw(row, name, index, epoch) for name in ("short_caption", "long_caption", "caption")}
         short, long, caption = texts.values()
+        if row.get("caption_weights") and not any(isinstance(row.get(name), (list, tuple)) for name in texts):
+            raise ValueError("has `caption_weights`, but no list of captions; remove one of them")
         if caption is not None:
             if short is not None or long is not None:
                 raise ValueError(
@@ -146,7 +150,7 @@ class RowParser:
         )
 
     def _draw(self, row, name, index, epoch) -> str | None:
-        """The caption of a column, of a list one that depends on the seed, the row and the epoch."""
+        """The caption of a column. Which one of a list it is depends on the seed, the row and the epoch."""
         value, weights = row.get(name), row.get("caption_weights")
         if value is None:
             return None
@@ -155,11 +159,15 @@ class RowParser:
         captions = [_caption(text, name) for text in value]
         if not captions:
             raise ValueError(f"has an empty `{name}`")
+        for text in captions:
+            self._check_text(text, index)
         if weights is not None and not _are_weights(weights, len(captions)):
             raise ValueError(
                 f"has `caption_weights` that are not {len(captions)} numbers, one for each caption in `{name}`, of "
                 "which some are positive and none is negative"
             )
+        if epoch is None:
+            return max(captions, key=self.count_tokens)
         return random.Random(f"{self.seed}-{epoch}-{index}-{name}").choices(captions, weights)[0]
 
     def _check_length(self, text: str, name: str) -> None:
@@ -229,27 +237,26 @@ class RowParser:
         negatives = []
         for name, value in row.items():
             if is_negative(name) and holds_many(name):
-                values = value if isinstance(value, (list, tuple)) else [value]
-                negatives += [self._user_turn(each, name) for each in values]
+                negatives += [self._user_turn(each, name) for each in as_list(value)]
             elif is_negative(name):
                 negatives.append(self._match(value, name))
         return negatives
 
     def _match(self, value, name) -> Messages:
         """One match or negative. A list of texts alone, or of images alone, may mean several of them."""
-        is_list = isinstance(value, (list, tuple))
-        if is_list and len(value) > 1 and len({isinstance(part, str) for part in value}) == 1:
-            kind = "texts" if isinstance(value[0], str) else "images"
+        parts = as_list(value)
+        if len(parts) > 1 and len({isinstance(part, str) for part in parts}) == 1:
+            kind = "texts" if isinstance(parts[0], str) else "images"
             remedy = "give one per row" if name == "positive" else "name the column `negatives`"
             raise ValueError(
-                f"has a list of {len(value)} {kind} in `{name}`: if each of them is one, {remedy}; if they are one "
+                f"has a list of {len(parts)} {kind} in `{name}`: if each of them is one, {remedy}; if they are one "
                 "sequence, give a chat (`messages`, `positive_messages`, `negative_messages`)"
             )
         return self._user_turn(value, name)
 
     def _user_turn(self, value, name) -> Messages:
         """A user's turn that holds one text, one image, or a list of both."""
-        parts = value if isinstance(value, (list, tuple)) else [value]
+        parts = as_list(value)
         if not parts:
             raise ValueError(f"has an empty `{name}`")
         return _turn(

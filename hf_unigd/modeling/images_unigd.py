@@ -36,7 +36,8 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(
-                    f"has an image of {width} x {height} pixels, more than {max_pixels}. Resize it or raise the limit."
+                    f"has an image of {width} x {height} pixels, more than {max_pixels}. Resize it, or raise "
+                    "`max_image_pixels`."
                 )
             if not width * height:
                 raise ImageError(f"has an empty image of {width} x {height} pixels.")

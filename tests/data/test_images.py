@@ -134,7 +134,10 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(monkeypat
         open_image(png_of(300_000, 300_000))
     assert not decoded
     parser = RowParser(len, max_image_pixels=100)
-    with pytest.raises(RowError, match="Row 7 has an image of 24 x 20 pixels, more than 100"):
+    with pytest.raises(
+        RowError,
+        match=r"Row 7 has an image of 24 x 20 pixels, more than 100\. Resize it, or raise `max_image_pixels`\.$",
+    ):
         parser({"image": make_image(1), "short_caption": "a cat"}, 7)
 
 

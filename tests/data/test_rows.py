@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from hf_unigd.data import RowError, RowParser, make_examples
+from hf_unigd.data import ExampleCheck, RowError, RowParser, make_examples
 from hf_unigd.data.example import content_key, iter_images, iter_parts
 from hf_unigd.data.formats import check_columns
 from tiny_models import make_image
@@ -61,6 +61,20 @@ def test_of_several_captions_one_is_drawn_in_each_epoch():
     weighted = {"image": IMAGE, "caption": ["a", "b", "c"], "caption_weights": [0, 1, 0.5]}
     drawn = [texts(parser(weighted, 7, epoch).positive)[0] for epoch in range(60)]
     assert drawn.count("b") > drawn.count("c") > 0 and "a" not in drawn
+
+
+def test_the_check_sees_every_caption_of_a_list(llava):
+    processor = llava[1]
+    parser = RowParser(lambda text: len(text.split()), find_reserved=processor.find_reserved)
+    for bad, message in (("an <image> of it", "the reserved token '<image>'"), ("red " * 60, r"has \d+ tokens")):
+        rows = [{"image": IMAGE, "caption": ["a", bad, "b", "c", "d", "e", "f", "g"]}]
+        with pytest.raises(RowError, match=f"Row 0 {message}|Row 0 has {message}"):
+            make_examples(rows, parser, check=ExampleCheck(processor, max_length=60))
+    examples = make_examples([{"image": IMAGE, "short_caption": ["a", "bb"]}], RowParser(len))
+    assert examples.epoch == 0 and {texts(examples.parser(examples.rows[0], 0, e).positive)[0] for e in range(9)} == {
+        "a",
+        "bb",
+    }
 
 
 def test_a_caption_that_is_too_long_is_left_out_beside_a_short_one(caplog):
@@ -145,6 +159,7 @@ def test_images_in_every_form(tmp_path):
         ({"image": IMAGE, "short_caption": ""}, "an empty `short_caption`"),
         ({"image": IMAGE, "caption": ["a", ""]}, "an empty `caption`"),
         ({"image": IMAGE, "caption": []}, "an empty `caption`"),
+        ({"image": IMAGE, "caption": "a", "caption_weights": [1]}, "`caption_weights`, but no list of captions"),
         ({"image": IMAGE, "caption": ["a", "b"], "caption_weights": [1]}, "`caption_weights` that are not 2 numbers"),
         ({"image": IMAGE, "caption": ["a", "b"], "caption_weights": [0, 0]}, "`caption_weights` that are not 2"),
         ({"image": IMAGE, "caption": 3}, "a `caption` of type int"),
@@ -189,7 +204,7 @@ def test_images_in_every_form(tmp_path):
 def test_bad_rows_name_themselves_and_the_reason(row, message):
     with pytest.raises(RowError, match=f"(?s)^Row 7 has .*{message}") as error:
         parse(row)
-    assert error.value.row == 7
+    assert error.value.row == 7 and not str(error.value).endswith("..")
 
 
 def test_a_row_error_survives_pickling():
