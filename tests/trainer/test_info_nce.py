@@ -1,15 +1,22 @@
-"""The contrastive loss: a plain reference, masks, and several processes."""
+"""The contrastive loss: a plain reference, masks, bounded memory, and several processes."""
 
 import math
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_unigd.trainer import InfoNCELoss
+from hf_unigd.trainer.losses import info_nce
 
 
 def unit(*shape, seed=0):
@@ -46,6 +53,165 @@ def test_loss_and_gradients_equal_the_reference(n, m, d, scale):
     ours = torch.autograd.grad(loss, [*inputs[: 3 if m else 2], scale])
     theirs = torch.autograd.grad(expected, [*inputs[: 3 if m else 2], scale])
     torch.testing.assert_close(ours, theirs)
+
+
+class Processes:
+    """Processes as threads. Each puts down its rows, and takes those of all once everyone has."""
+
+    def __init__(self, count):
+        self.barrier, self.table, self.own = threading.Barrier(count, timeout=60), [None] * count, threading.local()
+
+    def run(self, function):
+        """Returns what `function` returns for each rank."""
+
+        def start(rank):
+            self.own.rank = rank
+            return function(rank)
+
+        with ThreadPoolExecutor(self.barrier.parties) as pool:
+            return list(pool.map(start, range(self.barrier.parties)))
+
+    def exchange(self, rows):
+        self.table[self.own.rank] = rows
+        self.barrier.wait()
+        everywhere = list(self.table)
+        self.barrier.wait()
+        return everywhere
+
+    def gather_counts(self, rows):
+        return self.exchange(len(rows)), self.own.rank
+
+    def gather_rows(self, rows):
+        return GatherFromThreads.apply(rows, self)
+
+
+class GatherFromThreads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, processes):
+        everywhere = processes.exchange(rows)
+        ctx.counts, ctx.processes = [len(part) for part in everywhere], processes
+        return torch.cat(everywhere)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = torch.stack(ctx.processes.exchange(gradient)).sum(0)
+        return total.split(ctx.counts)[ctx.processes.own.rank], None
+
+
+SIZES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=4)  # pairs, hard negatives
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=SIZES.filter(lambda sizes: any(pairs for pairs, _ in sizes)),
+    d=st.integers(2, 6),
+    dims=st.booleans(),
+    has_keys=st.tuples(st.booleans(), st.booleans()),
+    chunk_elements=st.integers(1, 60),
+    scale=st.floats(0.1, 100),
+    seed=st.integers(0, 999),
+)
+def test_every_share_of_rows_and_every_chunk_give_the_reference(sizes, d, dims, has_keys, chunk_elements, scale, seed):
+    counts = {"queries": [n for n, _ in sizes], "positives": [n for n, _ in sizes], "negatives": [m for _, m in sizes]}
+    vectors = {
+        name: unit(sum(count), d, seed=seed + place).requires_grad_()
+        for place, (name, count) in enumerate(counts.items())
+    }
+    generator = torch.Generator().manual_seed(seed)
+    keys = {name: torch.randint(0, 4, (sum(count),), generator=generator) for name, count in counts.items()}
+    used = {"queries": has_keys[0], "positives": has_keys[1], "negatives": has_keys[1]}
+    n, m, dims = sum(counts["queries"]), sum(counts["negatives"]), [1, d - 1, d] if dims else [d]
+    masked = set()
+    for i in range(n):
+        for j in range(n + m):
+            same_query = has_keys[0] and j < n and keys["queries"][i] == keys["queries"][j]
+            candidate_keys = [*keys["positives"].tolist(), *keys["negatives"].tolist()]
+            same_candidate = has_keys[1] and candidate_keys[i] == candidate_keys[j]
+            if i != j and (same_query or same_candidate):
+                masked.add((i, j))
+    temperature = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    prefixes = [[F.normalize(each[:, :dim], dim=-1) if dim < d else each for each in vectors.values()] for dim in dims]
+    expected = sum(reference(q, p, temperature, c, masked) for q, p, c in prefixes) / len(dims)
+    expected.backward()
+    cosines = vectors["queries"] @ torch.cat([vectors["positives"], vectors["negatives"]]).T
+    others = [cosines[i, j].item() for i in range(n) for j in range(n + m) if i != j and (i, j) not in masked]
+
+    def step(rank):
+        own = {name: vectors[name].detach().split(counts[name])[rank].requires_grad_() for name in vectors}
+        own_keys = {name: keys[name].split(counts[name])[rank] if used[name] else None for name in keys}
+        own_scale = temperature.detach().requires_grad_()
+        parts = InfoNCELoss(dims)(
+            own["queries"],
+            own["positives"],
+            own_scale,
+            own["negatives"],
+            *(own_keys[name] for name in ("queries", "positives", "negatives")),
+        )
+        parts["loss"].backward()
+        return parts, {name: each.grad / len(sizes) for name, each in own.items()}, own_scale.grad / len(sizes)
+
+    processes = Processes(len(sizes))
+    with patch.multiple(
+        info_nce,
+        CHUNK_ELEMENTS=chunk_elements,
+        gather_counts=processes.gather_counts,
+        gather_rows=processes.gather_rows,
+    ):
+        results = processes.run(step)
+    for parts, _, _ in results:
+        torch.testing.assert_close(parts["loss"], expected.detach())
+        assert parts["positive_similarity"].item() == pytest.approx(cosines.diagonal().mean().item())
+        assert parts["negative_similarity"].item() == pytest.approx(sum(others) / max(len(others), 1), abs=1e-9)
+        assert parts["masked_fraction"].item() == pytest.approx(len(masked) / max(n * (n + m) - n, 1))
+    for name, each in vectors.items():
+        gradient = torch.cat([gradients[name] for _, gradients, _ in results])
+        torch.testing.assert_close(gradient, torch.zeros_like(each) if each.grad is None else each.grad)
+    torch.testing.assert_close(sum(gradient for _, _, gradient in results), temperature.grad)
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return result
+
+
+def test_no_tensor_has_an_element_for_every_pair():
+    n, m, d, keys = 64, 16, 8, torch.arange(80)
+    vectors = [unit(count, d, seed=place).requires_grad_() for place, count in enumerate((n, n, m))]
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    for chunk_elements in (160, n * (n + m)):
+        with patch.object(info_nce, "CHUNK_ELEMENTS", chunk_elements), Largest() as largest:
+            loss = InfoNCELoss([4, d])(vectors[0], vectors[1], scale, vectors[2], keys[:n], keys[:n], keys[n:])["loss"]
+            loss.backward()
+        assert largest.elements == max(chunk_elements, (n + m) * d)
+
+
+def test_a_good_match_keeps_its_digits_in_float32():
+    queries, scale = unit(16, 32, seed=1), torch.tensor(100.0, dtype=torch.float64)
+    positives = F.normalize(queries + 0.1 * unit(16, 32, seed=2), dim=-1)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = queries.to(dtype, copy=True).requires_grad_()
+        loss = InfoNCELoss()(leaf, positives.to(dtype), scale.to(dtype))["loss"]
+        loss.backward()
+        gradients.append(leaf.grad.double())
+    assert loss < 1e-3
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
+
+
+def test_bfloat16_embeddings_are_compared_in_float32():
+    queries, positives = unit(8, 16, seed=1).bfloat16().requires_grad_(), unit(8, 16, seed=2).bfloat16()
+    loss = InfoNCELoss()(queries, positives, torch.tensor(20.0))["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss, InfoNCELoss()(queries.float(), positives.float(), torch.tensor(20.0))["loss"])
+    assert queries.grad.dtype == torch.bfloat16
 
 
 def test_duplicates_are_masked_in_both_directions():
@@ -87,6 +253,7 @@ def test_matryoshka_is_the_mean_over_normalised_prefixes():
 
 
 def test_a_batch_of_one_without_a_negative_has_zero_loss_and_a_warning(caplog):
+    info_nce.logger.warning_once.cache_clear()
     one, scale = unit(1, 4).requires_grad_(), torch.tensor(1.0)
     parts = InfoNCELoss()(one, one, scale)
     parts["loss"].backward()

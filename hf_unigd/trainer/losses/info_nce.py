@@ -1,14 +1,20 @@
-"""The symmetric contrastive loss, with hard negatives and masked duplicates."""
+"""The symmetric contrastive loss, with hard negatives and masked duplicates, in memory linear in the batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .gather import gather_rows
+from .gather import gather_counts, gather_rows, own_rows
 
 
 logger = logging.get_logger(__name__)
+
+CHUNK_ELEMENTS = 2**21  # number of logits that are in memory at a time
 
 
 class InfoNCELoss(nn.Module):
@@ -24,11 +30,17 @@ class InfoNCELoss(nn.Module):
 
     Rows of the same content are not each other's negatives: pairs with equal keys are masked.
 
+    A process compares its own queries with all candidates, which gives the first direction. The second direction needs
+    one number per positive from the others, the logarithm of its denominator. The logits are computed a few rows at a
+    time and, in the backward pass, again, so that the memory is linear in the size of the global batch.
+
     Args:
         matryoshka_dims (`list[int]`, *optional*): Prefix sizes to average the loss over. Each prefix is normalised.
+            The similarities that are logged are those of the longest one.
 
     Citation: Ouali et al., "VladVA: Discriminative Fine-tuning of LVLMs", CVPR 2025; Oord et al., "Representation
-    Learning with Contrastive Predictive Coding", 2018.
+    Learning with Contrastive Predictive Coding", 2018. Tiles of logits: Cheng et al., "Breaking the Memory Barrier:
+    Near Infinite Batch Size Scaling for Contrastive Loss", 2024.
     """
 
     def __init__(self, matryoshka_dims: list[int] | None = None):
@@ -55,18 +67,24 @@ class InfoNCELoss(nn.Module):
 
         Returns:
             `dict` of scalars: `loss` and, detached, `positive_similarity` and `negative_similarity` (mean cosines) and
-            `masked_fraction` (of all pairs that are not positives).
+            `masked_fraction` (of all pairs that are not positives). In training mode, every process returns those of
+            the whole batch.
 
         With one query and no negative, every softmax has one term, so the loss is zero and a warning is logged.
         """
-        if negatives is None:
-            negatives = queries.new_empty(0, queries.shape[1])
-        keys = [query_keys, positive_keys, negative_keys]
-        if self.training:
-            keys = [None if given is None else gather_rows(given) for given in keys]
-            queries, positives, negatives = gather_rows(queries), gather_rows(positives), gather_rows(negatives)
+        gather = gather_rows if self.training else own_rows
+        counts, rank = gather_counts(queries) if self.training else ([len(queries)], 0)
+        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        candidates = torch.cat([gather(positives), gather(positives[:0] if negatives is None else negatives)])
+        candidates = candidates.to(queries.dtype)
+        keys = []
+        if positive_keys is not None:
+            candidate_keys = [positive_keys] if negative_keys is None else [positive_keys, negative_keys]
+            keys.append((positive_keys, torch.cat([gather(each) for each in candidate_keys])))
+        if query_keys is not None:
+            keys.append((query_keys, gather(query_keys)))
 
-        count, candidates = len(queries), torch.cat([positives, negatives])
+        count, first = sum(counts), sum(counts[:rank])
         if count == 0:
             zero = inverse_temperature * 0.0
             return dict.fromkeys(("loss", "positive_similarity", "negative_similarity", "masked_fraction"), zero)
@@ -75,39 +93,109 @@ class InfoNCELoss(nn.Module):
                 "A batch has one query and one candidate: there are no negatives, so its contrastive loss is zero. "
                 "Raise the batch size, or add hard negatives."
             )
-        masked = self._masked_pairs(count, candidates, *keys)
-        dims = self.matryoshka_dims or [queries.shape[1]]
-        losses = [self._loss(queries, candidates, inverse_temperature, masked, dim) for dim in dims]
+        pairs = _Pairs(slice(first, first + len(queries)), len(counts), keys, gather)
+        losses = []
+        for dim in sorted(self.matryoshka_dims or [queries.shape[1]]):  # the metrics are those of the last
+            if dim < queries.shape[1]:
+                prefixes = F.normalize(queries[:, :dim], dim=-1), F.normalize(candidates[:, :dim], dim=-1)
+            else:
+                prefixes = queries, candidates
+            loss, sums = _SymmetricCrossEntropy.apply(inverse_temperature * prefixes[0], prefixes[1], pairs)
+            losses.append(loss)
 
-        with torch.no_grad():
-            similarity = queries @ candidates.T
-            others = torch.ones_like(masked).fill_diagonal_(False)
-            unmasked = others & ~masked
-            return_metrics = {
-                "positive_similarity": similarity.diagonal().mean(),
-                "negative_similarity": similarity[unmasked].mean() if unmasked.any() else similarity.new_zeros(()),
-                "masked_fraction": masked.sum() / others.sum().clamp(min=1),
-            }
-        return {"loss": torch.stack(losses).mean(), **return_metrics}
+        matched, unmatched, masked = sums.unbind()
+        others, scale = count * (len(candidates) - 1), inverse_temperature.detach()
+        return {
+            "loss": torch.stack(losses).mean(),
+            "positive_similarity": matched / scale / count,
+            "negative_similarity": unmatched / scale / (others - masked).clamp(min=1),
+            "masked_fraction": masked / max(others, 1),
+        }
+
+
+@dataclass
+class _Pairs:
+    """
+    The pairs of own queries with all candidates.
+
+    Attributes:
+        own: The candidates that match the own queries.
+        num_processes: Number of processes.
+        keys: Content keys `(own, all)`. Query `i` and candidate `j` are not each other's negatives if `own[i]` and
+            `all[j]` are equal.
+        gather: Gathers the rows of all processes.
+    """
+
+    own: slice
+    num_processes: int
+    keys: list[tuple[torch.Tensor, torch.Tensor]]
+    gather: Callable[[torch.Tensor], torch.Tensor]
+
+    def chunks(
+        self, queries: torch.Tensor, candidates: torch.Tensor, matched: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yields a few own rows, their logits `(rows, n + m)`, the mask of the same shape, and a view `(rows,)` of the
+        logits of the matching pairs, which are those of `matched` `(n,)` to the last bit."""
+        size = max(1, CHUNK_ELEMENTS // len(candidates))
+        for start in range(0, len(queries), size):
+            rows = slice(start, start + size)
+            logits = queries[rows] @ candidates.T
+            matching = logits[:, self.own.start + start :].diagonal()
+            matching.copy_(matched[self.own][rows])
+            masked = torch.zeros_like(logits, dtype=torch.bool)
+            for own, everywhere in self.keys:
+                masked[:, : len(everywhere)] |= own[rows, None] == everywhere
+            masked[:, self.own.start + start :].fill_diagonal_(False)
+            yield rows, logits, masked, matching
+
+
+class _SymmetricCrossEntropy(torch.autograd.Function):
+    """
+    The loss of all processes, from the scaled queries `(n_rank, d)` of this process and all candidates `(n + m, d)`.
+
+    The gradient of a query is whole, and that of a candidate is the share of this process's queries, which
+    [`gather_rows`] adds up. Both are multiplied by the number of processes, because DDP takes the mean over processes.
+    The second output `(3,)` holds sums over all processes: of the logits of matching pairs, of the logits of the other
+    pairs that are not masked, and the number of masked pairs.
+    """
 
     @staticmethod
-    def _loss(queries, candidates, inverse_temperature, masked, dim):
-        if dim < queries.shape[1]:
-            queries, candidates = F.normalize(queries[:, :dim], dim=-1), F.normalize(candidates[:, :dim], dim=-1)
-        logits = (inverse_temperature * queries @ candidates.T).masked_fill(masked, -torch.inf)
-        labels = torch.arange(len(queries), device=queries.device)
-        backward_logits = logits[:, : len(queries)].T
-        return F.cross_entropy(logits, labels) + F.cross_entropy(backward_logits, labels)
+    def forward(ctx, queries, candidates, pairs: _Pairs):
+        # Logits count relative to that of the matching pair, so that the loss of a good match keeps its digits.
+        own_matched = (queries * candidates[pairs.own]).sum(1)
+        matched = pairs.gather(own_matched)
+        row_losses, column_losses = torch.empty_like(own_matched), torch.full_like(matched, -torch.inf)
+        unmatched, num_masked = -own_matched.sum(), queries.new_zeros(())
+        for rows, logits, masked, _ in pairs.chunks(queries, candidates, matched):
+            unmatched += logits.masked_fill_(masked, 0.0).sum()
+            num_masked += masked.sum()
+            logits.masked_fill_(masked, -torch.inf)
+            row_losses[rows] = (logits - own_matched[rows, None]).logsumexp(1)
+            columns = (logits[:, : len(matched)] - matched).logsumexp(0)
+            column_losses = torch.logaddexp(column_losses, columns)
+        column_losses = pairs.gather(column_losses[None]).logsumexp(0)
+        loss = row_losses.sum() + column_losses[pairs.own].sum()
+        sums = pairs.gather(torch.stack([loss, own_matched.sum(), unmatched, num_masked])[None]).sum(0)
+        loss, metrics = sums[0] / len(matched), sums[1:]
+        ctx.pairs = pairs
+        ctx.save_for_backward(queries, candidates, matched, row_losses, column_losses)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
 
     @staticmethod
-    def _masked_pairs(count, candidates, query_keys, positive_keys, negative_keys):
-        """Returns the `(n, n + m)` mask of pairs that are not positives, but have an equal query or candidate."""
-        masked = torch.zeros(count, len(candidates), dtype=torch.bool, device=candidates.device)
-        if positive_keys is not None:
-            masked[:, :count] |= positive_keys[:, None] == positive_keys[None, :]
-            if negative_keys is not None:
-                masked[:, count:] |= positive_keys[:, None] == negative_keys[None, :]
-        if query_keys is not None:
-            masked[:, :count] |= query_keys[:, None] == query_keys[None, :]
-        masked[:, :count].fill_diagonal_(False)
-        return masked
+    @once_differentiable
+    def backward(ctx, gradient, _):
+        queries, candidates, matched, row_losses, column_losses = ctx.saved_tensors
+        pairs, own_matched = ctx.pairs, matched[ctx.pairs.own]
+        query_gradients, candidate_gradients = torch.empty_like(queries), torch.zeros_like(candidates)
+        for rows, logits, masked, matching in pairs.chunks(queries, candidates, matched):
+            logits.masked_fill_(masked, -torch.inf)
+            columns = (logits[:, : len(matched)] - matched).sub_(column_losses).exp_()
+            # From here on, `logits` holds the gradient of the logits: the two softmaxes minus their labels.
+            logits.sub_(own_matched[rows, None]).sub_(row_losses[rows, None]).exp_()
+            logits[:, : len(matched)] += columns
+            matching -= 2
+            query_gradients[rows] = logits @ candidates
+            candidate_gradients.addmm_(logits.T, queries[rows])
+        scale = gradient * pairs.num_processes / len(matched)
+        return query_gradients.mul_(scale), candidate_gradients.mul_(scale), None

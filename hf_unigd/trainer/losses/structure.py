@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ...kernels import ModalityColumns, alignment_kernel, mean_slice_similarity, validation
-from .gather import gather_rows
+from .gather import gather_rows, own_rows
 
 
 class StructureLoss(nn.Module):
@@ -90,7 +90,7 @@ class StructureLoss(nn.Module):
             `alignment_similarity` (means of `m^l` and `m^r`) and `alignment_correlation` (Pearson's, between them).
         """
         slices = _prefix_slices(starts, lengths)
-        gather = gather_rows if self.training else _identity
+        gather = gather_rows if self.training else own_rows
         # Slices are gathered prefix by prefix, because numbers of prefixes and slices differ between processes.
         ends = starts + lengths - 1
         lengths, sample_keys = gather(lengths), gather(sample_keys)
@@ -161,10 +161,6 @@ class StructureLoss(nn.Module):
             "alignment_similarity": pairs[0].mean(),
             "alignment_correlation": correlation,
         }
-
-
-def _identity(rows: torch.Tensor) -> torch.Tensor:
-    return rows
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
