@@ -172,14 +172,15 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
             `torch.FloatTensor` of shape `(num_spans, embedding_dim)` or `(num_spans, truncate_dim)`: unit vectors.
 
         Raises:
-            ValueError: if `truncate_dim` is not one of `config.matryoshka_dims`, or a row has more tokens than
-                `config.context_length`.
+            ValueError: if `truncate_dim` is neither one of `config.matryoshka_dims` nor the full size, or a row has
+                more tokens than `config.context_length`.
         """
         self._check_length(attention_mask, **inputs)
-        if truncate_dim is not None and truncate_dim not in (self.config.matryoshka_dims or []):
+        sizes = self.config.matryoshka_dims or [self.config.embedding_dim]
+        if truncate_dim is not None and truncate_dim not in sizes:
             raise ValueError(
-                f"`truncate_dim={truncate_dim}` was not trained. The model was trained for "
-                f"`matryoshka_dims={self.config.matryoshka_dims}`."
+                f"`truncate_dim={truncate_dim}` was not trained. The model was trained for the sizes {sizes}. Choose "
+                "one of them."
             )
         outputs = self._decode(attention_mask=attention_mask, use_cache=False, **inputs)
         embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)

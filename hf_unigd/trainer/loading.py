@@ -53,7 +53,10 @@ def load_for_training(
     }
     config, _ = UniGDConfig.get_config_dict(name, revision=revision)
     if config.get("model_type") == UniGDConfig.model_type:
-        given = [key for key, value in head.items() if value not in (None, "none", config.get(key))]
+        saved = UniGDConfig.from_dict(config)
+        if model_args.matryoshka_dims:  # the config adds the full size
+            head["matryoshka_dims"] = sorted({*model_args.matryoshka_dims, saved.embedding_dim})
+        given = [key for key, value in head.items() if value not in (None, "none", getattr(saved, key))]
         if given:
             raise ValueError(f"{name} already has a head. Leave out {', '.join(f'`{key}`' for key in given)}.")
         model = UniGDForConditionalGeneration.from_pretrained(name, **kwargs)

@@ -196,8 +196,20 @@ def test_matryoshka_prefixes_are_unit_vectors_and_others_are_refused():
     short = model.embed(**batch, truncate_dim=4)
     expected = torch.nn.functional.normalize(model.embed(**batch)[:, :4], dim=-1)
     assert torch.equal(short, expected)
-    with pytest.raises(ValueError, match="truncate_dim=5"):
+    with pytest.raises(ValueError, match=r"`truncate_dim=5` was not trained.* the sizes \[4, 8, 16\]"):
         model.embed(**batch, truncate_dim=5)
+
+
+def test_the_full_size_is_always_trained(llava, tmp_path):
+    config = UniGDConfig(make_vlm("llava").model.config, head_type="linear", embedding_dim=16, matryoshka_dims=[8, 4])
+    assert config.matryoshka_dims == [4, 8, 16]
+    config.save_pretrained(tmp_path)
+    assert UniGDConfig.from_pretrained(tmp_path).matryoshka_dims == [4, 8, 16]
+    model, processor = llava  # without `matryoshka_dims`
+    batch, size = processor.process_sequences(SEQUENCES), model.config.embedding_dim
+    torch.testing.assert_close(model.embed(**batch, truncate_dim=size), model.embed(**batch))
+    with pytest.raises(ValueError, match=rf"the sizes \[{size}\]"):
+        model.embed(**batch, truncate_dim=size - 1)
 
 
 def test_temperature_is_clamped(llava):
