@@ -1,5 +1,6 @@
 """Retrieval metrics between two sets of embeddings, in both directions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,12 @@ class Ranking:
 
 
 def rank_both_ways(
-    anchors: torch.Tensor, positives: torch.Tensor, anchor_keys: torch.Tensor, positive_keys: torch.Tensor, k: int
+    anchors: torch.Tensor,
+    positives: torch.Tensor,
+    anchor_keys: torch.Tensor,
+    positive_keys: torch.Tensor,
+    k: int,
+    rank: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = rank_candidates,
 ) -> dict[str, Ranking]:
     """
     Ranks the positives of each anchor, and the anchors of each positive.
@@ -57,6 +63,7 @@ def rank_both_ways(
     Args:
         anchors, positives, anchor_keys, positive_keys: As in [`retrieval_metrics`].
         k: Number of candidates to keep per query.
+        rank: Finds the candidates of queries, as [`rank_candidates`] does.
 
     Returns:
         `dict[str, Ranking]` with the keys `anchor_to_positive` and `positive_to_anchor`.
@@ -71,7 +78,7 @@ def rank_both_ways(
         relevant: dict[int, set[int]] = {row: set() for row in query_rows.tolist()}
         for query, candidate in zip(query_of.tolist(), candidate_of.tolist(), strict=True):
             relevant[query].add(candidate)
-        places = rank_candidates(queries[query_rows], candidates[candidate_rows], k)
+        places = rank(queries[query_rows], candidates[candidate_rows], k)
         rankings[name] = Ranking(query_rows, candidate_rows[places], [sorted(rows) for rows in relevant.values()])
     return rankings
 

@@ -120,7 +120,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
         metrics = block_metrics(results, {name: getattr(self.args, f"{name}_weight") for name in LOSSES})
         predictions, labels, embedded = {}, {}, results.embedded()
         if embedded is not None:
-            prediction, recalls = retrieval_prediction(embedded)
+            prediction, recalls = retrieval_prediction(embedded, self.args.device)
             predictions, labels = prediction.predictions, prediction.label_ids
             metrics |= recalls
             if self.compute_metrics is not None:

@@ -2,16 +2,19 @@
 
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import EvalPrediction
 
-from ..evaluation import rank_both_ways, recalls
+from ..evaluation import rank_both_ways, rank_candidates, recalls
 
 
 RANKED = 10  # number of candidates kept per query
+RANKED_TOGETHER = 256  # number of queries that are compared with the candidates at a time
 
 
 class EvaluationResults:
@@ -106,13 +109,39 @@ def _weighted_mean(entries: list[tuple[float, int]]) -> float:
     return math.fsum(value * count for value, count in entries) / sum(count for _, count in entries)
 
 
-def retrieval_prediction(embedded: dict[str, torch.Tensor]) -> tuple[EvalPrediction, dict[str, float]]:
+def rank_on_processes(queries: torch.Tensor, candidates: torch.Tensor, k: int, device: torch.device) -> torch.Tensor:
     """
-    Returns the prediction that `compute_metrics` receives and [`~UniGDTrainer.predict`] returns, and recall at 1, 5
-    and 10 in both directions.
+    Ranks as [`~hf_unigd.evaluation.rank_candidates`] does, on all processes together: each ranks its share of the
+    queries. All processes call it with the same arguments, and all receive the whole ranking.
+
+    A share consists of blocks of a fixed size. Products of the same shapes are rounded alike, so the ranking does not
+    depend on the number of processes.
 
     Args:
-        embedded: The result of [`EvaluationResults.embedded`].
+        queries, candidates, k: As in [`~hf_unigd.evaluation.rank_candidates`].
+        device: The device of this process, on which it compares.
+    """
+    state = PartialState()
+    candidates = candidates.to(device)
+    own = {
+        place: rank_candidates(block.to(device), candidates, k).cpu()
+        for place, block in enumerate(queries.split(RANKED_TOGETHER))
+        if place % state.num_processes == state.process_index
+    }
+    ranked = {place: ranking for share in gather_object([own]) for place, ranking in share.items()}
+    return torch.cat([ranked[place] for place in sorted(ranked)])
+
+
+def retrieval_prediction(
+    embedded: dict[str, torch.Tensor], device: torch.device
+) -> tuple[EvalPrediction, dict[str, float]]:
+    """
+    Returns the prediction that `compute_metrics` receives and [`~UniGDTrainer.predict`] returns, and recall at 1, 5
+    and 10 in both directions. All processes call it together ([`rank_on_processes`]).
+
+    Args:
+        embedded: The result of [`EvaluationResults.embedded`], the same on all processes.
+        device: The device of this process.
 
     Returns:
         `EvalPrediction` and the recalls by name. `predictions` is a `dict` of arrays: `anchors` and `positives`
@@ -122,7 +151,8 @@ def retrieval_prediction(embedded: dict[str, torch.Tensor]) -> tuple[EvalPredict
         shape `(n,)`: `rows` (indices in the dataset), `anchor_keys` and `positive_keys` (equal for equal content).
     """
     names = ("anchors", "positives", "anchor_keys", "positive_keys")
-    rankings = rank_both_ways(**{name: embedded[name] for name in names}, k=RANKED)
+    rank = partial(rank_on_processes, device=device)
+    rankings = rank_both_ways(**{name: embedded[name] for name in names}, k=RANKED, rank=rank)
     predictions: dict[str, Any] = {name: embedded[name].float().numpy() for name in names[:2]}
     for name, keys in (("anchor_to_positive", "anchor_keys"), ("positive_to_anchor", "positive_keys")):
         ranking = rankings[name]

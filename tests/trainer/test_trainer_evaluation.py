@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from hf_unigd.data import RowError
-from hf_unigd.evaluation import retrieval_metrics
+from hf_unigd.evaluation import rank_candidates, retrieval_metrics
+from hf_unigd.trainer import evaluation
 from trainer_cases import make_rows, make_trainer
 
 
@@ -131,21 +132,46 @@ def evaluate_on_rank(rank, port, folder):
             patch.setenv(name, str(value))
         trainer = make_trainer(folder, eval_rows=make_rows(10), eval_block_size=4, ddp_backend="gloo")
         assert trainer.args.world_size == 2
+        ranked = count_ranked_queries(patch)
         metrics = trainer.evaluate()
-        rows = trainer.predict(make_rows(10)).label_ids["rows"].tolist()
-        if rank == 0:
-            torch.save((metrics, rows), folder / "metrics.pt")
+        share = sum(ranked)
+        prediction = trainer.predict(make_rows(10))
+        torch.save((metrics, share, prediction.predictions, prediction.label_ids), folder / f"metrics_{rank}.pt")
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_report_the_metrics_of_one(tmp_path):
+def count_ranked_queries(patch):
+    """Lets queries be ranked three at a time. Returns a list that grows by their numbers."""
+    ranked = []
+
+    def rank(queries, candidates, k):
+        ranked.append(len(queries))
+        return rank_candidates(queries, candidates, k)
+
+    patch.setattr(evaluation, "RANKED_TOGETHER", 3)
+    patch.setattr(evaluation, "rank_candidates", rank)
+    return ranked
+
+
+def test_two_processes_report_the_metrics_of_one(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(evaluate_on_rank, (port, tmp_path), nprocs=2)
-    metrics, rows = torch.load(tmp_path / "metrics.pt", weights_only=False)
-    assert rows == list(range(10))
-    assert_same_metrics(make_trainer(tmp_path, eval_rows=make_rows(10), eval_block_size=4).evaluate(), metrics)
+    trainer = make_trainer(tmp_path, eval_rows=make_rows(10), eval_block_size=4)
+    ranked = count_ranked_queries(monkeypatch)
+    expected = trainer.evaluate()
+    one_share, shares = sum(ranked), []
+    whole = trainer.predict(make_rows(10))
+    for rank in (0, 1):
+        metrics, share, predictions, labels = torch.load(tmp_path / f"metrics_{rank}.pt", weights_only=False)
+        shares.append(share)
+        assert labels["rows"].tolist() == list(range(10))
+        assert_same_metrics(expected, metrics)
+        assert all(metrics[name] == value for name, value in expected.items() if "recall" in name)
+        for name, array in whole.predictions.items():
+            assert np.array_equal(predictions[name], array), name
+    assert sum(shares) == one_share and min(shares) > 0
 
 
 def evaluating(**kwargs):

@@ -55,6 +55,17 @@ def test_the_model_may_be_a_name_or_a_path(tmp_path):
         UniGDTrainer(tmp_path / "adapter", make_args(tmp_path), train_dataset=make_rows())
 
 
+def test_the_settings_of_a_saved_head_may_be_repeated(tmp_path):
+    tiny = make_vlm()
+    settings = {"head_type": "linear", "embedding_dim": 16, "matryoshka_dims": [8, 4]}
+    UniGDForConditionalGeneration.from_vlm(tiny.model, **settings).save_pretrained(tmp_path)
+    UniGDProcessor(tiny.processor).save_pretrained(tmp_path)
+    model, *_ = load_for_training(UniGDModelConfig(model_name_or_path=str(tmp_path), **settings))
+    assert model.config.matryoshka_dims == [4, 8, 16]
+    with pytest.raises(ValueError, match=r"already has a head\. Leave out `matryoshka_dims`"):
+        load_for_training(UniGDModelConfig(model_name_or_path=str(tmp_path), matryoshka_dims=[2]))
+
+
 def test_models_and_processors_of_other_kinds_are_refused(tmp_path):
     tiny = make_vlm()
     for model, message in (
