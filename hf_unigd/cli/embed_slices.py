@@ -3,13 +3,20 @@ Embed the images and sentences of a dataset once with the frozen teachers of the
 `--slice_features` need not run the teachers. An interrupted run continues where it stopped when it is started again.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from datasets import IterableDataset
 from transformers import AutoTokenizer
 
-from ..data import ExampleDataset, RowParser, TeacherArguments, write_slice_features
-from ..data.formats import check_columns
+from ..data import (
+    DatasetMixture,
+    DatasetSource,
+    ExampleStream,
+    MixedDataset,
+    RowParser,
+    TeacherArguments,
+    make_examples,
+    write_slice_features,
+)
 from ..inputs import reading
 from ..outputs import OutputFolder
 from ..settings import NotNegative, Positive
@@ -37,6 +44,7 @@ class EmbedSlicesArguments(ImageArguments):
         },
     )
     long_caption_max_tokens: Positive = field(default=500, metadata={"help": "Same value as in training."})
+    trust_caption_columns: bool = field(default=False, metadata={"help": "Same value as in training."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows, with a warning."})
 
 
@@ -51,14 +59,20 @@ def main(argv: list[str]) -> None:
         lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         args.short_caption_max_tokens,
         args.long_caption_max_tokens,
+        args.trust_caption_columns,
         splitter=teacher_args.splitter,
         **args.image_settings(),
     )
-    rows = script_args.load_rows(script_args.dataset_train_split)
-    if isinstance(rows, IterableDataset):
-        raise ValueError("Leave `dataset_streaming` out: features are stored by the number of the row.")
-    check_columns(rows.column_names)
-    examples = ExampleDataset(rows, row_parser, skip_bad_rows=args.skip_bad_rows)
+    rows = script_args.load_train_rows()
+    sources = rows.sources if isinstance(rows, DatasetMixture) else [DatasetSource(rows, script_args.dataset_name)]
+    parts = []
+    for source in sources:
+        own_parser = replace(row_parser, source=source.name, image_folder=source.image_folder or args.image_folder)
+        part = make_examples(source.rows, own_parser, args.skip_bad_rows, check_rows="off")
+        if isinstance(part, ExampleStream):
+            raise ValueError("Leave streaming out: features are stored by the number of the row.")
+        parts.append(part)
+    examples = MixedDataset(parts)
     features = write_slice_features(
         examples,
         teacher_args,

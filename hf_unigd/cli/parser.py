@@ -108,6 +108,8 @@ class CommandParser(TrlParser):
         if unknown:
             self.error(f"unknown keys in the YAML file: {', '.join(sorted(unknown))}")
         for action in self._actions:
+            if kwargs.get(action.dest) is False and "off" in (action.choices or ()):
+                kwargs[action.dest] = "off"  # which YAML reads as a boolean
             value = kwargs.get(action.dest)
             if action.choices is not None and value is not None and value not in action.choices:
                 choices = ", ".join(map(repr, action.choices))

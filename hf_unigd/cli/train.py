@@ -21,8 +21,8 @@ def main(argv: list[str]) -> None:
     trainer = UniGDTrainer(
         model=model,
         args=training_args,
-        train_dataset=script_args.load_rows(script_args.dataset_train_split),
-        eval_dataset=script_args.load_rows(script_args.dataset_test_split) if evaluates else None,
+        train_dataset=script_args.load_train_rows(training_args.seed),
+        eval_dataset=script_args.load_eval_rows(training_args.seed) if evaluates else None,
         processing_class=processor,
         peft_config=peft_config,
     )

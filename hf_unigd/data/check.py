@@ -1,5 +1,7 @@
 """The check that a row can be processed, without processing its images."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from ..modeling import SequenceError, UniGDProcessor
@@ -24,6 +26,19 @@ class ExampleCheck:
     causal_lm: bool = True
     contrastive: bool = True
 
+    @property
+    def settings(self) -> str:
+        """Identifies the check: all that its answers depend on."""
+        processor, digest = self.processor, hashlib.sha256()
+        parts = (
+            processor.tokenizer.backend_tokenizer.to_str(),
+            processor.image_processor.to_json_string(),
+            json.dumps([processor.to_dict(), processor.chat_template], sort_keys=True),
+        )
+        for part in (*parts, str((self.max_length, self.causal_lm, self.contrastive))):
+            digest.update(part.encode())
+        return digest.hexdigest()
+
     def __call__(self, example: Example) -> None:
         """
         Raises:
@@ -38,4 +53,4 @@ class ExampleCheck:
         try:
             self.processor.check_sequence(sequence, target, prompted=prompted, max_length=self.max_length)
         except SequenceError as error:
-            raise RowError(example.row, error.reason) from error
+            raise RowError(example.row, error.reason, example.source) from error

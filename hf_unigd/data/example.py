@@ -22,22 +22,24 @@ class RowError(ValueError):
     Args:
         row: Index of the row in the dataset.
         reason: Why the row cannot be used and what to do about it, as the continuation of "Row 3 ...".
+        source: Name of the dataset, if it is one of several.
     """
 
     # torch raises the error of a data loader's worker again as `type(error)(message=...)` if its type has a `message`.
     # What it passes is the traceback of the worker, which ends with the error.
     message = True
 
-    def __init__(self, row: int = 0, reason: str = "", *, message: str | None = None):
+    def __init__(self, row: int = 0, reason: str = "", source: str | None = None, *, message: str | None = None):
         if message is not None:
             number, _, reason = message.rpartition("RowError: Row ")[2].strip().partition(" ")
             row = int(number)
-        super().__init__(f"Row {row} {reason}")
+        super().__init__(f"Row {row} {reason}" if source is None else f"Row {row} of {source} {reason}")
         self.row = row
         self.reason = reason
+        self.source = source
 
     def __reduce__(self):  # by default an exception is unpickled from its `args`, which hold the message alone
-        return type(self), (self.row, self.reason)
+        return type(self), (self.row, self.reason, self.source)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Example:
         slice_features: Teacher features of the slices, of shape `(len(slices), width)`. `None` if they were not
             computed beforehand.
         epoch: Current pass over the data, for random choices that differ between epochs.
+        source: Name of the dataset, if it is one of several.
+        position: Where its stream stands after it ([`ExampleStream`]). None outside a stream.
     """
 
     row: int
@@ -84,6 +88,8 @@ class Example:
     slices: list[Slice] = field(default_factory=list)
     slice_features: torch.Tensor | None = None
     epoch: int = 0
+    source: str | None = None
+    position: dict[str, Any] | None = None
 
 
 def iter_parts(messages: Messages) -> Iterator[tuple[str, dict[str, Any]]]:

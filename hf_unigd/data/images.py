@@ -1,5 +1,6 @@
 """Opens images in every form in which a row may hold them."""
 
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from ..modeling.images_unigd import MAX_PIXELS, ImageError
+from ..modeling.images_unigd import MAX_PIXELS, ImageError, read_size
 from ..modeling.images_unigd import open_image as open_source
 
 
@@ -28,17 +29,39 @@ def open_image(value: Any, folder: str | Path | None = None, max_pixels: int = M
         ValueError: the file is missing or outside `folder`, the data is not an image, is too large or is corrupt, or
             `value` is of another type. The message continues "Row 3 ...".
     """
+    return open_source(_source(value, folder), max_pixels)
+
+
+def blank_image(value: Any, folder: str | Path | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns a black image of the size of that which [`open_image`] opens. Only the header is read.
+
+    Args:
+        value, folder, max_pixels: As in [`open_image`].
+
+    Raises:
+        ValueError: as [`open_image`] does, but for an image whose data is corrupt behind its header.
+    """
+    return _blank(read_size(_source(value, folder), max_pixels))
+
+
+@lru_cache(maxsize=64)
+def _blank(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size)
+
+
+def _source(value: Any, folder: str | Path | None) -> Any:
+    """What Pillow opens."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and "://" in value and folder is None:
         value = _read_url(value)
     if isinstance(value, (str, Path)):
-        value = _existing_file(value, folder)
-    elif isinstance(value, bytes):
-        value = BytesIO(value)
-    elif not isinstance(value, Image.Image):
+        return _existing_file(value, folder)
+    if isinstance(value, bytes):
+        return BytesIO(value)
+    if not isinstance(value, Image.Image):
         raise ValueError(f"has an image of type {type(value).__name__}, but a PIL image, bytes or a path is needed")
-    return open_source(value, max_pixels)
+    return value
 
 
 def _existing_file(path: str | Path, folder: str | Path | None) -> Path:

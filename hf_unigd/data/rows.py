@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..modeling.images_unigd import MAX_PIXELS
 from .chats import as_list, from_llava, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
 from .formats import format_of, holds_many, is_negative
-from .images import open_image
+from .images import blank_image, open_image
 from .slices import SentenceSplitter, slices_of
 
 
@@ -28,6 +29,8 @@ class RowParser:
         short_caption_max_tokens: A `caption` with fewer tokens than this is a contrastive positive; any other is a
             next-token target (VladVA: 30).
         long_caption_max_tokens: Maximum length of a caption in tokens (VladVA: 500).
+        trust_caption_columns: Whether a `short_caption` or `long_caption` is one whatever its length. If not, it is
+            left out if it is not of the length of one.
         image_folder: Folder that image paths start from and must not leave.
         max_image_pixels: The largest width times height of an image. It is checked before an image is decoded.
         splitter: Splits texts into sentences. If given, examples get `slices`, and a chat needs neither an answer nor
@@ -36,18 +39,24 @@ class RowParser:
         find_reserved: Returns the reserved token that a text holds, or None
             ([`~hf_unigd.UniGDProcessor.find_reserved`]). If given, a row with such a text is refused.
         seed: Seed of the choice among several captions.
-        left_out: Number of long captions that were too long, in rows whose short caption is used.
+        source: Name of the dataset in errors, if it is one of several.
+        decode: Whether images are decoded. If not, their headers are read, and blank images of their sizes take their
+            places.
+        left_out: Number of captions that were left out, in rows of which another caption is used.
     """
 
     count_tokens: Callable[[str], int]
     short_caption_max_tokens: int = 30
     long_caption_max_tokens: int = 500
+    trust_caption_columns: bool = False
     image_folder: str | Path | None = None
     max_image_pixels: int = MAX_PIXELS
     splitter: SentenceSplitter | None = None
     requires_match: bool = True
     find_reserved: Callable[[str], str | None] | None = None
     seed: int = 0
+    source: str | None = None
+    decode: bool = True
     left_out: int = field(default=0, init=False)
 
     def __call__(self, row: Mapping[str, Any], index: int, epoch: int | None = 0) -> Example:
@@ -62,16 +71,19 @@ class RowParser:
             RowError: the row has no usable columns, or one of them is empty, corrupt, too long or inconsistent.
         """
         if not isinstance(row, Mapping):
-            raise RowError(index, f"is a {type(row).__name__}, and a row is a dict of its columns.")
+            raise self._error(index, f"is a {type(row).__name__}, and a row is a dict of its columns.")
         example = self._parse(row, index, epoch)
-        example.epoch = epoch or 0
+        example.epoch, example.source = epoch or 0, self.source
         self._check_texts(example)
         if self.splitter is not None:
             try:
                 example.slices = slices_of(example.anchor, example.target, self.splitter)
             except ValueError as error:
-                raise RowError(index, f"{error}.") from error
+                raise self._error(index, f"{error}.") from error
         return example
+
+    def _error(self, index: int, reason: str) -> RowError:
+        return RowError(index, reason, self.source)
 
     def _check_texts(self, example: Example) -> None:
         """Raises if a tokenizer would read a part of a text as an image, the end of a sequence, or a soft prompt."""
@@ -83,7 +95,7 @@ class RowParser:
     def _check_text(self, text: str, index: int) -> None:
         reserved = None if self.find_reserved is None else self.find_reserved(text)
         if reserved is not None:
-            raise RowError(
+            raise self._error(
                 index,
                 f"has the reserved token {reserved!r} in the text {_shortened(text, reserved)!r}, which the model "
                 "would not read as text. Remove it from the row.",
@@ -94,7 +106,7 @@ class RowParser:
         try:
             return self._parsers[format_of(row, self.requires_match).name](row, index, epoch)
         except ValueError as error:
-            raise RowError(index, f"{str(error).removesuffix('.')}.") from error
+            raise self._error(index, f"{str(error).removesuffix('.')}.") from error
 
     @property
     def _parsers(self) -> dict[str, Callable[[Mapping[str, Any], int, int | None], Example]]:
@@ -130,13 +142,7 @@ class RowParser:
                 short = caption
             else:
                 long = caption
-        if short is not None:
-            self._check_length(short, "short_caption")
-        if long is not None and short is not None and self.count_tokens(long) > self.long_caption_max_tokens:
-            self._leave_out(index)
-            long = None
-        elif long is not None:
-            self._check_length(long, "long_caption")
+        short, long = self._within_limits(index, short_caption=short, long_caption=long)
         negatives = self._negatives(row)
         # With a limit of 0, no caption is contrasted, and negatives are not wanted either.
         if negatives and short is None and self.requires_match and self.short_caption_max_tokens:
@@ -166,25 +172,53 @@ class RowParser:
                 f"has `caption_weights` that are not {len(captions)} numbers, one for each caption in `{name}`, of "
                 "which some are positive and none is negative"
             )
-        if epoch is None:
+        limits = self._limits[name]
+        usable = [limits.reason(self.count_tokens(text)) is None for text in captions]
+        if any(usable):  # otherwise the row is refused, or another column of it used
+            captions = list(compress(captions, usable))
+            weights = weights and list(compress(weights, usable))
+        if epoch is None or not any(weights or [1]):
             return max(captions, key=self.count_tokens)
         return random.Random(f"{self.seed}-{epoch}-{index}-{name}").choices(captions, weights)[0]
 
-    def _check_length(self, text: str, name: str) -> None:
-        length = self.count_tokens(text)
-        if length > self.long_caption_max_tokens:
-            raise ValueError(
-                f"has a `{name}` of {length} tokens, more than `long_caption_max_tokens="
-                f"{self.long_caption_max_tokens}`; shorten it or raise the limit"
-            )
+    @property
+    def _limits(self) -> dict[str, "_Limits"]:
+        """What each caption column may hold. If nothing is contrasted, any length is learned."""
+        least, most = self.short_caption_max_tokens, self.long_caption_max_tokens
+        too_long = f"more than `long_caption_max_tokens={most}`"
+        limits = dict.fromkeys(("short_caption", "long_caption", "caption"), _Limits(0, most, "", too_long))
+        if least and not self.trust_caption_columns:
+            short, long = (f"{relation} `short_caption_max_tokens={least}`" for relation in ("not below", "below"))
+            limits["short_caption"] = _Limits(0, least - 1, "", short)
+            limits["long_caption"] = _Limits(least, most, long, too_long)
+        return limits
 
-    def _leave_out(self, index: int) -> None:
-        """Counts a long caption whose short one is used all the same. The log has the counts 1, 2, 4, 8, ..."""
+    def _within_limits(self, index: int, **captions: str | None) -> tuple[str | None, ...]:
+        """The captions, without one that is too short or too long for its column if the row has another one.
+
+        Raises:
+            ValueError: no caption is left.
+        """
+        given = {name: text for name, text in captions.items() if text is not None}
+        reasons = {name: self._limits[name].reason(self.count_tokens(text)) for name, text in given.items()}
+        wrong = {name: reason for name, reason in reasons.items() if reason is not None}
+        for name, reason in wrong.items():
+            if len(wrong) == len(given):
+                trust = "" if self.trust_caption_columns else ", or set `trust_caption_columns`"
+                raise ValueError(f"has a `{name}` of {reason}; change it or the limit{trust}")
+            self._leave_out(index, name, reason)
+        return tuple(None if name in wrong else text for name, text in captions.items())
+
+    def _leave_out(self, index: int, name: str, reason: str) -> None:
+        """Counts a caption of a row of which another one is used. The log has the counts 1, 2, 4, 8, ..."""
         self.left_out += 1
         if self.left_out & (self.left_out - 1) == 0:
             logger.warning(
-                "Left out %d long captions of more than %d tokens so far, the last one that of row %d.",
-                *(self.left_out, self.long_caption_max_tokens, index),
+                "Left out %d captions so far, the last one the `%s` of row %d, of %s.",
+                self.left_out,
+                name,
+                index,
+                reason,
             )
 
     def _from_conversations(self, row, index, epoch) -> Example:
@@ -231,7 +265,8 @@ class RowParser:
         return chats
 
     def _open_image(self, value):
-        return open_image(value, self.image_folder, self.max_image_pixels)
+        read = open_image if self.decode else blank_image
+        return read(value, self.image_folder, self.max_image_pixels)
 
     def _negatives(self, row) -> list[Messages]:
         negatives = []
@@ -267,6 +302,22 @@ class RowParser:
                 for part in parts
             ]
         )
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The least and the greatest number of tokens of a caption, and what is said of one with fewer or more."""
+
+    least: int
+    most: int
+    below: str
+    above: str
+
+    def reason(self, length: int) -> str | None:
+        """Why a caption of this length is not used, or None."""
+        if self.least <= length <= self.most:
+            return None
+        return f"{length} tokens, {self.below if length < self.least else self.above}"
 
 
 def _turn(content) -> Messages:

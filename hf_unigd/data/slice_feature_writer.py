@@ -13,6 +13,7 @@ from ..outputs import remove_unfinished, writing
 from ..settings import check_positive
 from .dataset import ExampleDataset
 from .example import Slice
+from .mixture import MixedDataset
 from .slice_features import (
     DESCRIPTION,
     SliceFeatures,
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_slice_features(
-    examples: ExampleDataset,
+    examples: ExampleDataset | MixedDataset,
     args: TeacherArguments,
     folder: str | Path,
     device: torch.device | str = "cpu",

@@ -62,6 +62,15 @@ class SliceFeatures:
         rows, features = (concatenate_datasets(list(column)) for column in zip(*parts, strict=True))
         return cls(description, rows, features)
 
+    def part(self, first: int, count: int) -> "SliceFeatures":
+        """Returns the features of `count` rows, of which the first is row `first` of these."""
+        if first + count > len(self.rows):
+            raise ValueError(
+                f"There are slice features of {len(self.rows)} rows, but the datasets have more. Compute them with "
+                "`hf-unigd embed-slices` for the same `datasets`, in the same order."
+            )
+        return SliceFeatures(self.description, self.rows.select(range(first, first + count)), self.features)
+
     def modality_columns(self, triple_kernel: bool = True) -> dict[tuple[int, int], tuple[int, int]]:
         """Returns the columns in which slices are compared, as [`slice_columns`] does."""
         return slice_columns(self.description["own_width"], self.description["cross_width"], triple_kernel)

@@ -20,6 +20,8 @@ def load_rows(
     split: str = "train",
     streaming: bool = False,
     rename_columns: dict[str, str] | None = None,
+    data_files: str | list[str] | dict[str, str] | None = None,
+    data_dir: str | None = None,
 ) -> Dataset | IterableDataset:
     """
     Loads one split of a dataset.
@@ -32,20 +34,23 @@ def load_rows(
         split: Name of the split.
         streaming: Return a streaming dataset instead of downloading all rows first. The offline sources ignore it.
         rename_columns: Maps old column names to new ones.
+        data_files, data_dir: As in `datasets.load_dataset`, for what it loads by name.
 
     Raises:
         ValueError: the split does not exist, a column to rename does not exist, or a file or folder cannot be read.
     """
     with reading(name):
         try:
-            rows = _load(name, config, split, streaming)
+            rows = _load(name, config, split, streaming, data_files, data_dir)
         except DatasetGenerationError as error:  # which says that an error occurred
             raise error.__cause__ or error from error
     return rows.rename_columns(rename_columns) if rename_columns else rows
 
 
-def _load(name, config, split, streaming):
+def _load(name, config, split, streaming, data_files, data_dir):
     path = Path(name)
+    if data_files is not None or data_dir is not None:
+        return load_dataset(name, config, data_dir=data_dir, data_files=data_files, split=split, streaming=streaming)
     if name == "icons":
         return load_icons(split)
     if name == "stories":

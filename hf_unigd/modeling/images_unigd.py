@@ -1,12 +1,14 @@
 """Opens images as people see them: upright, on white, with their values kept, and of a limited size."""
 
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 
 MAX_PIXELS = 64_000_000  # which take 192 MB when they are decoded
+_SWAPPED = (5, 6, 7, 8)  # the values of EXIF's orientation that swap width and height
 
 
 class ImageError(ValueError):
@@ -29,20 +31,52 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: the image is larger, is empty, or cannot be decoded.
     """
+    with _image_errors(source):
+        image, turned = _read_header(source, max_pixels)
+        return _as_rgb(ImageOps.exif_transpose(image) if turned else image)
+
+
+def read_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """
+    Reads the header of an image, and decodes nothing.
+
+    Args:
+        source, max_pixels: As in [`open_image`].
+
+    Returns:
+        `tuple[int, int]`: Width and height of the image that [`open_image`] returns, in pixels.
+
+    Raises:
+        ImageError: the image is larger, is empty, or has a broken header.
+    """
+    with _image_errors(source):
+        image, turned = _read_header(source, max_pixels)
+        with image if image is not source else nullcontext():  # closes the file
+            swapped = turned and image.getexif()[ExifTags.Base.Orientation] in _SWAPPED
+            return image.size[::-1] if swapped else image.size
+
+
+def _read_header(source, max_pixels: int) -> tuple[Image.Image, bool]:
+    """The image before it is decoded, and whether it has to be turned."""
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"has an image of {width} x {height} pixels, more than {max_pixels}. Resize it, or raise "
+            "`max_image_pixels`."
+        )
+    if not width * height:
+        raise ImageError(f"has an empty image of {width} x {height} pixels.")
+    return image, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
+@contextmanager
+def _image_errors(source):
+    """Turns whatever Pillow raises into an [`ImageError`]."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's own limit, and of what it repairs in broken metadata
-            image = source if isinstance(source, Image.Image) else Image.open(source)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(
-                    f"has an image of {width} x {height} pixels, more than {max_pixels}. Resize it, or raise "
-                    "`max_image_pixels`."
-                )
-            if not width * height:
-                raise ImageError(f"has an empty image of {width} x {height} pixels.")
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return _as_rgb(ImageOps.exif_transpose(image) if turned else image)
+            yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:  # it has a limit of its own, for the whole process

@@ -57,7 +57,8 @@ class QuickstartArguments:
             weight_decay=0.05,
             adam_beta2=0.98,
             freeze_vision_tower=False,  # the projector is new and must be trained, even to a tower that is frozen
-            check_rows=False,  # the rows are drawn in code
+            check_rows="off",  # the rows are drawn in code
+            trust_caption_columns=True,  # their long captions are short sentences
             dataloader_pin_memory=torch.accelerator.is_available(),
             seed=self.seed,
             save_strategy="no",

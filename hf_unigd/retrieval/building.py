@@ -107,6 +107,7 @@ def build_index(
     parser = RowParser(
         len,
         long_caption_max_tokens=sys.maxsize,
+        trust_caption_columns=True,
         image_folder=image_folder,
         max_image_pixels=max_image_pixels,
         requires_match=False,

@@ -4,12 +4,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import ModelConfig, ScriptArguments
+from trl import ModelConfig
 
-from ..data import load_rows
+from ..data.checking import CHECK_LEVELS
 from ..data.teachers import TeacherArguments
 from ..modeling.images_unigd import MAX_PIXELS
 from ..settings import AtLeast, NotNegative, Positive, check_least, check_settings
@@ -126,13 +125,21 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             `contrastive_weight` is 0, every `caption` is a target.
         long_caption_max_tokens (`int`, *optional*, defaults to 500):
             Maximum number of tokens in a caption.
+        trust_caption_columns (`bool`, *optional*, defaults to `False`):
+            Whether a `short_caption` is contrasted and a `long_caption` predicted whatever their lengths. If not, one
+            that is not of the length of a short or a long caption is left out, and counted in the log.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Whether to skip bad rows instead of stopping at the first one. Reasons and number are logged.
-        check_rows (`bool`, *optional*, defaults to `True`):
-            Whether to read every row of a map-style dataset once beforehand.
+        check_rows (`str`, *optional*, defaults to `"text"`):
+            How much of every row of a map-style dataset is checked beforehand: `"off"` for nothing; `"text"` for
+            columns, lengths, placeholders, reserved tokens and the headers of images; `"full"` to decode the images
+            too. The check is divided among processes and `dataloader_num_workers`, and kept for the next run.
         shuffle_buffer_size (`int`, *optional*, defaults to 1000):
             Number of rows of a stream that training draws from at a time; its files are shuffled too. The order is
             another one in each epoch, and depends on `data_seed` or `seed`. With 0, rows come in their own order.
+        batch_by_source (`bool`, *optional*, defaults to `False`):
+            Whether to fill each global batch from one of several datasets, so that negatives are of the same kind
+            (VLM2Vec and other universal embedders). Needs a [`~hf_unigd.data.DatasetMixture`].
         image_folder (`str`, *optional*):
             Folder that image paths start from and must not leave.
         max_image_pixels (`int`, *optional*, defaults to 64 million):
@@ -215,12 +222,25 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         metadata={"help": "A `caption` with fewer tokens is a positive; any other is a next-token target."},
     )
     long_caption_max_tokens: Positive = field(default=500, metadata={"help": "Maximum number of tokens in a caption."})
+    trust_caption_columns: bool = field(
+        default=False,
+        metadata={"help": "Whether short and long captions are what their columns say, whatever their lengths."},
+    )
     skip_bad_rows: bool = field(
         default=False,
         metadata={"help": "Whether to skip bad rows and log their reasons instead of stopping at the first one."},
     )
-    check_rows: bool = field(
-        default=True, metadata={"help": "Whether to read every row of a map-style dataset once beforehand."}
+    check_rows: str = field(
+        default="text",
+        metadata={
+            "help": "How much of every row of a map-style dataset is checked beforehand: nothing, all but the pixels, "
+            "or all.",
+            "choices": list(CHECK_LEVELS),
+        },
+    )
+    batch_by_source: bool = field(
+        default=False,
+        metadata={"help": "Whether to fill each global batch from one of several `datasets`."},
     )
     shuffle_buffer_size: NotNegative = field(
         default=1000,
@@ -241,6 +261,10 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         super().__post_init__()
         if self.resume_from_checkpoint in ("true", "True"):  # on a command line
             self.resume_from_checkpoint: Any = True
+        if isinstance(self.check_rows, bool):  # YAML reads `off` and `on` as booleans
+            self.check_rows = "text" if self.check_rows else "off"
+        if self.check_rows not in CHECK_LEVELS:
+            raise ValueError(f"`check_rows={self.check_rows}` must be one of {', '.join(CHECK_LEVELS)}.")
         check_settings(self)
         check_least(self, LEAST)
         weights = {f"{name}_weight": getattr(self, f"{name}_weight") for name in LOSSES}
@@ -261,6 +285,16 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
                 raise ValueError(
                     f"`{name}={value!r}` would have no effect: {reason}. Leave it at its default, {accepted!r}."
                 )
+        if self.batch_by_source and self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "`batch_by_source` and `train_sampling_strategy='group_by_length'` both choose the rows of a batch. "
+                "Leave one of them out."
+            )
+        if self.batch_by_source and not self.dataloader_drop_last:
+            raise ValueError(
+                "`batch_by_source` leaves out what does not fill a batch, so `dataloader_drop_last=False` would have "
+                "no effect. Leave it out."
+            )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "`train_sampling_strategy='batch_rebalance'` needs tokenized rows, but the collator tokenizes. Use "
@@ -366,41 +400,3 @@ class UniGDModelConfig(ModelConfig):
         check_least(self, {"lora_r": 1, "lora_alpha": 1, "lora_dropout": 0})
         if self.model_name_or_path is None:
             raise ValueError("`model_name_or_path` is required: the Hub id or the folder of the model to train.")
-
-
-@dataclass
-class UniGDScriptArguments(ScriptArguments):
-    r"""
-    TRL's [`~trl.ScriptArguments`] plus the columns to rename.
-
-    Args:
-        dataset_name (`str`, *optional*):
-            Rows to read: a Hub id, a folder, a file, or one of the offline sources `icons` and `stories`.
-        rename_columns (`list[str]`, *optional*):
-            Columns to rename when the rows are loaded, as pairs `old:new`, for example `jpg:image txt:caption`.
-    """
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Rows to read: a Hub id, a folder, a file, or the offline sources `icons` and `stories`."},
-    )
-    rename_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns to rename, as pairs old:new, for example `jpg:image txt:caption`."}
-    )
-
-    def __post_init__(self):
-        if self.dataset_name is None:
-            raise ValueError("`dataset_name` is required: a Hub id, a folder, a file, or `icons`.")
-        for pair in self.rename_columns or []:
-            if len(pair.split(":")) != 2:
-                raise ValueError(f"`rename_columns` takes pairs old:new, got {pair!r}.")
-
-    def load_rows(self, split: str) -> Dataset | IterableDataset:
-        """Loads the rows of a split with [`~hf_unigd.data.load_rows`]."""
-        return load_rows(
-            self.dataset_name,  # type: ignore[arg-type]  # None is refused in `__post_init__`
-            self.dataset_config,
-            split,
-            self.dataset_streaming,
-            dict(pair.split(":") for pair in self.rename_columns or []),
-        )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from ..data import MixedDataset
 from .arguments import UniGDTrainingArguments
 
 
@@ -41,6 +42,16 @@ def check_batch_size(dataset: Dataset, batch_size: int, args: UniGDTrainingArgum
             "`contrastive_weight=0`."
         )
     if isinstance(dataset, IterableDataset):
+        return
+    if args.batch_by_source and isinstance(dataset, MixedDataset):
+        batch_size *= args.gradient_accumulation_steps if args.negatives_across_accumulation else 1
+        for part, rows in zip(dataset.parts, dataset.counts, strict=True):
+            if rows < batch_size:
+                raise ValueError(
+                    f"`batch_by_source` fills a batch of {batch_size} from one dataset, but the share of "
+                    f"{part.parser.source} is {rows} rows. Lower `per_device_train_batch_size`, give it more weight, "
+                    "or leave it out."
+                )
         return
     rows = len(dataset)  # type: ignore[arg-type]
     if args.dataloader_drop_last and rows < batch_size:

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .sampler import EpochLengthGroupedSampler
+from .sampler import EpochSampler
 
 
 class ClampLogitScale(TrainerCallback):
@@ -23,7 +23,7 @@ class SetEpoch(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.sampler: EpochLengthGroupedSampler | None = None
+        self.sampler: EpochSampler | None = None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # `state.epoch` is a fraction of steps, so it may be 2.9999999 at the start of the fourth epoch.

@@ -38,6 +38,7 @@ class CheckpointingTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         self.push_in_progress: PushInProgress | None = None
+        self.resumed_from: str | None = None  # the checkpoint whose run is continued
         super().__init__(*args, **kwargs)
         self._save_on_sigterm = SaveOnSigterm(self.accelerator)
         self.add_callback(self._save_on_sigterm)
@@ -50,6 +51,7 @@ class CheckpointingTrainer(Trainer):
         self._check_save_folders(self.args.output_dir, *Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         if resume_from_checkpoint is None and self.args.should_save:
             check_output_folder(self.args.output_dir)
+        self.resumed_from = resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         finally:

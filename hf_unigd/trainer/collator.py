@@ -1,16 +1,19 @@
 """Collates examples into batches of chunks. A chunk is the input of one forward pass."""
 
 import copy
+import json
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from ..data import Example, RowError
 from ..data.example import content_key, iter_images
 from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
+from ..data.streams import Skipped
 from ..modeling import SequenceError, UniGDProcessor
 from .arguments import UniGDTrainingArguments
 from .batches import idle_batch
@@ -42,6 +45,9 @@ class UniGDDataCollator:
     - `anchor_keys`, `positive_keys` `(n,)`, `negative_keys` `(m,)`: content keys that mask duplicates.
     - `structure`, if every example has slices: the inputs of [`StructureLoss`] that [`PrefixSampler`] returns.
     - `rows` `(batch_size,)`: indices of the rows in the dataset.
+    - `position`, of a stream: JSON of the worker's number and of its position after the last example.
+
+    A batch of [`~hf_unigd.data.streams.Skipped`] examples, which were used before the run was resumed, is empty.
 
     Args:
         processor: Turns sequences into model inputs.
@@ -70,7 +76,17 @@ class UniGDDataCollator:
     causal_lm: bool = True
     with_image_keys: bool = False
 
-    def __call__(self, examples: list[Example | None]) -> dict[str, Any]:
+    def __call__(self, examples: list[Example | Skipped | None]) -> dict[str, Any]:
+        if isinstance(examples[0], Skipped):
+            return {}
+        last = examples[-1]
+        batch = self._collate_good(examples)
+        if isinstance(last, Example) and last.position is not None:
+            info = get_worker_info()
+            batch["position"] = json.dumps([0 if info is None else info.id, last.position])
+        return batch
+
+    def _collate_good(self, examples) -> dict[str, Any]:
         good = [example for example in examples if example is not None]
         try:
             if good:
@@ -149,7 +165,8 @@ class UniGDDataCollator:
                     image_lengths=self.with_image_keys,
                 )
             except SequenceError as error:
-                raise RowError(owners[part[error.index]].row, error.reason) from error
+                owner = owners[part[error.index]]
+                raise RowError(owner.row, error.reason, owner.source) from error
             for name, table in tables.items():
                 spans = inputs.pop(name, torch.empty(0, 3, dtype=torch.long))
                 sequence = torch.tensor(part)[spans[:, 0]]

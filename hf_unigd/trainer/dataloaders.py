@@ -5,17 +5,20 @@ from typing import Any
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from ..data import IterableExampleDataset
+from ..data import ExampleStream
 from .arguments import UniGDTrainingArguments
 from .collator import UniGDDataCollator
+from .stream_positions import StreamPositions
 
 
 def stream_loader(
-    dataset: IterableExampleDataset,
+    dataset: ExampleStream,
     args: UniGDTrainingArguments,
     collator: UniGDDataCollator,
     batch_size: int,
     endless: bool = False,
+    positions: StreamPositions | None = None,
+    checkpoint: str | None = None,
 ) -> DataLoader:
     """
     Returns a loader of a streaming dataset. Each process reads its own shard.
@@ -26,9 +29,18 @@ def stream_loader(
         collator: Makes the batches.
         batch_size: Number of rows per batch.
         endless: Whether to start again at the end of the shard.
+        positions: The positions of the stream, if it is trained on.
+        checkpoint: Folder of the checkpoint whose run is resumed.
+
+    Raises:
+        ValueError: the stream cannot be divided among so many workers.
     """
     # With accelerate's own sharding, each process would read the whole stream.
-    part = dataset.shard(args.world_size, args.process_index, endless=endless)
+    part = dataset.shard(args.world_size, args.process_index, batch_size, endless)
+    if endless:
+        part.check_workers(max(1, args.dataloader_num_workers))
+    if positions is not None and checkpoint is not None:
+        positions.resume(part, checkpoint)
     return _prepare(DataLoader(part, batch_size=batch_size, **_settings(args, collator)), args)
 
 
@@ -42,7 +54,7 @@ def block_loader(dataset: Dataset, args: UniGDTrainingArguments, collator: UniGD
         args: The training arguments.
         collator: Makes the batches.
     """
-    if isinstance(dataset, IterableExampleDataset):
+    if isinstance(dataset, ExampleStream):
         return stream_loader(dataset, args, collator, args.eval_block_size)
     blocks = BatchSampler(SequentialSampler(dataset), args.eval_block_size, drop_last=False)  # type: ignore[arg-type]
     own = BatchSamplerShard(blocks, args.world_size, args.process_index, even_batches=False)

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
-from ..data import ExampleDataset, IterableExampleDataset, SliceFeatures, Teachers
+from ..data import DatasetMixture, ExampleDataset, ExampleStream, MixedDataset, SliceFeatures, Teachers
 from ..data.dataset import Rows
 from ..modeling import UniGDProcessor
 from .arguments import UniGDTrainingArguments
@@ -23,9 +23,10 @@ from .examples import prepare_examples
 from .gradient_cache import RandomState, embed_chunks
 from .loading import prepare_model, resolve_model
 from .losses import InfoNCELoss, StructureLoss
-from .sampler import EpochLengthGroupedSampler
+from .sampler import make_sampler
 from .sharding import add_idle_chunks, prepare_fsdp2
 from .step_logs import StepLogs, gradient_norm
+from .stream_positions import StreamPositions
 from .vision import VisionFeatureCache, is_frozen, with_image_features
 
 
@@ -72,7 +73,7 @@ class UniGDTrainer(EvaluatingTrainer):
             (`chunk_size`, `contrastive`, `causal_lm`, `splitter`, `prefixes`, `with_image_keys`). Defaults to the
             collator of [`get_data_collator`].
         train_dataset (`Dataset`, `IterableDataset`, map-style torch `Dataset` or `list[dict]`, *optional*):
-            Rows of any accepted format ([`~hf_unigd.data.RowParser`]).
+            Rows of any accepted format ([`~hf_unigd.data.RowParser`]), or a [`~hf_unigd.data.DatasetMixture`] of them.
         eval_dataset (the same, or a `dict` or `DatasetDict` of them, *optional*):
             Rows to evaluate. Evaluation reports `eval_loss` (the objective over blocks of `eval_block_size` rows),
             each of its losses, the perplexity of the targets, and recall at 1, 5 and 10 in both directions for rows
@@ -108,8 +109,8 @@ class UniGDTrainer(EvaluatingTrainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         data_collator: UniGDDataCollator | None = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | dict[str, Rows] | None = None,
+        train_dataset: Rows | DatasetMixture | None = None,
+        eval_dataset: Rows | DatasetMixture | dict[str, Rows | DatasetMixture] | None = None,
         processing_class: UniGDProcessor | None = None,
         model_init: Callable[..., Any] | None = None,
         compute_loss_func: Callable | None = None,
@@ -192,6 +193,7 @@ class UniGDTrainer(EvaluatingTrainer):
         )
         self._vision_features: VisionFeatureCache | None = None
         self._step_logs = StepLogs(self.accelerator)
+        self._stream_positions = StreamPositions(args)
         if self.is_deepspeed_enabled and (self._uses_gradient_cache or args.loss_gradient_norm_steps):
             raise ValueError(
                 "The gradient cache (`gradient_cache_chunk_size`, `negatives_across_accumulation`) and "
@@ -222,8 +224,12 @@ class UniGDTrainer(EvaluatingTrainer):
         return prepare_model(model, processor, self.args, self._peft_config)
 
     def _prepare_dataset(
-        self, dataset: Rows, processing_class: UniGDProcessor, args: UniGDTrainingArguments, dataset_name: str
-    ) -> ExampleDataset | IterableExampleDataset:
+        self,
+        dataset: Rows | DatasetMixture,
+        processing_class: UniGDProcessor,
+        args: UniGDTrainingArguments,
+        dataset_name: str,
+    ) -> ExampleDataset | MixedDataset | ExampleStream:
         """
         Turns rows of any accepted format into examples. It is called for the datasets of the constructor, [`evaluate`]
         and [`predict`]. Subclasses may override it. Examples are returned as they are.
@@ -263,6 +269,7 @@ class UniGDTrainer(EvaluatingTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._stream_positions.use(batches)
         self.current_gradient_accumulation_steps = len(batches)
         if self.args.negatives_across_accumulation and batches:
             # The last accumulation step runs with the rows of all; the others do nothing.
@@ -426,6 +433,7 @@ class UniGDTrainer(EvaluatingTrainer):
         return {"features": embeddings.new_empty(0, width, dtype=torch.float32), **dict.fromkeys(names, none)}
 
     def _stop_at_non_finite_loss(self, loss, inputs):
+        self._stream_positions.undo_step()
         self._save_checkpoint(self.model, trial=None)
         found = [(self.args.process_index, loss.item(), inputs["rows"].tolist())]
         not_finite = [entry for entry in gather_object(found) if not math.isfinite(entry[1])]
@@ -456,6 +464,10 @@ class UniGDTrainer(EvaluatingTrainer):
             self._step_logs.add(f"{name}_gradient_norm", self.state.global_step, norm)
             model.zero_grad()
 
+    def _save_rng_state(self, output_dir):  # by every process, and of resumable checkpoints alone
+        super()._save_rng_state(output_dir)
+        self._stream_positions.save(output_dir)
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # a log of training steps, not of an evaluation or of the end of training
             logs |= self._step_logs.pop_means()
@@ -476,18 +488,16 @@ class UniGDTrainer(EvaluatingTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        if not isinstance(dataset, IterableExampleDataset):
+        if not isinstance(dataset, ExampleStream):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        return stream_loader(dataset, self.args, self.data_collator, batch_size, endless=is_training)
+        resumed_from = None if self.args.ignore_data_skip else self.resumed_from
+        positions = self._stream_positions if is_training else None
+        return stream_loader(dataset, self.args, self.data_collator, batch_size, is_training, positions, resumed_from)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, ExampleDataset):
-            return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._set_epoch.sampler = EpochLengthGroupedSampler(batch_size, dataset.lengths or [], seed)
-        return self._set_epoch.sampler
+        self._set_epoch.sampler = make_sampler(dataset, self.args)
+        return self._set_epoch.sampler or super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self):
         if self.train_dataset is not None:

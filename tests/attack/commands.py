@@ -383,7 +383,7 @@ def attack_workers(attacker: Attacker, command: Command, bounded: bool) -> None:
     messages = []
     for workers in ("0", "1"):
         with _scratch() as folder:
-            rows = {"dataset_name": workplace()["bad.jsonl"], "check_rows": "false"}
+            rows = {"dataset_name": workplace()["bad.jsonl"], "check_rows": "off"}
             run = drive(command, command.call(_output(command, folder), **rows, dataloader_num_workers=workers))
             messages.append(run.message)
             attacker.judge(

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 from datasets import Dataset, Image, List
 
-from hf_unigd.data import ExampleCheck, ExampleDataset, IterableExampleDataset, RowError, RowParser, make_examples
+from hf_unigd.data import ExampleCheck, ExampleDataset, RowError, RowParser, make_examples
 from hf_unigd.data.example import iter_images, iter_parts
 from hf_unigd.data.features import without_decoding
 from hf_unigd.data.formats import FORMATS, check_columns
@@ -95,7 +95,7 @@ def test_matches_of_chats_have_images_of_their_own():
         ({"anchor": "a", "positive": "b", "negative": [A, B]}, "a list of 2 images in `negative`"),
         ({"image": A, "caption": "a", "short_caption": "b"}, "a `caption` beside a `short_caption`"),
         ({"image": A, "caption": "a", "images": [B]}, "`images`, which does not go with `caption` and `image`"),
-        ({"image": A, "long_caption": "a", "negative": "b"}, "negatives, but no short caption, so"),
+        ({"image": A, "long_caption": "a " * 30, "negative": "b"}, "negatives, but no short caption, so"),
         ({"messages": CHAT, "images": [A], "negative_messages": MATCH}, "no `positive_messages`"),
         (
             {"messages": CHAT, "images": [A], "positive_messages": MATCH, "positive_images": [[B], [C]]},
@@ -179,17 +179,15 @@ def test_a_stream_names_files_of_archives_but_no_address_is_fetched(tmp_path):
         parse({"image": f"zip://b.png::{tmp_path}/images.zip", "caption": "a"})
 
 
-@pytest.mark.parametrize("make", [ExampleDataset, IterableExampleDataset])
-def test_the_check_of_examples_is_part_of_reading_rows(llava, make):
+def test_the_check_of_examples_is_part_of_reading_rows(llava):
     rows = Dataset.from_dict({"anchor": ["a", "red " * 200, "b"], "positive": ["c", "d", "red " * 200]})
-    rows = rows if make is ExampleDataset else rows.to_iterable_dataset()
     check = ExampleCheck(llava[1], max_length=100)
-    read = make(rows, RowParser(len), skip_bad_rows=True, check=check)
+    read = ExampleDataset(rows, RowParser(len), skip_bad_rows=True, check=check)
     assert [example.row for example in read] == [0]
-    read = make(rows, RowParser(len), skip_bad_rows=True, check=ExampleCheck(llava[1], 100, contrastive=False))
-    assert [example.row for example in read] == [0, 2]
+    check = ExampleCheck(llava[1], 100, contrastive=False)
+    assert [example.row for example in ExampleDataset(rows, RowParser(len), skip_bad_rows=True, check=check)] == [0, 2]
     with pytest.raises(RowError, match=r"Row 1 has \d+ tokens"):
-        list(make(rows, RowParser(len), check=check))
+        list(ExampleDataset(rows, RowParser(len), check=check))
 
 
 def test_the_check_agrees_with_the_collator_near_the_limit(llava):

@@ -20,8 +20,8 @@ def encoded(image):
     return buffer.getvalue()
 
 
-def parse(row, **kwargs):
-    return RowParser(lambda text: len(text.split()), **kwargs)(row, 7)
+def parse(row, trust_caption_columns=True, **kwargs):
+    return RowParser(lambda text: len(text.split()), trust_caption_columns=trust_caption_columns, **kwargs)(row, 7)
 
 
 def texts(messages):
@@ -52,7 +52,7 @@ def test_one_caption_is_routed_by_its_length(length, is_short):
 
 def test_of_several_captions_one_is_drawn_in_each_epoch():
     row = {"image": IMAGE, "short_caption": ["a", "b", "c"], "long_caption": ["one", "two"]}
-    parser = RowParser(len, seed=3)
+    parser = RowParser(len, trust_caption_columns=True, seed=3)
     drawn = [parser(row, 7, epoch) for epoch in range(30)]
     assert {texts(example.positive)[0] for example in drawn} == {"a", "b", "c"}
     assert {example.target for example in drawn} == {"one", "two"}
@@ -77,14 +77,57 @@ def test_the_check_sees_every_caption_of_a_list(llava):
     }
 
 
-def test_a_caption_that_is_too_long_is_left_out_beside_a_short_one(caplog):
-    parser = RowParser(lambda text: len(text.split()), long_caption_max_tokens=5)
-    row = {"image": IMAGE, "short_caption": "a cat", "long_caption": "a " * 6}
-    assert [(texts(example.positive), example.target) for example in (parser(row, 3), parser(row, 4))] == [
-        (["a cat"], None)
-    ] * 2
-    assert parser.left_out == 2
-    assert caplog.messages[1] == ("Left out 2 long captions of more than 5 tokens so far, the last one that of row 4.")
+WORDS = {"short": "a cat", "medium": "a " * 29, "long": "a " * 30, "too long": "a " * 41}
+
+
+@pytest.mark.parametrize("short", [None, *WORDS])
+@pytest.mark.parametrize("long", [None, *WORDS])
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_caption_of_the_wrong_length_for_its_column_is_left_out_beside_another(short, long, trust):
+    """VladVA's limits: a short caption has fewer than 30 tokens, and a long one 30 to (here) 40."""
+    parser = RowParser(lambda text: len(text.split()), long_caption_max_tokens=40, trust_caption_columns=trust)
+    given = {"short_caption": short, "long_caption": long}
+    row = {"image": IMAGE, **{column: WORDS[kind] for column, kind in given.items() if kind}}
+    if len(row) == 1:
+        return
+    fits = {"short_caption": {"short", "medium"}, "long_caption": {"long"}}
+    if trust:
+        fits = dict.fromkeys(given, set(WORDS) - {"too long"})
+    used = {column: WORDS[kind].strip() for column, kind in given.items() if kind in fits[column]}
+    if not used:
+        with pytest.raises(
+            RowError, match=r"has a `(short|long)_caption` of \d+ tokens, (not below|below|more than) `"
+        ):
+            parser(row, 0)
+        return
+    example = parser(row, 0)
+    assert example.target == used.get("long_caption")
+    assert (example.positive and texts(example.positive)[0]) == used.get("short_caption")
+    assert parser.left_out == len(row) - 1 - len(used)
+
+
+def test_captions_that_are_left_out_are_counted(caplog):
+    parser = RowParser(lambda text: len(text.split()), long_caption_max_tokens=40)
+    for place in range(5):
+        parser({"image": IMAGE, "short_caption": "a cat", "long_caption": WORDS["too long"]}, place)
+    counts = [message.split()[2] for message in caplog.messages]
+    assert (
+        counts == ["1", "2", "4"]
+        and "the `long_caption` of row 3, of 41 tokens, more than `long_caption_max_tokens=40`" in caplog.text
+    )
+
+
+def test_without_a_contrastive_loss_any_length_is_learned():
+    parser = RowParser(lambda text: len(text.split()), short_caption_max_tokens=0)
+    row = {"image": IMAGE, "short_caption": WORDS["long"], "long_caption": WORDS["short"]}
+    assert parser(row, 0).target == "a cat" and parser.left_out == 0
+
+
+def test_of_a_list_only_captions_of_the_right_length_are_drawn():
+    row = {"image": IMAGE, "short_caption": ["a cat", WORDS["long"], "a dog"], "caption_weights": [1, 9, 2]}
+    parser = RowParser(lambda text: len(text.split()))
+    drawn = [texts(parser(row, 0, epoch).positive)[0] for epoch in range(60)]
+    assert drawn.count("a dog") > drawn.count("a cat") > 0 and len(set(drawn)) == 2
 
 
 def test_sentence_transformers_columns():

@@ -33,7 +33,7 @@ def launch(folder, output, config, *flags):
         "ddp_backend": "gloo",
         "use_cpu": "true",
         "report_to": "none",
-        "check_rows": "false",
+        "check_rows": "off",
     }
     train = [
         "-m",

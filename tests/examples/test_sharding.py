@@ -39,7 +39,7 @@ def train(folder: Path, config: str, processes: int = 2) -> Path:
         "ddp_backend": "gloo",
         "use_cpu": "true",
         "report_to": "none",
-        "check_rows": "false",
+        "check_rows": "off",
     }
     flags = [part for name, value in common.items() for part in (f"--{name}", str(value))]
     runs = [["bf16", [*flags, "--output_dir", f"{output}/bf16"]]] if processes > 1 else []

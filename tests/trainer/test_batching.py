@@ -44,12 +44,20 @@ def test_an_endless_stream_has_every_row_once_per_pass_in_a_new_order():
     assert list(empty) == []
 
 
-def train_on_stream(folder, stop_at=None, **resume):
-    """Returns the rows of each step, and the model. The fifth step reads past the end of the first pass of 24 rows."""
-    settings = {"per_device_train_batch_size": 5, "max_steps": 10, "save_strategy": "steps", "save_steps": 3}
-    trainer = make_trainer(folder, stream().shuffle(seed=3, buffer_size=9), **settings)
-    seen = []
-    step = trainer.training_step
+def train_on_stream(folder, rows, stop_at=None, resume_from_checkpoint=None, **settings):
+    """Returns the texts of each step, the model, and the numbers of the rows that were parsed. The fifth step reads
+    past the end of the first pass of 24 rows."""
+    settings = {
+        "per_device_train_batch_size": 5,
+        "max_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        **settings,
+    }
+    trainer = make_trainer(folder, rows, **settings)
+    seen, parsed = [], []
+    step, parser = trainer.training_step, trainer.train_dataset.parser
+    trainer.train_dataset.parser = lambda row, index, epoch: parsed.append(index) or parser(row, index, epoch)
 
     def record(model, inputs, *args):
         if trainer.state.global_step == stop_at:
@@ -59,20 +67,55 @@ def train_on_stream(folder, stop_at=None, **resume):
 
     trainer.training_step = record
     if stop_at is None:
-        trainer.train(**resume)
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     else:
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-    return seen, trainer.model
+    return seen, trainer.model, parsed
 
 
-def test_a_resumed_stream_continues_where_it_stopped_in_its_second_pass(tmp_path):
-    whole, model = train_on_stream(tmp_path / "whole")
-    train_on_stream(tmp_path / "parts", stop_at=7)
-    rest, resumed = train_on_stream(tmp_path / "parts", resume_from_checkpoint=True)
-    assert rest == whole[6:]
+@pytest.mark.parametrize("own_buffer", [False, True])
+def test_a_resumed_stream_continues_where_it_stopped_in_its_second_pass(tmp_path, own_buffer, caplog):
+    def rows():
+        return stream().shuffle(seed=3, buffer_size=9) if own_buffer else stream()
+
+    settings = {"shuffle_buffer_size": 0 if own_buffer else 7, "gradient_accumulation_steps": 2, "max_steps": 5}
+    settings |= {"save_steps": 2}
+    whole, model, _ = train_on_stream(tmp_path / "whole", rows(), **settings)
+    train_on_stream(tmp_path / "parts", rows(), stop_at=3, **settings)
+    rest, resumed, parsed = train_on_stream(tmp_path / "parts", rows(), resume_from_checkpoint=True, **settings)
+    assert rest == whole[4:]
     for (name, expected), value in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(expected, value), name
+    # Six batches are used, and the loader reads one ahead. Without a position, four are read again.
+    assert len(parsed) == 5 * (6 + 1 + (4 if own_buffer else 0))
+    assert ("has no position of the stream" in caplog.text) == own_buffer
+
+
+def test_a_stream_that_is_resumed_with_other_settings_is_read_again(tmp_path, caplog):
+    train_on_stream(tmp_path, stream(), stop_at=5)
+    *_, parsed = train_on_stream(
+        tmp_path, stream(), resume_from_checkpoint=True, max_steps=5, shuffle_buffer_size=3, ignore_data_skip=False
+    )
+    assert len(parsed) == 5 * 6 and "shuffle_buffer_size was 1000" in caplog.text
+
+
+def test_a_step_whose_loss_is_not_finite_is_read_again(tmp_path):
+    trainer = make_trainer(tmp_path, stream(), max_steps=4)
+    seen, step = [], trainer.compute_loss
+
+    def fail_once(model, inputs, **kwargs):
+        seen.append(trainer.processing_class.batch_decode(inputs["chunks"][0]["input_ids"]))
+        loss = step(model, inputs, **kwargs)
+        return loss * float("nan") if len(seen) == 3 else loss
+
+    trainer.compute_loss = fail_once
+    with pytest.raises(FloatingPointError, match="checkpoint-2"):
+        trainer.train()
+    resumed = make_trainer(tmp_path, stream(), max_steps=4)
+    resumed.compute_loss = fail_once
+    resumed.train(resume_from_checkpoint=True)
+    assert seen[3] == seen[2] and len(seen) == 5
 
 
 @pytest.mark.parametrize("buffer_size", [0, 1000])
@@ -172,14 +215,14 @@ def test_grouping_by_length_reduces_padding_for_images_of_unequal_sizes(tmp_path
 
 
 def test_grouping_by_length_needs_check_rows(tmp_path):
-    with pytest.raises(ValueError, match="check_rows=True"):
-        make_trainer(tmp_path, train_sampling_strategy="group_by_length", check_rows=False)
+    with pytest.raises(ValueError, match="check_rows='text'"):
+        make_trainer(tmp_path, train_sampling_strategy="group_by_length", check_rows="off")
 
 
 def test_bad_rows_of_a_batch_cost_one_more_try_each(tmp_path, caplog):
     """However many rows are bad, each is collated at most three times: in the batch, alone, and with the good ones."""
     rows = make_rows(16, long_caption=["A cat." + " on the grass" * (90 if place % 2 else 1) for place in range(16)])
-    trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, max_length=120, check_rows=False)
+    trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, max_length=120, check_rows="off")
     collator, processed = trainer.data_collator, []
     process = collator.processor.process_sequences
 

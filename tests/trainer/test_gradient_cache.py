@@ -28,7 +28,7 @@ def step_peak(folder, batch_size, chunk_size):
     captions = ["A cat on the green grass, seen from the left, with three people waving." for _ in range(batch_size)]
     rows = make_rows(batch_size, image=[make_image(place % 50) for place in range(batch_size)], long_caption=captions)
     settings = {"gradient_cache_chunk_size": chunk_size, "per_device_train_batch_size": batch_size}
-    trainer = make_trainer(folder, rows, check_rows=False, gradient_accumulation_steps=1, **settings)
+    trainer = make_trainer(folder, rows, check_rows="off", gradient_accumulation_steps=1, **settings)
     batch = trainer.data_collator([trainer.train_dataset[place] for place in range(batch_size)])
     trainer.create_optimizer()
     model = trainer.model

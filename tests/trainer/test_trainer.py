@@ -208,7 +208,7 @@ def test_rows_of_every_kind_mix_in_one_batch(tmp_path):
         {"role": "user", "content": [image, text]},
         {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
     ]
-    parser = RowParser(lambda text: len(text.split()))
+    parser = RowParser(lambda text: len(text.split()), trust_caption_columns=True)
     rows = [
         {"image": make_image(0), "short_caption": "a red cat", "long_caption": "A red cat on the grass."},
         {"image": make_image(1), "short_caption": "a blue dog"},
@@ -334,7 +334,7 @@ def test_bad_rows_are_refused_or_skipped_before_training(tmp_path, caplog):
 
 def test_bad_rows_are_skipped_during_training_without_check_rows(tmp_path, caplog):
     rows = make_rows(8, short_caption=["a cat"] * 3 + [""] + ["a dog"] * 3 + ["a dog " * 40])
-    settings = {"check_rows": False, "max_length": 60, "per_device_train_batch_size": 8, "max_steps": 1}
+    settings = {"check_rows": "off", "max_length": 60, "per_device_train_batch_size": 8, "max_steps": 1}
     trainer = make_trainer(tmp_path, rows, skip_bad_rows=True, **settings)
     batch = trainer.data_collator([trainer.train_dataset[place] for place in range(8)])
     assert batch["rows"].tolist() == [0, 1, 2, 4, 5, 6]
@@ -350,7 +350,7 @@ def test_bad_rows_are_skipped_during_training_without_check_rows(tmp_path, caplo
     [{}, {"gradient_cache_chunk_size": 1}, {"negatives_across_accumulation": True}, {"alignment_weight": 1.0}],
 )
 def test_a_batch_of_bad_rows_alone_changes_nothing(tmp_path, settings):
-    settings = {"check_rows": False, "train_sampling_strategy": "sequential", **settings}
+    settings = {"check_rows": "off", "train_sampling_strategy": "sequential", **settings}
     if "alignment_weight" in settings:
         settings |= vars(save_teachers(tmp_path / "teachers"))
     rows = make_rows(6, short_caption=["a cat", "a dog", "", "", "a red cat", "a red dog"])
@@ -365,7 +365,7 @@ def test_a_batch_of_bad_rows_alone_changes_nothing(tmp_path, settings):
     assert [loss > 0 for loss in losses] == ([True, False, True] if accumulation == 1 else [True])
 
 
-@pytest.mark.parametrize("check_rows", [True, False])
+@pytest.mark.parametrize("check_rows", ["text", "off"])
 def test_an_error_names_the_row_that_is_longer_than_max_length(tmp_path, check_rows):
     with pytest.raises(RowError, match=r"Row \d+ has \d+ tokens.*max_length=20"):
         make_trainer(tmp_path, max_length=20, check_rows=check_rows).train()

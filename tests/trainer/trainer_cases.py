@@ -32,6 +32,7 @@ def make_args(folder, **kwargs):
         "max_steps": 4,
         "logging_steps": 1,
         "learning_rate": 1e-2,
+        "trust_caption_columns": True,
         "loss_gradient_norm_steps": 0,
         "report_to": [],
         "use_cpu": True,
