@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 
 from ..modeling import SequenceError, UniGDProcessor
-from .example import Example, Messages, RowError
+from .example import Example, InputSequence, RowError
 
 
 @dataclass
@@ -44,13 +44,18 @@ class ExampleCheck:
         Raises:
             RowError: the example cannot be processed.
         """
-        self._check(example, example.anchor, example.target if self.causal_lm else None, example.prompted)
-        if self.contrastive and example.positive is not None:
-            for sequence in (example.positive, *example.negatives):
-                self._check(example, sequence, None, True)
-
-    def _check(self, example: Example, sequence: Messages, target: str | None, prompted: bool) -> None:
-        try:
-            self.processor.check_sequence(sequence, target, prompted=prompted, max_length=self.max_length)
-        except SequenceError as error:
-            raise RowError(example.row, error.reason, example.source) from error
+        contrasted = self.contrastive and example.positive is not None
+        sequences = example.anchor_sequences(self.processor.embedding_position, self.causal_lm, contrasted)
+        if contrasted:
+            sequences += [InputSequence(each) for each in (example.positive or [], *example.negatives)]
+        for each in sequences:
+            try:
+                self.processor.check_sequence(
+                    each.messages,
+                    each.target,
+                    prompted=each.prompted,
+                    label_history=each.label_history,
+                    max_length=self.max_length,
+                )
+            except SequenceError as error:
+                raise RowError(example.row, error.reason, example.source) from error

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -60,6 +60,23 @@ class Slice:
         return content_key([{"role": "user", "content": [{"type": name, name: self.content}]}])
 
 
+class InputSequence(NamedTuple):
+    """
+    A sequence as [`UniGDProcessor.process_sequences`] takes it.
+
+    Attributes:
+        messages: The sequence.
+        target: The text that the model learns to generate after it.
+        prompted: Whether it is embedded, at its embedding prompt if the processor has one.
+        label_history: Whether the answers in `messages` are learned too.
+    """
+
+    messages: Messages
+    target: str | None = None
+    prompted: bool = True
+    label_history: bool = False
+
+
 @dataclass
 class Example:
     """One training or evaluation example.
@@ -71,6 +88,9 @@ class Example:
         negatives: Sequences that do not match the anchor.
         target: The text that the model learns to generate after the anchor. `None` if there is none.
         prompted: Whether the anchor is embedded, at its embedding prompt if the processor has one.
+        is_chat: Whether `target` is the answer of a chat, which never follows an embedding prompt, because it is asked
+            for without one. A long caption follows the prompt.
+        label_history: Whether the answers in the anchor are learned like `target`.
         slices: Images and sentences of the anchor and of the target, in order. Empty if the parser has no splitter.
         slice_features: Teacher features of the slices, of shape `(len(slices), width)`. `None` if they were not
             computed beforehand.
@@ -85,11 +105,29 @@ class Example:
     negatives: list[Messages] = field(default_factory=list)
     target: str | None = None
     prompted: bool = True
+    is_chat: bool = False
+    label_history: bool = False
     slices: list[Slice] = field(default_factory=list)
     slice_features: torch.Tensor | None = None
     epoch: int = 0
     source: str | None = None
     position: dict[str, Any] | None = None
+
+    def anchor_sequences(self, position: str, learned: bool = True, embedded: bool = True) -> list[InputSequence]:
+        """
+        Returns the sequences of the anchor: one, or two for a chat that is answered, and embedded at a prompt. The
+        first is the one whose slices are compared.
+
+        Args:
+            position: `embedding_position` of the processor.
+            learned: Whether targets are processed.
+            embedded: Whether the anchor is embedded.
+        """
+        if not learned or (self.target is None and not self.label_history):
+            return [InputSequence(self.anchor, prompted=self.prompted)]
+        apart = self.is_chat and self.prompted and position == "prompt"
+        whole = InputSequence(self.anchor, self.target, self.prompted and not apart, self.label_history)
+        return [whole, InputSequence(self.anchor)] if apart and embedded else [whole]
 
 
 def iter_parts(messages: Messages) -> Iterator[tuple[str, dict[str, Any]]]:

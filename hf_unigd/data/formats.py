@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 _NEGATIVE = re.compile(r"(hard_?)?neg(ative)?(?P<plural>s?)(_?\d+)?")
 
 _NO_PAIR_LABELS = "every pair must be a match; keep those that are, and remove the column"
-_ONE_ANSWER = "only the answer in the chat is learned; remove the column"
+_ONE_ANSWER = "only the answers in the chat are learned; remove the column"
 _NO_TOOLS = "tools are not supported; remove the column, or the rows that need it"
 
 

@@ -36,6 +36,7 @@ class RowParser:
         splitter: Splits texts into sentences. If given, examples get `slices`, and a chat needs neither an answer nor
             a match.
         requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
+        mask_history: Whether only the last answer of a chat is learned, and not those before it.
         find_reserved: Returns the reserved token that a text holds, or None
             ([`~hf_unigd.UniGDProcessor.find_reserved`]). If given, a row with such a text is refused.
         seed: Seed of the choice among several captions.
@@ -53,6 +54,7 @@ class RowParser:
     max_image_pixels: int = MAX_PIXELS
     splitter: SentenceSplitter | None = None
     requires_match: bool = True
+    mask_history: bool = False
     find_reserved: Callable[[str], str | None] | None = None
     seed: int = 0
     source: str | None = None
@@ -245,8 +247,16 @@ class RowParser:
             raise ValueError(f"has {len(positives)} conversations in `positive_messages`; give one per row")
         if negatives and not positives:
             raise ValueError("has `negative_messages`, but no `positive_messages` that they are contrasted with")
-        if not positives and target is None and self.requires_match and self.splitter is None:
-            raise ValueError("has neither an assistant's answer nor `positive_messages`, so there is nothing to learn")
+        # A chat that ends with a question and has a match is only embedded.
+        label_history = (
+            not self.mask_history
+            and (target is not None or not positives)
+            and any(turn["role"] == "assistant" for turn in messages)
+        )
+        is_learned = positives or target is not None or label_history
+        if not is_learned and self.requires_match and self.splitter is None:
+            reason = "has neither an assistant's answer that is learned nor `positive_messages`"
+            raise ValueError(f"{reason}, so there is nothing to learn")
         return Example(
             row=index,
             anchor=messages,
@@ -254,6 +264,8 @@ class RowParser:
             negatives=negatives,
             target=target,
             prompted=bool(positives),
+            is_chat=True,
+            label_history=label_history,
         )
 
     def _matches(self, row, kind) -> list[Messages]:

@@ -75,9 +75,10 @@ def embed_slices(
     Raises:
         RowError: the processor cannot process the sequence.
     """
+    with_slices = example.anchor_sequences(processor.embedding_position)[0]
     try:
         batch = processor.process_sequences(
-            [example.anchor], [example.target], prompted=example.prompted, sentence_ends=splitter
+            [example.anchor], [with_slices.target], prompted=with_slices.prompted, sentence_ends=splitter
         )
     except SequenceError as error:
         raise RowError(example.row, error.reason) from error

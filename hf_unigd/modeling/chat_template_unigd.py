@@ -63,6 +63,30 @@ class ChatTemplate:
         start = len(os.path.commonprefix([one, two]))  # noqa: RUF071
         return two[start : start + len(two) - len(one)]
 
+    def end(self, answer: str) -> str:
+        """A rendered last answer, which always ends with the EOS token."""
+        eos_token = self.vlm_processor.tokenizer.eos_token
+        return answer if answer.endswith(eos_token) else answer + eos_token
+
+    @cached_property
+    def before_answer(self) -> str:
+        """What is rendered between the generation prompt and the text of an answer that the conversation goes on
+        after. It is empty if the template begins such an answer in another way than the generation prompt does."""
+        prompt = self.render([_turn("@1")], add_generation_prompt=True)
+        begin, _, _ = self.render(_CONVERSATION).partition("@2")
+        return begin[len(prompt) :] if begin.startswith(prompt) else ""
+
+    @cached_property
+    def after_answer(self) -> tuple[str, str]:
+        """How an answer ends that the conversation goes on after: what is rendered after its text, of that with which
+        a last answer ends, and the rest of it, which is not rendered there."""
+        _, _, goes_on = self.render(_CONVERSATION).partition("@2")
+        _, _, last = self.render(_CONVERSATION[:2]).partition("@2")
+        last = last.rstrip()
+        whole = self.end(last)
+        rendered = next(each for each in (whole, last, "") if goes_on.startswith(each))
+        return rendered.strip(), whole[len(rendered) :]
+
 
 def freeze_dates(template):
     """
@@ -91,10 +115,13 @@ def freeze_dates(template):
     return frozen
 
 
-def _turn(*parts: str | None) -> dict:
-    """A user's turn. None stands for an image."""
+def _turn(*parts: str | None, role: str = "user") -> dict:
+    """A turn. None stands for an image."""
     content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-    return {"role": "user", "content": content}
+    return {"role": role, "content": content}
+
+
+_CONVERSATION = [_turn("@1"), _turn("@2", role="assistant"), _turn("@3")]
 
 
 def holds_video(conversation) -> bool:

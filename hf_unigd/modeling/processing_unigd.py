@@ -156,6 +156,7 @@ class UniGDProcessor(ProcessorMixin):
         targets: list[str | None] | None = None,
         *,
         prompted: bool | list[bool] = True,
+        label_history: bool | list[bool] = False,
         sentence_ends: Callable[[str], list[int]] | None = None,
         image_lengths: bool = False,
         max_length: int | None = None,
@@ -170,6 +171,8 @@ class UniGDProcessor(ProcessorMixin):
             targets (`list[str | None]`, *optional*): For each sequence, the answer that the model learns to give.
             prompted (`bool` or `list[bool]`, *optional*, defaults to `True`): Whether a sequence is embedded. If so,
                 it gets a span, and with `embedding_position="prompt"` it ends with its prompt.
+            label_history (`bool` or `list[bool]`, *optional*, defaults to `False`): Whether the answers of a
+                conversation before its target are labelled as the target is.
             sentence_ends (`Callable[[str], list[int]]`, *optional*): Returns where the sentences of a text end, in
                 characters. With it, the spans of all slices are returned too. Each image is a slice, and so is each
                 sentence of every turn except the system's.
@@ -181,8 +184,9 @@ class UniGDProcessor(ProcessorMixin):
             `BatchFeature` with the backbone's inputs and:
 
             - `spans` (`torch.LongTensor` of shape `(num_prompted, 3)`): row, start and end (exclusive) of each span.
-            - `labels` (`torch.LongTensor` of shape `(batch_size, sequence_length)`), if there is a target: -100 at all
-              tokens that are not part of one.
+            - `labels` (`torch.LongTensor` of shape `(batch_size, sequence_length)`), if there is an answer to label:
+              -100 at all tokens that are not part of one. If the template does not end an earlier answer with the EOS
+              token, as the last one ends, EOS is the label of the token after it.
             - `slice_spans` (`torch.LongTensor` of shape `(num_slices, 3)`), with `sentence_ends`: in order of row and
               position, including the slices of the targets.
             - `image_lengths` (`torch.LongTensor` of shape `(num_images,)`), if they are asked for: the number of image
@@ -190,9 +194,10 @@ class UniGDProcessor(ProcessorMixin):
 
         Raises:
             SequenceError: if a sequence is empty, contains an empty text, an image placeholder or something that is
-                neither text nor image, or is longer than `max_length`. Nothing is truncated.
+                neither text nor image, is longer than `max_length` (nothing is truncated), or has an answer to label
+                that the chat template changes.
             TypeError: if `sequences` is not a list.
-            ValueError: if there is no sequence, or the numbers of sequences, targets and values of `prompted` differ.
+            ValueError: if there is no sequence, or the numbers of sequences, targets and flags differ.
         """
         if not isinstance(sequences, (list, tuple)):
             raise TypeError(
@@ -201,18 +206,19 @@ class UniGDProcessor(ProcessorMixin):
             )
         if not sequences:
             raise ValueError("`sequences` is empty; pass at least one sequence.")
-        flags = [prompted] * len(sequences) if isinstance(prompted, bool) else prompted
+        flags, histories = (
+            [value] * len(sequences) if isinstance(value, bool) else value for value in (prompted, label_history)
+        )
         targets = [None] * len(sequences) if targets is None else targets
-        if not len(sequences) == len(flags) == len(targets):
-            raise ValueError(
-                f"{len(sequences)} sequences, but {len(targets)} targets and {len(flags)} values of `prompted`."
-            )
+        counts = [len(each) for each in (sequences, targets, flags, histories)]
+        if len(set(counts)) > 1:
+            raise ValueError(f"The numbers of sequences, targets, `prompted` and `label_history` differ: {counts}.")
         prompts = self._embedding_prompts if self.embedding_position == "prompt" else None
+        given = zip(sequences, targets, flags, histories, strict=True)
         rows = [
-            self._renderer.render(index, sequence, target, prompts if flag else None, sentence_ends)
-            for index, (sequence, target, flag) in enumerate(zip(sequences, targets, flags, strict=True))
+            self._renderer.render(index, sequence, target, prompts if flag else None, sentence_ends, history)
+            for index, (sequence, target, flag, history) in enumerate(given)
         ]
-
         at_last_slice = self.embedding_position == "last_slice"
         tokenized = self._tokenize(rows, with_slices=at_last_slice or sentence_ends is not None)
         batch, lengths, answers = tokenized.batch, tokenized.lengths, tokenized.answers
@@ -254,29 +260,24 @@ class UniGDProcessor(ProcessorMixin):
             batch["slice_spans"] = torch.tensor(slice_spans, dtype=torch.long).reshape(-1, 3)
         if image_lengths:
             batch["image_lengths"] = torch.tensor(tokenized.image_lengths, dtype=torch.long)
-        if any(target is not None for target in targets):
-            labels = [
-                torch.tensor([-100] * length + answer["input_ids"], dtype=torch.long)
-                for length, answer in zip(lengths, answers, strict=True)
-            ]
+        if any(row.answer or row.history for row in rows):
+            labels = [torch.tensor(each, dtype=torch.long) for each in tokenized.labels]
             batch["labels"] = pad_sequence(labels, True, -100, side)
         return batch
 
-    def check_sequence(
-        self, sequence, target: str | None = None, *, prompted: bool = True, max_length: int | None = None
-    ) -> None:
+    def check_sequence(self, sequence, target=None, *, prompted=True, label_history=False, max_length=None) -> None:
         """
         Checks that [`process_sequences`] takes a sequence. Images are processed only if their sizes do not tell that
         the sequence is well below the limit.
 
         Args:
-            sequence, target, prompted, max_length: As in [`process_sequences`].
+            sequence, target, prompted, label_history, max_length: As in [`process_sequences`].
 
         Raises:
             SequenceError: as [`process_sequences`] does.
         """
         prompts = self._embedding_prompts if prompted and self.embedding_position == "prompt" else None
-        row = self._renderer.render(0, sequence, target, prompts)
+        row = self._renderer.render(0, sequence, target, prompts, label_history=label_history)
         try:
             sizes = [(image.height, image.width) for image in row.images]
             counts = self._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
@@ -288,7 +289,8 @@ class UniGDProcessor(ProcessorMixin):
             length += sum(2 * count + 16 for count in counts)
             if max_length is None or length <= max_length:
                 return
-        self.process_sequences([sequence], [target], prompted=prompted, max_length=max_length)
+        flags = {"prompted": prompted, "label_history": label_history}
+        self.process_sequences([sequence], [target], **flags, max_length=max_length)
 
     def add_soft_prompts(self) -> dict[str, list[int]]:
         """

@@ -1,15 +1,14 @@
 """Renders sequences of texts and images as the strings that the backbone's processor tokenizes.
 
 Images and texts keep their order. A chat template that puts all images of a turn first gets a turn in which a text
-comes before an image as one text, in which placeholders stand for the images. A mark after each text slice shows where
-the slice ends in the rendered string, and is then removed.
+comes before an image as one text, in which placeholders stand for the images. Marks show where a text slice ends in
+the rendered string, and where an earlier answer that is learned starts and ends. They are then removed.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 from jinja2 import TemplateError
 from PIL import Image
@@ -18,8 +17,8 @@ from .chat_template_unigd import ChatTemplate
 from .images_unigd import ImageError, open_image
 
 
-# A code point that no text may contain.
-_SLICE_END = "\ufdd0"
+# Code points that no text may contain.
+_SLICE_END, _ANSWER_START, _ANSWER_END = _MARKS = "\ufdd0\ufdd1\ufdd2"
 
 
 class SequenceError(ValueError):
@@ -40,6 +39,22 @@ class SequenceError(ValueError):
 
 
 @dataclass(frozen=True)
+class EarlierAnswer:
+    """
+    A text of an answer that the conversation goes on after.
+
+    Attributes:
+        start, end (`int`): Where it is, in characters of the prompt. What the template renders to begin and end a
+            last answer is included, as far as it renders it here.
+        unrendered (`str`): The rest of what ends a last answer, which the template does not render here.
+    """
+
+    start: int
+    end: int
+    unrendered: str
+
+
+@dataclass(frozen=True)
 class RenderedSequence:
     """
     Attributes:
@@ -47,12 +62,14 @@ class RenderedSequence:
         images (`list[PIL.Image.Image]`): Its images, in order.
         answer (`str`): The rendered target, which continues `prompt`. It is empty without a target.
         slice_ends (`list[int]`): Where each text slice ends, in characters of `prompt + answer`.
+        history (`list[EarlierAnswer]`): The answers in `prompt` that are learned, in order.
     """
 
     prompt: str
     images: list[Image.Image]
     answer: str
     slice_ends: list[int]
+    history: list[EarlierAnswer]
 
 
 class SequenceRenderer:
@@ -73,6 +90,7 @@ class SequenceRenderer:
         target: str | None = None,
         prompts: dict[str, str] | None = None,
         sentence_ends: Callable[[str], list[int]] | None = None,
+        label_history: bool = False,
     ) -> RenderedSequence:
         """
         Args:
@@ -83,15 +101,19 @@ class SequenceRenderer:
                 for `"image"` if the sequence has an image, and with the one for `"text"` otherwise.
             sentence_ends (`Callable[[str], list[int]]`, *optional*): Returns where the sentences of a text end.
                 Without it, each text is one slice.
+            label_history (`bool`, *optional*, defaults to `False`): Whether to find the answers in the sequence.
 
         Raises:
-            SequenceError: if the sequence or the target cannot be rendered.
+            SequenceError: if the sequence or the target cannot be rendered, or the template changes an answer of the
+                history.
             ValueError: if the chat template cannot continue a prompt with an answer.
         """
         turns, images = self._to_turns(index, sequence, sentence_ends)
         if prompts is not None:
             _append_text(turns[-1]["content"], prompts["image" if images else "text"], separator="\n")
-        marked_answer = ""
+        if label_history:
+            turns = [_mark_answer(turn) if turn["role"] == "assistant" else turn for turn in turns]
+        conversation, marked_answer = turns, ""
         try:
             marked = self._apply_template(turns, add_generation_prompt=True)
             if target is not None:
@@ -99,22 +121,15 @@ class SequenceRenderer:
                     raise SequenceError(index, "has an empty target.")
                 self._check_text(index, target, "target")
                 answer = {"type": "text", "text": _mark_ends(target, sentence_ends)}
-                turns = [*turns, {"role": "assistant", "content": [answer]}]
-                marked_answer = self._answer(turns, marked)
+                conversation = [*turns, {"role": "assistant", "content": [answer]}]
+                marked_answer = self._answer(conversation, marked)
+            text, places = _take_marks(marked + marked_answer)
+            self._check_marks(index, conversation, places)
+            history = self._history(index, turns, text, places) if label_history else []
         except TemplateError as error:
             raise SequenceError(index, f"is refused by the chat template: {error}") from error
-        pieces = (marked + marked_answer).split(_SLICE_END)
-        marks = sum(part.get("text", "").count(_SLICE_END) for turn in turns for part in turn["content"])
-        if len(pieces) != marks + 1:
-            raise SequenceError(
-                index,
-                f"has {marks} text slices, but the chat template renders {len(pieces) - 1} of them. Use a template "
-                "that renders every text once.",
-            )
-        slice_ends = list(accumulate(len(piece) for piece in pieces[:-1]))
-        return RenderedSequence(
-            marked.replace(_SLICE_END, ""), images, marked_answer.replace(_SLICE_END, ""), slice_ends
-        )
+        prompt, _ = _take_marks(marked)
+        return RenderedSequence(prompt, images, text[len(prompt) :], places[_SLICE_END], history)
 
     @cached_property
     def reserved_tokens(self) -> list[str]:
@@ -132,7 +147,46 @@ class SequenceRenderer:
 
     @cached_property
     def _reserved(self) -> re.Pattern:
-        return re.compile("|".join(map(re.escape, [*self.reserved_tokens, _SLICE_END])))
+        return re.compile("|".join(map(re.escape, [*self.reserved_tokens, *_MARKS])))
+
+    def _check_marks(self, index, turns, places: dict[str, list[int]]) -> None:
+        """Raises if the template does not render every marked text once."""
+        texts = [part["text"] for turn in turns for part in turn["content"] if part["type"] == "text"]
+        for mark in (_ANSWER_START, _ANSWER_END, _SLICE_END):
+            given, rendered = sum(text.count(mark) for text in texts), len(places[mark])
+            if given == rendered:
+                continue
+            if mark == _SLICE_END:
+                reason = f"has {given} text slices, but the chat template renders {rendered} of them"
+                raise SequenceError(index, f"{reason}. Use a template that renders every text once.")
+            raise SequenceError(
+                index,
+                "holds an earlier answer that the chat template changes, perhaps by removing its thoughts, so that it "
+                "cannot be learned where it is. Learn the last answer alone (`mask_history=True` in training), or use "
+                "a template that renders every answer as it is.",
+            )
+
+    def _history(self, index, turns, text: str, places: dict[str, list[int]]) -> list[EarlierAnswer]:
+        """The texts of the answers in the turns. An image in an answer is not learned."""
+        found = []
+        starts, ends = iter(places[_ANSWER_START]), iter(places[_ANSWER_END])
+        for content in (turn["content"] for turn in turns if turn["role"] == "assistant"):
+            for place, part in enumerate(content):
+                if part["type"] != "text":
+                    continue
+                start, end, unrendered = next(starts), next(ends), ""
+                if place == 0 and text.endswith(self.template.before_answer, 0, start):
+                    start -= len(self.template.before_answer)
+                if place == len(content) - 1:
+                    closing, unrendered = self.template.after_answer
+                    space = len(text) - end - len(text[end:].lstrip())
+                    if not text.startswith(closing, end + space):
+                        raise SequenceError(
+                            index, f"holds an answer that the chat template ends otherwise than with {closing!r}."
+                        )
+                    end += space + len(closing) if closing else 0
+                found.append(EarlierAnswer(start, end, unrendered))
+        return found
 
     def _answer(self, turns, marked: str) -> str:
         """What the template renders after `marked` once the last of the turns has answered.
@@ -156,8 +210,7 @@ class SequenceRenderer:
                     "`add_generation_prompt=True`."
                 )
             answer = _SLICE_END.join(parts[place:]).rstrip()
-        eos_token = self.vlm_processor.tokenizer.eos_token
-        return answer if answer.endswith(eos_token) else answer + eos_token
+        return self.template.end(answer)
 
     def _to_turns(self, index, sequence, sentence_ends):
         """The turns, with a list of parts as the content of each, and the images in order."""
@@ -242,3 +295,27 @@ def _mark_ends(text: str, sentence_ends) -> str:
     starts = [0, *ends]
     pieces = [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True)]
     return _SLICE_END.join(pieces)
+
+
+def _mark_answer(turn: dict) -> dict:
+    """An assistant's turn with marks around its texts, but not around white space, which a template may trim."""
+    content = []
+    for part in turn["content"]:
+        if part["type"] == "text":
+            text = part["text"].strip()
+            before, _, after = part["text"].partition(text)
+            part = {**part, "text": f"{before}{_ANSWER_START}{text}{_ANSWER_END}{after}"}
+        content.append(part)
+    return {**turn, "content": content}
+
+
+def _take_marks(marked: str) -> tuple[str, dict[str, list[int]]]:
+    """A text without its marks, and the places of each kind of them, in characters of that text."""
+    places: dict[str, list[int]] = {mark: [] for mark in _MARKS}
+    text = ""
+    for piece in re.split(f"([{_MARKS}])", marked):
+        if piece in places:
+            places[piece].append(len(text))
+        else:
+            text += piece
+    return text, places

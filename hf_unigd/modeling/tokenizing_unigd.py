@@ -1,6 +1,6 @@
 """Tokenizes rendered sequences with a backbone's processor, and finds their images, texts and answers again."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,6 +20,8 @@ class TokenizedSequences:
         lengths (`list[int]`): Number of tokens of each prompt.
         answers (`list[dict[str, list]]`): For each row, the values of all per-token inputs at the tokens of its
             answer. The lists are empty without an answer.
+        labels (`list[list[int]]`): For each row, the labels of the tokens of its prompt and answer: -100 where nothing
+            is learned.
         image_lengths (`list[int]`): Number of tokens of each image, in the order of rows and places.
         slices (`list[list[tuple[int, int]]]`): For each row, start and end (exclusive) of every slice, in order, in
             tokens of its prompt and answer. Empty if the slices are not asked for.
@@ -28,6 +30,7 @@ class TokenizedSequences:
     batch: BatchFeature
     lengths: list[int]
     answers: list[dict[str, list]]
+    labels: list[list[int]]
     image_lengths: list[int]
     slices: list[list[tuple[int, int]]]
 
@@ -48,18 +51,19 @@ class SequenceTokenizer:
         """
         Args:
             rows (`list[RenderedSequence]`): The rendered sequences.
-            with_slices (`bool`): Whether to find the slices. It needs a tokenizer that tells which characters a token
-                comes from, as all fast ones do.
+            with_slices (`bool`): Whether to find the slices. These and the answers of a history need a tokenizer that
+                tells which characters a token comes from, as all fast ones do.
 
         Raises:
             SequenceError: the backbone's processor refuses a sequence, for example an image that is far too long.
         """
+        with_offsets = with_slices or any(row.history for row in rows)
         try:
-            batch = self._process(rows, with_slices)
+            batch = self._process(rows, with_offsets)
         except Exception:  # an image processor refuses an image in its own way, and does not say which
             for index, row in enumerate(rows):
                 try:
-                    self._process([row], with_slices)
+                    self._process([row], with_offsets)
                 except Exception as error:
                     reason = f"is refused by {type(self.vlm_processor).__name__}: {error}"
                     raise SequenceError(index, reason) from error
@@ -69,19 +73,22 @@ class SequenceTokenizer:
         replacements = batch.pop("text_replacement_offsets", [[] for _ in rows])
         batch = batch.convert_to_tensors("pt")
         lengths = batch["attention_mask"].sum(1).tolist()
-        answers = [self._answer(row, with_slices) for row in rows]
+        answers = [self._answer(row, with_offsets) for row in rows]
+        labels = [[-100] * length + answer["input_ids"] for length, answer in zip(lengths, answers, strict=True)]
         slices: list[list[tuple[int, int]]] = [[] for _ in rows]
-        if with_slices:
-            for index, length in enumerate(lengths):
-                ids = batch["input_ids"][index, :length].tolist()
-                texts = self._text_slices(rows[index], offsets[index][:length], replacements[index], answers[index])
+        for index, length in enumerate(lengths if with_offsets else []):
+            ids = batch["input_ids"][index, :length].tolist()
+            given = rows[index], offsets[index][:length], replacements[index]
+            self._label_history(*given, ids, labels[index])
+            if with_slices:
+                texts = self._text_slices(*given, answers[index])
                 slices[index] = sorted([*self._image_slices(ids, offsets[index], replacements[index]), *texts])
         image_lengths = [
             self._count_patches(replacement["replacement"]) for row in replacements for replacement in row
         ]
-        return TokenizedSequences(batch, lengths, answers, image_lengths, slices)
+        return TokenizedSequences(batch, lengths, answers, labels, image_lengths, slices)
 
-    def _process(self, rows: list[RenderedSequence], with_slices: bool) -> BatchFeature:
+    def _process(self, rows: list[RenderedSequence], with_offsets: bool) -> BatchFeature:
         bos_token = self.vlm_processor.tokenizer.bos_token
         images = [row.images for row in rows]
         return self.vlm_processor(
@@ -93,7 +100,7 @@ class SequenceTokenizer:
                 "add_special_tokens": not (bos_token and rows[0].prompt.startswith(bos_token)),
                 "padding": True,
                 "padding_side": "right",
-                "return_offsets_mapping": with_slices,
+                "return_offsets_mapping": with_offsets,
                 "return_tensors": None,  # some processors would make a tensor of the replacements too
             },
         )
@@ -139,17 +146,28 @@ class SequenceTokenizer:
 
     def _text_slices(self, row: RenderedSequence, offsets, replacements, answer) -> list[tuple[int, int]]:
         """Start and end of the token that holds the last character of every text slice."""
-        # By how much the prompt has grown at the end of each image.
-        grown = [(each["span"][1], each["new_span"][1] - each["span"][1]) for each in replacements]
-        length = len(row.prompt) + (grown[-1][1] if grown else 0)
+        length = _expanded(len(row.prompt), replacements)
         offsets = [*offsets, *((length + first, length + last) for first, last in answer["offset_mapping"])]
         tokens = [(first, place) for place, (first, last) in enumerate(offsets) if first < last]
         slices = []
         for end in row.slice_ends:
-            end += next((growth for place, growth in reversed(grown) if place <= end), 0)
-            _, place = tokens[bisect_left(tokens, (end, -1)) - 1]
+            _, place = tokens[bisect_left(tokens, (_expanded(end, replacements), -1)) - 1]
             slices.append((place, place + 1))
         return slices
+
+    def _label_history(self, row: RenderedSequence, offsets, replacements, ids, labels) -> None:
+        """Labels every token that holds a character of an earlier answer. What the template does not render of the end
+        of an answer is the label of the token that follows, so that the model learns to end each of them alike."""
+        tokens = [(*span, place) for place, span in enumerate(offsets) if span[0] < span[1]]
+        firsts, lasts = [first for first, _, _ in tokens], [last for _, last, _ in tokens]
+        for each in row.history:
+            start, end = (_expanded(place, replacements) for place in (each.start, each.end))
+            answer = tokens[bisect_right(lasts, start) : bisect_left(firsts, end)]
+            first, after = answer[0][2], answer[-1][2] + 1
+            labels[first:after] = ids[first:after]
+            if each.unrendered:
+                unrendered = self.vlm_processor.tokenizer(each.unrendered, add_special_tokens=False)
+                labels[after] = unrendered["input_ids"][0]
 
     def _answer(self, row: RenderedSequence, with_offsets: bool) -> dict[str, list]:
         """The values of all per-token inputs at the tokens of a row's answer, as the backbone's processor continues
@@ -177,6 +195,13 @@ class SequenceTokenizer:
                 (first - len(tail), last - len(tail)) for first, last in answer["offset_mapping"]
             ]
         return answer
+
+
+def _expanded(place: int, replacements) -> int:
+    """A place in a prompt, in characters of the prompt whose images are expanded."""
+    # By how much the prompt has grown at the end of each image.
+    grown = ((each["span"][1], each["new_span"][1] - each["span"][1]) for each in reversed(replacements))
+    return place + next((growth for end, growth in grown if end <= place), 0)
 
 
 def check_vlm_processor(vlm_processor) -> None:

@@ -128,6 +128,8 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         trust_caption_columns (`bool`, *optional*, defaults to `False`):
             Whether a `short_caption` is contrasted and a `long_caption` predicted whatever their lengths. If not, one
             that is not of the length of a short or a long caption is left out, and counted in the log.
+        mask_history (`bool`, *optional*, defaults to `False`):
+            Whether only the last answer of a chat is learned. By default all are, as in Sugar and LLaVA.
         skip_bad_rows (`bool`, *optional*, defaults to `False`):
             Whether to skip bad rows instead of stopping at the first one. Reasons and number are logged.
         check_rows (`str`, *optional*, defaults to `"text"`):
@@ -225,6 +227,9 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     trust_caption_columns: bool = field(
         default=False,
         metadata={"help": "Whether short and long captions are what their columns say, whatever their lengths."},
+    )
+    mask_history: bool = field(
+        default=False, metadata={"help": "Whether only the last answer of a chat is learned, instead of all."}
     )
     skip_bad_rows: bool = field(
         default=False,

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..data import Example, RowError
-from ..data.example import content_key, iter_images
+from ..data.example import InputSequence, content_key, iter_images
 from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..data.streams import Skipped
@@ -38,7 +38,7 @@ class UniGDDataCollator:
 
     - `chunks`: a list of model inputs, each with its own padding, the `spans` to embed and `labels`. The first chunks
       hold the anchors with their targets, the others the candidates: the positives of the embedded anchors, and the
-      negatives.
+      negatives. A chat that is answered, and embedded at a prompt, is two sequences: no answer follows the prompt.
     - `places`: a `dict` of the indices of the `anchors` `(n,)`, their `positives` `(n,)`, the `negatives` `(m,)` and,
       for the structure loss, the `slices` in the concatenated embeddings of all chunks.
     - `anchor_rows` `(n,)`: indices of the rows of the embedded anchors in the dataset.
@@ -112,32 +112,33 @@ class UniGDDataCollator:
     def _collate(self, examples: list[Example]) -> dict[str, Any]:
         with_slices = self.prefixes is not None and all(example.slices for example in examples)
         chunks: list[dict[str, Any]] = []
-        spans, slice_spans = self._process(
-            chunks,
-            examples,
-            [example.anchor for example in examples],
-            [example.target if self.causal_lm or with_slices else None for example in examples],
-            [example.prompted for example in examples],
-            self.splitter if with_slices else None,
-        )
+        contrasted = [self.contrastive and example.positive is not None for example in examples]
+        position, learned = self.processor.embedding_position, self.causal_lm or with_slices
+        anchors = [
+            (example, sequence, flag, place == 0)
+            for example, flag in zip(examples, contrasted, strict=True)
+            for place, sequence in enumerate(example.anchor_sequences(position, learned, flag))
+        ]
+        owners, sequences, embedded, have_slices = map(list, zip(*anchors, strict=True))
+        spans, slice_spans = self._process(chunks, owners, sequences, self.splitter if with_slices else None)
         batch: dict[str, Any] = {"rows": torch.tensor([example.row for example in examples])}
         # Prompted rows without a positive (only a long caption) have a target, but are not embedded.
-        embedded = torch.tensor([self.contrastive and example.positive is not None for example in examples])
-        wanted = {"anchors": spans[embedded[spans[:, 0]]]}
+        wanted = {"anchors": spans[torch.tensor(embedded)[spans[:, 0]]]}
         if slice_spans is not None and self.prefixes is not None:
+            slice_spans = slice_spans[torch.tensor(have_slices)[slice_spans[:, 0]]]
             wanted["slices"], batch["structure"] = self.prefixes(examples, slice_spans)
 
-        matched = [example for example, flag in zip(examples, embedded.tolist(), strict=True) if flag]
+        matched = [example for example, flag in zip(examples, contrasted, strict=True) if flag]
         batch["anchor_rows"] = torch.tensor([example.row for example in matched], dtype=torch.long)
         owners = matched + [example for example in matched for _ in example.negatives]
-        sequences = [example.positive or [] for example in matched]
-        sequences += [negative for example in matched for negative in example.negatives]
-        spans, _ = self._process(chunks, owners, sequences, [None] * len(sequences), [True] * len(sequences), None)
+        candidates = [example.positive or [] for example in matched]
+        candidates += [negative for example in matched for negative in example.negatives]
+        spans, _ = self._process(chunks, owners, [InputSequence(each) for each in candidates], None)
         wanted["positives"], wanted["negatives"] = spans[: len(matched)], spans[len(matched) :]
         for name, keyed in (
             ("anchor_keys", [example.anchor for example in matched]),
-            ("positive_keys", sequences[: len(matched)]),
-            ("negative_keys", sequences[len(matched) :]),
+            ("positive_keys", candidates[: len(matched)]),
+            ("negative_keys", candidates[len(matched) :]),
         ):
             batch[name] = torch.tensor([content_key(sequence) for sequence in keyed], dtype=torch.long)
 
@@ -149,16 +150,20 @@ class UniGDDataCollator:
         batch["places"] = dict(zip(wanted, places.split([len(part) for part in wanted.values()]), strict=True))
         return {"chunks": chunks, **batch}
 
-    def _process(self, chunks, owners, sequences, targets, prompted, sentence_ends):
+    def _process(self, chunks, owners, sequences: list[InputSequence], sentence_ends):
         """Appends the chunks of `sequences` to `chunks`. Returns the spans and, with `sentence_ends`, the slice spans
         (otherwise `None`), as tables of sequence, chunk, row, start and end, in the order of the sequences."""
         tables: dict[str, list[torch.Tensor]] = {"spans": [], "slice_spans": []}
-        for part in self._parts(sequences, targets):
+        for part in self._parts(sequences):
+            messages, targets, prompted, label_history = map(
+                list, zip(*(sequences[place] for place in part), strict=True)
+            )
             try:
                 inputs = self.processor.process_sequences(
-                    [sequences[place] for place in part],
-                    [targets[place] for place in part],
-                    prompted=[prompted[place] for place in part],
+                    messages,
+                    targets,
+                    prompted=prompted,
+                    label_history=label_history,
                     max_length=self.max_length,
                     padding_side="right",
                     sentence_ends=sentence_ends,
@@ -174,7 +179,7 @@ class UniGDDataCollator:
             if "labels" not in inputs or not self.causal_lm:
                 inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
             if self.with_image_keys:
-                images = [image for place in part for image in iter_images(sequences[place])]
+                images = [image for each in messages for image in iter_images(each)]
                 # Some families make fewer tokens of an image that has others beside it.
                 lengths = inputs.pop("image_lengths").tolist()
                 inputs["image_keys"] = [(image_key(image), n) for image, n in zip(images, lengths, strict=True)]
@@ -184,12 +189,12 @@ class UniGDDataCollator:
         in_order = spans[:, 0].argsort(stable=True), slice_spans[:, 0].argsort(stable=True)
         return spans[in_order[0]], None if sentence_ends is None else slice_spans[in_order[1]]
 
-    def _parts(self, sequences, targets) -> list[list[int]]:
+    def _parts(self, sequences: list[InputSequence]) -> list[list[int]]:
         """Returns the indices of the sequences of each chunk, sorted by length if there is a `chunk_size`."""
         places = list(range(len(sequences)))
         if self.chunk_size is None:
             return [places] if places else []
-        lengths = [sequence_length(self.processor, *pair) for pair in zip(sequences, targets, strict=True)]
+        lengths = [sequence_length(self.processor, each.messages, each.target) for each in sequences]
         places.sort(key=lambda place: -lengths[place])
         return [places[start : start + self.chunk_size] for start in range(0, len(places), self.chunk_size)]
 

@@ -62,6 +62,7 @@ def prepare_examples(
         image_folder=args.image_folder,
         max_image_pixels=args.max_image_pixels,
         splitter=args.splitter if args.alignment_weight else None,
+        mask_history=args.mask_history,
         find_reserved=processor.find_reserved,
         seed=args.seed,
     )

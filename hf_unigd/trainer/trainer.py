@@ -38,9 +38,10 @@ class UniGDTrainer(EvaluatingTrainer):
 
     An anchor (an image, its prompt, then its long caption) runs once. Because attention is causal, one forward pass
     gives its embedding at the last prompt token, the loss of its caption, and the embeddings at the ends of its
-    slices, which the structure loss compares. A second forward pass embeds the sequences that the anchors are
-    contrasted with. The next-token loss is normalised by the labelled tokens of the whole accumulated global batch.
-    The contrastive loss takes its negatives, and the structure loss its positions, from all processes.
+    slices, which the structure loss compares. (A chat that is embedded at a prompt and answered is two sequences.) A
+    second forward pass embeds the sequences that the anchors are contrasted with. The next-token loss is normalised
+    by the labelled tokens of the whole accumulated global batch. The contrastive loss takes its negatives, and the
+    structure loss its positions, from all processes.
 
     Example:
 

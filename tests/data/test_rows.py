@@ -169,6 +169,9 @@ def test_trl_columns_are_continued_without_a_prompt():
     example = parse({"messages": messages, "images": [IMAGE, make_image(2)]})
     assert kinds(example.anchor) == ["text", "image", "text", "image", "text", "text", "text"]
     assert (example.target, example.positive, example.prompted) == ("yes", None, False)
+    assert example.anchor_sequences("prompt") == [(example.anchor, "yes", False, True)]
+    last = parse({"messages": messages, "images": [IMAGE, make_image(2)]}, mask_history=True)
+    assert last.anchor_sequences("prompt") == [(last.anchor, "yes", False, False)]
     no_placeholder = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "a cat"}]
     assert kinds(parse({"messages": no_placeholder, "images": [IMAGE]}).anchor) == ["image", "text"]
 
@@ -178,6 +181,30 @@ def test_llava_columns():
     example = parse({"image": IMAGE, "conversations": turns})
     assert kinds(example.anchor) == ["image", "text"]
     assert example.target == "a cat"
+
+
+def test_a_chat_that_ends_with_a_question_is_learned_or_embedded():
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    example = parse({"messages": turns})
+    assert example.anchor_sequences("prompt") == [(example.anchor, None, False, True)]
+    with pytest.raises(RowError, match="Row 7 has neither an assistant's answer that is learned nor"):
+        parse({"messages": turns}, mask_history=True)
+    example = parse({"messages": turns, "positive_messages": turns[:1]})
+    assert example.anchor_sequences("prompt") == [(example.anchor, None, True, False)]
+
+
+def test_no_answer_of_a_chat_follows_an_embedding_prompt():
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    chat = parse({"messages": turns, "positive_messages": turns[:1]})
+    assert chat.anchor_sequences("prompt") == [
+        (chat.anchor, "assistant", False, False),
+        (chat.anchor, None, True, False),
+    ]
+    assert chat.anchor_sequences("prompt", embedded=False) == [(chat.anchor, "assistant", False, False)]
+    assert chat.anchor_sequences("prompt", learned=False) == [(chat.anchor, None, True, False)]
+    assert chat.anchor_sequences("last_slice") == [(chat.anchor, "assistant", True, False)]
+    caption = parse({"image": IMAGE, "short_caption": "a", "long_caption": "b"})
+    assert caption.anchor_sequences("prompt") == [(caption.anchor, "b", True, False)]
 
 
 def test_images_in_every_form(tmp_path):

@@ -151,7 +151,13 @@ def rows() -> list[dict]:
         {"image": make_image(3), "long_caption": "A large picture. Three people wave from the windows of a car."},
         {"anchor": "a question", "positive": "an answer", "negative": "the grass", "negative_1": "two windows"},
         {"anchor": "a car, seen from the left", "positive": ["see", make_image(4)], "negative": [make_image(1)]},
-        {"messages": [*user("What is small?"), {"role": "assistant", "content": "A cat. A red one is small."}]},
+        {
+            "messages": [
+                *(*user("What is small?"), {"role": "assistant", "content": "A cat. A red one is small."}),
+                *(*user("Is it red?"), {"role": "assistant", "content": "One is."}),
+            ],
+            "positive_messages": [user("a small red cat")],
+        },
         {"image": make_image(5), "short_caption": "a red cat", "long_caption": "The same caption, another cat."},
     ]
 
@@ -300,9 +306,17 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
         queries, candidates, query_keys, candidate_keys, negatives, negative_keys = [], [], [], [], [], []
         positions, seen, samples = [], [], []
         for example in (examples[row] for row in group):
-            hidden, spans, slice_spans, loss, count = run(example.anchor, example.target, example.prompted)
+            is_chat = "messages" in rows()[example.row]
+            hidden, spans, slice_spans, loss, count = run(example.anchor, example.target, not is_chat)
+            if is_chat:  # it is embedded without its answer, behind a prompt
+                answered, (hidden, spans, *_) = hidden, run(example.anchor)
             losses["causal_lm"] = losses["causal_lm"] + loss
             token_count += count
+            for place, turn in enumerate(example.anchor):
+                if turn["role"] == "assistant":  # learned as if it were the last
+                    *_, loss, count = run(example.anchor[:place], turn["content"][0]["text"], False)
+                    losses["causal_lm"] = losses["causal_lm"] + loss
+                    token_count += count
             if example.positive is not None:
                 queries.append(embed(hidden, *spans[0]))
                 query_keys.append(_content(example.anchor))
@@ -315,7 +329,8 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
                     keys.append(_content(sequence))
             if args.alignment_weight:
                 chosen, part = prefixes([example], slice_spans)
-                positions += [embed(hidden, *span) for span in chosen[:, 1:].tolist()]
+                compared = answered if is_chat else hidden
+                positions += [embed(compared, *span) for span in chosen[:, 1:].tolist()]
                 slices = [(each.modality, *teachers([each])[0].split([6, 5])) for each in part["slices"]]
                 seen += [slices[:length] for length in part["lengths"].tolist()]
                 samples += [example.row] * len(chosen)
@@ -536,11 +551,12 @@ def table(results: list[dict]) -> str:
 HEADER = """# The objective does not depend on how it is run
 
 `make parity` writes this page, and `make test` runs a part of it. `UniGDTrainer` takes one step on one global batch of
-eight unequal rows (captioned images, texts with hard negatives, a chat, interleaved images), in float64, in each of the
-ways below. Each cell is the largest deviation of any trained parameter's gradient from an oracle, in units of that
-gradient's largest entry. The oracle runs every row on its own, without padding, and computes the losses in plain torch.
-With dropout, the reference is the same chunks without the cache and with the same random numbers. All deviations are below
-{tolerance}, and so are the relative deviations of the logged losses and gradient norms.
+eight unequal rows (captioned images, texts with hard negatives, a chat with two answers and a match, interleaved images),
+in float64, in each of the ways below. Each cell is the largest deviation of any trained parameter's gradient from an oracle,
+in units of that gradient's largest entry. The oracle runs every row on its own, without padding, and computes the losses in
+plain torch, that of each answer as if it were the last of its chat. With dropout, the reference is the same chunks without
+the cache and with the same random numbers. All deviations are below {tolerance}, and so are the relative deviations of the
+logged losses and gradient norms.
 
 `full` trains the language model and the head. `lora` trains LoRA, soft prompts and the head. Processes use gloo, with DDP
 unless FSDP2 is named. "Steps" are accumulation steps. Each has its own negatives unless "negatives across steps" is named.
