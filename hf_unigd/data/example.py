@@ -86,6 +86,7 @@ class Example:
         anchor: The sequence that is embedded, continued with `target`, or both.
         positive: The sequence that matches the anchor. `None` if the example has no match.
         negatives: Sequences that do not match the anchor.
+        captions: All known captions of the anchor, an image. None of them is contrasted with it, unless as `positive`.
         target: The text that the model learns to generate after the anchor. `None` if there is none.
         prompted: Whether the anchor is embedded, at its embedding prompt if the processor has one.
         is_chat: Whether `target` is the answer of a chat, which never follows an embedding prompt, because it is asked
@@ -103,6 +104,7 @@ class Example:
     anchor: Messages
     positive: Messages | None = None
     negatives: list[Messages] = field(default_factory=list)
+    captions: list[Messages] = field(default_factory=list)
     target: str | None = None
     prompted: bool = True
     is_chat: bool = False

@@ -130,7 +130,9 @@ class RowParser:
 
     def _from_captions(self, row, index, epoch) -> Example:
         image = self._open_image(row["image"])
-        texts = {name: self._draw(row, name, index, epoch) for name in ("short_caption", "long_caption", "caption")}
+        names = ("short_caption", "long_caption", "caption")
+        captions = [_caption(text, name) for name in names for text in as_list(row.get(name))]
+        texts = {name: self._draw(row, name, index, epoch) for name in names}
         short, long, caption = texts.values()
         if row.get("caption_weights") and not any(isinstance(row.get(name), (list, tuple)) for name in texts):
             raise ValueError("has `caption_weights`, but no list of captions; remove one of them")
@@ -152,8 +154,9 @@ class RowParser:
         return Example(
             row=index,
             anchor=_turn([{"type": "image", "image": image}]),
-            positive=None if short is None else _turn([{"type": "text", "text": short}]),
+            positive=None if short is None else _text_turn(short),
             negatives=negatives,
+            captions=[_text_turn(text) for text in captions],
             target=long,
         )
 
@@ -334,6 +337,10 @@ class _Limits:
 
 def _turn(content) -> Messages:
     return [{"role": "user", "content": content}]
+
+
+def _text_turn(text: str) -> Messages:
+    return _turn([{"type": "text", "text": text}])
 
 
 def _shortened(text: str, part: str) -> str:

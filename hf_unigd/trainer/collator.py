@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..data import Example, RowError
-from ..data.example import InputSequence, content_key, iter_images
+from ..data.example import InputSequence, Messages, content_key, iter_images
 from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..data.streams import Skipped
@@ -43,6 +43,7 @@ class UniGDDataCollator:
       for the structure loss, the `slices` in the concatenated embeddings of all chunks.
     - `anchor_rows` `(n,)`: indices of the rows of the embedded anchors in the dataset.
     - `anchor_keys`, `positive_keys` `(n,)`, `negative_keys` `(m,)`: content keys that mask duplicates.
+    - `caption_keys` `(k, 2)`: content keys of images and of their captions, which mask what matches besides.
     - `structure`, if every example has slices: the inputs of [`StructureLoss`] that [`PrefixSampler`] returns.
     - `rows` `(batch_size,)`: indices of the rows in the dataset.
     - `position`, of a stream: JSON of the worker's number and of its position after the last example.
@@ -135,12 +136,7 @@ class UniGDDataCollator:
         candidates += [negative for example in matched for negative in example.negatives]
         spans, _ = self._process(chunks, owners, [InputSequence(each) for each in candidates], None)
         wanted["positives"], wanted["negatives"] = spans[: len(matched)], spans[len(matched) :]
-        for name, keyed in (
-            ("anchor_keys", [example.anchor for example in matched]),
-            ("positive_keys", candidates[: len(matched)]),
-            ("negative_keys", candidates[len(matched) :]),
-        ):
-            batch[name] = torch.tensor([content_key(sequence) for sequence in keyed], dtype=torch.long)
+        batch |= self._keys(examples, contrasted, candidates)
 
         table = torch.cat(list(wanted.values()))[:, 1:]
         for number, chunk in enumerate(chunks):
@@ -149,6 +145,22 @@ class UniGDDataCollator:
         places[table[:, 0].argsort(stable=True)] = torch.arange(len(table))
         batch["places"] = dict(zip(wanted, places.split([len(part) for part in wanted.values()]), strict=True))
         return {"chunks": chunks, **batch}
+
+    def _keys(self, examples, contrasted: list[bool], candidates: list[Messages]) -> dict[str, torch.Tensor]:
+        """The content keys of the embedded anchors and of the candidates, and those of all images with captions."""
+        anchor_keys, caption_keys = [], []
+        for example, flag in zip(examples, contrasted, strict=True):
+            captions = example.captions if self.contrastive else []
+            key = content_key(example.anchor) if flag or captions else 0
+            anchor_keys += [key] if flag else []
+            caption_keys += [(key, content_key(caption)) for caption in captions]
+        candidate_keys = torch.tensor([content_key(each) for each in candidates], dtype=torch.long)
+        return {
+            "anchor_keys": torch.tensor(anchor_keys, dtype=torch.long),
+            "positive_keys": candidate_keys[: len(anchor_keys)],
+            "negative_keys": candidate_keys[len(anchor_keys) :],
+            "caption_keys": torch.tensor(caption_keys, dtype=torch.long).reshape(-1, 2),
+        }
 
     def _process(self, chunks, owners, sequences: list[InputSequence], sentence_ends):
         """Appends the chunks of `sequences` to `chunks`. Returns the spans and, with `sentence_ends`, the slice spans

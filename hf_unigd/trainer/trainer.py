@@ -408,6 +408,7 @@ class UniGDTrainer(EvaluatingTrainer):
                 "query_keys": batch["anchor_keys"],
                 "positive_keys": batch["positive_keys"],
                 "negative_keys": batch["negative_keys"],
+                "match_keys": batch["caption_keys"],
             }
             contrastive = self.contrastive_loss(
                 at["anchors"], at["positives"], inverse_temperature, at["negatives"], **keys

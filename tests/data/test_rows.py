@@ -56,6 +56,7 @@ def test_of_several_captions_one_is_drawn_in_each_epoch():
     drawn = [parser(row, 7, epoch) for epoch in range(30)]
     assert {texts(example.positive)[0] for example in drawn} == {"a", "b", "c"}
     assert {example.target for example in drawn} == {"one", "two"}
+    assert all([texts(each) for each in one.captions] == [["a"], ["b"], ["c"], ["one"], ["two"]] for one in drawn)
     assert [texts(parser(row, 7, epoch).positive) for epoch in range(30)] == [texts(each.positive) for each in drawn]
     assert [texts(parser(row, 8, epoch).positive) for epoch in range(30)] != [texts(each.positive) for each in drawn]
     weighted = {"image": IMAGE, "caption": ["a", "b", "c"], "caption_weights": [0, 1, 0.5]}

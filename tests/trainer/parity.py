@@ -146,7 +146,11 @@ def rows() -> list[dict]:
     user = lambda text: [{"role": "user", "content": text}]  # noqa: E731
     return [
         {"image": make_image(0), "short_caption": "a red cat", "long_caption": "A red cat on the grass. It sleeps."},
-        {"image": make_image(1), "short_caption": "two dogs", "long_caption": "Two blue dogs on the green grass."},
+        {
+            "image": make_image(1),
+            "short_caption": ["two dogs", "two windows"],
+            "long_caption": "Two dogs on the grass.",
+        },
         {"image": make_image(2), "short_caption": "a small yellow car"},
         {"image": make_image(3), "long_caption": "A large picture. Three people wave from the windows of a car."},
         {"anchor": "a question", "positive": "an answer", "negative": "the grass", "negative_1": "two windows"},
@@ -304,9 +308,15 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
     token_count = 0
     for group in groups:
         queries, candidates, query_keys, candidate_keys, negatives, negative_keys = [], [], [], [], [], []
+        captions = {}
         positions, seen, samples = [], [], []
         for example in (examples[row] for row in group):
             is_chat = "messages" in rows()[example.row]
+            texts = [rows()[example.row].get(name, []) for name in ("short_caption", "long_caption")]
+            texts = [text for each in texts for text in ([each] if isinstance(each, str) else each)]
+            captions.setdefault(_content(example.anchor), set()).update((text,) for text in texts)
+            if example.positive is not None:
+                captions[_content(example.anchor)].add(_content(example.positive))
             hidden, spans, slice_spans, loss, count = run(example.anchor, example.target, not is_chat)
             if is_chat:  # it is embedded without its answer, behind a prompt
                 answered, (hidden, spans, *_) = hidden, run(example.anchor)
@@ -339,8 +349,7 @@ def oracle(recipe: str, kind: str, train_vision: bool, groups: tuple[tuple[int, 
             logits = scale * torch.stack(queries) @ torch.stack(candidates + negatives).T
             for i in range(len(queries)):
                 for j in range(len(keys)):
-                    same_query = j < len(queries) and query_keys[i] == query_keys[j]
-                    if i != j and (same_query or candidate_keys[i] == keys[j]):
+                    if i != j and keys[j] in captions[query_keys[i]]:
                         mask = torch.zeros_like(logits, dtype=torch.bool)
                         mask[i, j] = True
                         logits = logits.masked_fill(mask, -torch.inf)

@@ -107,11 +107,14 @@ SIZES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, ma
     d=st.integers(2, 6),
     dims=st.booleans(),
     has_keys=st.tuples(st.booleans(), st.booleans()),
+    num_matches=st.one_of(st.none(), st.lists(st.integers(0, 3), min_size=4, max_size=4)),
     chunk_elements=st.integers(1, 60),
     scale=st.floats(0.1, 100),
     seed=st.integers(0, 999),
 )
-def test_every_share_of_rows_and_every_chunk_give_the_reference(sizes, d, dims, has_keys, chunk_elements, scale, seed):
+def test_every_share_of_rows_and_every_chunk_give_the_reference(
+    sizes, d, dims, has_keys, num_matches, chunk_elements, scale, seed
+):
     counts = {"queries": [n for n, _ in sizes], "positives": [n for n, _ in sizes], "negatives": [m for _, m in sizes]}
     vectors = {
         name: unit(sum(count), d, seed=seed + place).requires_grad_()
@@ -121,14 +124,18 @@ def test_every_share_of_rows_and_every_chunk_give_the_reference(sizes, d, dims, 
     keys = {name: torch.randint(0, 4, (sum(count),), generator=generator) for name, count in counts.items()}
     used = {"queries": has_keys[0], "positives": has_keys[1], "negatives": has_keys[1]}
     n, m, dims = sum(counts["queries"]), sum(counts["negatives"]), [1, d - 1, d] if dims else [d]
+    # Pairs of a query's key and the key of what matches it, a different number on each process.
+    matches = [torch.randint(0, 4, (count, 2), generator=generator) for count in (num_matches or [])[: len(sizes)]]
+    matches = matches if all(has_keys) and matches else None
+    query_keys = keys["queries"].tolist() if has_keys[0] else range(n)
+    candidate_keys = [*keys["positives"].tolist(), *keys["negatives"].tolist()] if has_keys[1] else range(n + m)
     masked = set()
     for i in range(n):
-        for j in range(n + m):
-            same_query = has_keys[0] and j < n and keys["queries"][i] == keys["queries"][j]
-            candidate_keys = [*keys["positives"].tolist(), *keys["negatives"].tolist()]
-            same_candidate = has_keys[1] and candidate_keys[i] == candidate_keys[j]
-            if i != j and (same_query or same_candidate):
-                masked.add((i, j))
+        known = {candidate_keys[row] for row in range(n) if query_keys[row] == query_keys[i]}
+        known |= {
+            match for query, match in torch.cat(matches or [torch.empty(0, 2)]).tolist() if query == query_keys[i]
+        }
+        masked |= {(i, j) for j in range(n + m) if i != j and candidate_keys[j] in known}
     temperature = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     prefixes = [[F.normalize(each[:, :dim], dim=-1) if dim < d else each for each in vectors.values()] for dim in dims]
     expected = sum(reference(q, p, temperature, c, masked) for q, p, c in prefixes) / len(dims)
@@ -146,6 +153,7 @@ def test_every_share_of_rows_and_every_chunk_give_the_reference(sizes, d, dims, 
             own_scale,
             own["negatives"],
             *(own_keys[name] for name in ("queries", "positives", "negatives")),
+            match_keys=matches and matches[rank],
         )
         parts["loss"].backward()
         return parts, {name: each.grad / len(sizes) for name, each in own.items()}, own_scale.grad / len(sizes)
@@ -182,13 +190,15 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_has_an_element_for_every_pair():
-    n, m, d, keys = 64, 16, 8, torch.arange(80)
+@pytest.mark.parametrize("kinds", [1, 5, 80])  # with 80, every row is like every other
+def test_no_tensor_has_an_element_for_every_pair(kinds):
+    n, m, d, keys = 64, 16, 8, torch.arange(80) // kinds
     vectors = [unit(count, d, seed=place).requires_grad_() for place, count in enumerate((n, n, m))]
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
     for chunk_elements in (160, n * (n + m)):
         with patch.object(info_nce, "CHUNK_ELEMENTS", chunk_elements), Largest() as largest:
-            loss = InfoNCELoss([4, d])(vectors[0], vectors[1], scale, vectors[2], keys[:n], keys[:n], keys[n:])["loss"]
+            given = keys[:n], keys[:n], keys[n:], torch.stack([keys, keys], 1)
+            loss = InfoNCELoss([4, d])(vectors[0], vectors[1], scale, vectors[2], *given)["loss"]
             loss.backward()
         assert largest.elements == max(chunk_elements, (n + m) * d)
 
@@ -224,11 +234,51 @@ def test_duplicates_are_masked_in_both_directions():
         negatives,
         query_keys=torch.tensor([1, 2, 1, 3]),  # rows 0 and 2 have the same image
         positive_keys=torch.tensor([7, 8, 9, 8]),  # rows 1 and 3 have the same caption
-        negative_keys=torch.tensor([7, 6]),  # the first hard negative is the caption of row 0
+        negative_keys=torch.tensor([7, 6]),  # the first hard negative is the caption of row 0, whose image row 2 has
     )
-    masked = {(0, 2), (2, 0), (1, 3), (3, 1), (0, 4)}
+    masked = {(0, 2), (2, 0), (1, 3), (3, 1), (0, 4), (2, 4)}
     torch.testing.assert_close(parts["loss"], reference(queries, positives, scale, negatives, masked))
     assert parts["masked_fraction"].item() == pytest.approx(len(masked) / (4 * 6 - 4))
+
+
+def test_a_candidate_is_masked_only_for_the_images_that_it_is_a_caption_of():
+    """Images 1 and 2 share the caption 7, but the other captions of 2 may be negatives of 1."""
+    queries, positives, negatives = unit(4, 5, seed=1), unit(4, 5, seed=2), unit(3, 5, seed=3)
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    inputs = [each.requires_grad_() for each in (queries, positives, negatives)]
+    parts = InfoNCELoss()(
+        queries,
+        positives,
+        scale,
+        negatives,
+        query_keys=torch.tensor([1, 2, 3, 4]),
+        positive_keys=torch.tensor([7, 7, 5, 6]),
+        negative_keys=torch.tensor([8, 9, 5]),
+        # 8 is another caption of image 1, 9 and 6 are others of image 2, and image 5 is not in the batch.
+        match_keys=torch.tensor([[1, 8], [2, 9], [2, 6], [2, 9], [5, 6]]),
+    )
+    masked = {(0, 1), (1, 0), (0, 4), (1, 5), (1, 3), (2, 6)}
+    expected = reference(queries, positives, scale, negatives, masked)
+    torch.testing.assert_close(parts["loss"], expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(parts["loss"], inputs), torch.autograd.grad(expected, inputs), rtol=1e-9, atol=1e-12
+    )
+    assert parts["masked_fraction"].item() == pytest.approx(len(masked) / (4 * 7 - 4))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"negative_keys": torch.zeros(2, dtype=torch.long)}, "`negative_keys` need `positive_keys`"),
+        (
+            {"positive_keys": torch.arange(4), "match_keys": torch.zeros(1, 2, dtype=torch.long)},
+            "`match_keys` need `query_keys`",
+        ),
+    ],
+)
+def test_keys_that_nothing_is_compared_with_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        InfoNCELoss()(unit(4, 5), unit(4, 5), torch.tensor(3.0), unit(2, 5), **given)
 
 
 def test_the_logged_values_of_orthogonal_queries():
@@ -270,6 +320,12 @@ def test_a_batch_without_pairs_has_zero_loss_that_can_be_differentiated():
 
 
 COUNTS = [(3, 3), (4, 2), (0, 6)]  # numbers of pairs per process
+# Of queries, positives and negatives, and further matches: query 0 has the captions 10, 14 and 21.
+KEYS = [
+    torch.tensor(each)
+    for each in ([0, 1, 2, 2, 4, 5], [10, 11, 12, 13, 14, 11], [20, 21], [[0, 14], [0, 21], [9, 20], [4, 20]])
+]
+MASKED = {(0, 4), (0, 7), (1, 5), (5, 1), (2, 3), (3, 2), (4, 6)}
 
 
 def _rank(rank, port, output):
@@ -288,7 +344,8 @@ def _loss_and_gradient(rank, counts):
     queries = torch.nn.functional.normalize(unit(sum(counts), 5, seed=1)[rows] @ weight, dim=-1)
     positives = torch.nn.functional.normalize(unit(sum(counts), 5, seed=2)[rows] @ weight.T, dim=-1)
     negatives = unit(2, 5, seed=3)[rank : rank + 1] @ weight
-    loss = InfoNCELoss()(queries, positives, torch.tensor(7.0, dtype=torch.float64), negatives)["loss"]
+    keys = KEYS[0][rows], KEYS[1][rows], KEYS[2][rank : rank + 1], KEYS[3][: 3 * rank] if rank else KEYS[3][3:]
+    loss = InfoNCELoss()(queries, positives, torch.tensor(7.0, dtype=torch.float64), negatives, *keys)["loss"]
     loss.backward()
     torch.distributed.all_reduce(weight.grad)  # DDP divides the sum by 2, as below
     return loss.detach(), weight.grad / 2
@@ -304,7 +361,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     weight = torch.eye(5, dtype=torch.float64).requires_grad_()
     queries = torch.nn.functional.normalize(unit(6, 5, seed=1) @ weight, dim=-1)
     positives = torch.nn.functional.normalize(unit(6, 5, seed=2) @ weight.T, dim=-1)
-    expected = reference(queries, positives, 7.0, unit(2, 5, seed=3) @ weight)
+    expected = reference(queries, positives, 7.0, unit(2, 5, seed=3) @ weight, MASKED)
     expected.backward()
     assert len(results) == len(COUNTS)
     for loss, gradient in results:

@@ -431,6 +431,28 @@ def test_the_collator_gives_duplicates_equal_keys():
     assert captions[1] == captions[3] and len(set(captions)) == 3
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_no_caption_of_an_image_is_its_negative(tmp_path, chunk_size):
+    """Captions of its list that were not drawn, its long caption, and those of another row with the image."""
+    rows = [
+        {"image": make_image(1), "short_caption": ["a red cat", "a cat"], "long_caption": "A red cat on the grass."},
+        {"image": make_image(2), "short_caption": "two dogs", "negatives": ["a red cat", "a cat", "a car"]},
+        {"image": make_image(1), "long_caption": "Three people."},
+        {"image": make_image(3), "short_caption": "a car", "negatives": ["A red cat on the grass.", "Three people."]},
+    ]
+    trainer = make_trainer(tmp_path, rows, gradient_cache_chunk_size=chunk_size, dataloader_drop_last=False)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        embeddings = torch.cat([trainer.model.embed(**chunk) for chunk in inputs_of(batch) if len(chunk["spans"])])
+        _, metrics = trainer.batch_losses(embeddings, torch.tensor(2.0), batch)
+    # Of 3 queries with 3 positives and 5 negatives: 4 negatives for image 1, and "a car" for image 3.
+    assert metrics["masked_fraction"].item() == pytest.approx(5 / (3 * 8 - 3))
+
+
+def inputs_of(batch):
+    return [{name: value for name, value in chunk.items() if name != "labels"} for chunk in batch["chunks"]]
+
+
 def test_autocast_ends_with_the_step(tmp_path):
     """Otherwise, later computations such as the probe of a checkpoint would run in another precision."""
     trainer = make_trainer(tmp_path, bf16=True, save_strategy="steps", save_steps=4)

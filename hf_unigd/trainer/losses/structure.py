@@ -5,6 +5,7 @@ from torch import nn
 
 from ...kernels import ModalityColumns, alignment_kernel, mean_slice_similarity, validation
 from .gather import gather_rows, own_rows
+from .ranges import expand_ranges
 
 
 class StructureLoss(nn.Module):
@@ -89,7 +90,7 @@ class StructureLoss(nn.Module):
             `dict` of scalars: `loss` and, detached and over pairs of different samples, `alignment_target` and
             `alignment_similarity` (means of `m^l` and `m^r`) and `alignment_correlation` (Pearson's, between them).
         """
-        slices = _prefix_slices(starts, lengths)
+        _, slices = expand_ranges(starts, lengths)
         gather = gather_rows if self.training else own_rows
         # Slices are gathered prefix by prefix, because numbers of prefixes and slices differ between processes.
         ends = starts + lengths - 1
@@ -165,10 +166,3 @@ class StructureLoss(nn.Module):
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-
-
-def _prefix_slices(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Returns the indices of the slices of all prefixes, prefix after prefix."""
-    prefix = torch.repeat_interleave(lengths)
-    place = torch.arange(len(prefix), device=lengths.device) - (lengths.cumsum(0) - lengths)[prefix]
-    return starts[prefix] + place
