@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 logger = logging.getLogger(__name__)
@@ -15,6 +16,13 @@ _NO_PAIR_LABELS = "every pair must be a match; keep those that are, and remove t
 _ONE_ANSWER = "only the answers in the chat are learned; remove the column"
 _NO_TOOLS = "tools are not supported; remove the column, or the rows that need it"
 
+# WebDataset names a field by the suffix of its file, img2dataset writes Parquet columns of the same names, and the
+# captions of an image folder's `metadata.jsonl` are called `text` in the documentation of `datasets`.
+_CAPTION_ALIASES = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
+    **dict.fromkeys(("txt", "text"), "caption"),
+}
+
 
 @dataclass(frozen=True)
 class RowFormat:
@@ -25,9 +33,11 @@ class RowFormat:
         name: The name by which [`RowParser`] finds its parser.
         columns: What each column holds: `"chat"` (a list of turns with `role` and `content`), `"chats"` (a list of
             chats, or a single one), `"turns"` (LLaVA's, with `from` and `value`), `"image"`, `"images"` (a list, or a
-            single image), `"image lists"` (a list for each of several chats), `"texts"` (a text, or a list to draw
-            from), `"weights"` (of such a list), or `"sequence"` (a text, an image, or a list of both).
+            single image), `"image lists"` (a list for each of several chats), `"image infos"` (MMC4's), `"text"`,
+            `"texts"` (a text, or a list to draw from), `"sentences"` (a list of texts), `"weights"` (of such a list),
+            or `"sequence"` (a text, an image, or a list of both).
         required: Sets of columns, of which a row has at least one.
+        aliases: Other names of its columns, which files and tools give them.
         bare: Sets of columns that are enough where nothing is learned, as in an index.
         negatives: Whether columns of negatives ([`is_negative`]) belong to it, which hold a `"sequence"`, or in the
             plural a list of them.
@@ -39,6 +49,7 @@ class RowFormat:
     columns: Mapping[str, str]
     required: tuple[frozenset[str], ...]
     summary: tuple[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
     bare: tuple[frozenset[str], ...] = ()
     negatives: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -46,10 +57,32 @@ class RowFormat:
     def fits(self, columns: Collection[str], requires_match: bool = True) -> bool:
         """Whether a row with these columns has the format."""
         sets = self.required if requires_match else (*self.required, *self.bare)
-        return any(needed <= set(columns) for needed in sets)
+        names = {self.aliases.get(column, column) for column in columns}
+        return any(needed <= names for needed in sets)
 
     def uses(self, column: str) -> bool:
-        return column in self.columns or (self.negatives and is_negative(column))
+        known = column in self.columns or column in self.aliases
+        return known or (self.negatives and is_negative(column))
+
+    def under_own_names(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        The row with the names of `columns` instead of their aliases.
+
+        Raises:
+            ValueError: two names of a column hold different content. The message continues "Row 3 ...".
+        """
+        named: dict[str, Any] = {}
+        given: dict[str, str] = {}
+        for name, value in row.items():
+            own = self.aliases.get(name, name)
+            if own in named and not _same_text(named[own], value):
+                raise ValueError(
+                    f"has `{given[own]}` and `{name}`, which are names of the same column, with different content; "
+                    "remove one of them"
+                )
+            named.setdefault(own, value)
+            given.setdefault(own, name)
+        return named
 
 
 # In this order: the first that fits is the format of a row.
@@ -86,6 +119,33 @@ FORMATS = (
         summary=("conversations [+ image or images]", "LLaVA's columns"),
     ),
     RowFormat(
+        "mmc4",
+        columns={"text_list": "sentences", "image_info": "image infos"},
+        required=(frozenset({"text_list", "image_info"}),),
+        summary=("text_list, image_info", "MMC4's columns: one sequence, each image before its sentence"),
+    ),
+    RowFormat(
+        "mmeb",
+        columns={
+            "qry": "text",
+            "qry_image_path": "image",
+            "pos_text": "text",
+            "pos_image_path": "image",
+            "neg_text": "texts",
+            "neg_image_path": "images",
+        },
+        required=tuple(
+            frozenset({query, positive})
+            for query in ("qry", "qry_image_path")
+            for positive in ("pos_text", "pos_image_path")
+        ),
+        bare=(frozenset({"qry"}), frozenset({"qry_image_path"})),
+        summary=(
+            "qry, qry_image_path, pos_text, pos_image_path [, neg_text, neg_image_path]",
+            "MMEB-train's columns, in which an empty text is none",
+        ),
+    ),
+    RowFormat(
         "pair",
         columns={"anchor": "sequence", "positive": "sequence"},
         required=(frozenset({"anchor", "positive"}),),
@@ -104,11 +164,12 @@ FORMATS = (
             "caption_weights": "weights",
         },
         required=tuple(frozenset({"image", name}) for name in ("short_caption", "long_caption", "caption")),
+        aliases=_CAPTION_ALIASES,
         bare=(frozenset({"image"}),),
         negatives=True,
         summary=(
             "image, caption, or short_caption and/or long_caption [, negative, ...]",
-            "captions to contrast and to predict, by their length or by their column",
+            "captions to contrast and to predict, by their length or by their column; also jpg, txt",
         ),
     ),
 )
@@ -124,6 +185,11 @@ ACCEPTED = "\n".join(f"  {columns:<75} {use}" for columns, use in (each.summary 
 def is_negative(column: str) -> bool:
     """Whether a column holds negatives: `negative`, `negative_1`, `hard_negative`, `neg`, `negatives`, ..."""
     return _NEGATIVE.fullmatch(column) is not None
+
+
+def _same_text(a: Any, b: Any) -> bool:
+    """Whether both are the same text, as img2dataset writes a caption into two columns."""
+    return isinstance(a, str) and isinstance(b, str) and a.strip() == b.strip()
 
 
 def holds_many(column: str) -> bool:
@@ -150,7 +216,7 @@ def check_columns(columns: Iterable[str], requires_match: bool = True) -> None:
             f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n"
             + ACCEPTED
         )
-    known = {name for each in FORMATS for name in (*each.columns, *each.refused)} | set(_REFUSED)
+    known = {name for each in FORMATS for name in (*each.columns, *each.aliases, *each.refused)} | set(_REFUSED)
     unused = [name for name in columns if name not in known and not is_negative(name)]
     if unused:
         logger.warning("Columns that are not used: %s.", ", ".join(unused))
@@ -175,10 +241,11 @@ def format_of(row: Mapping[str, object], requires_match: bool = True) -> RowForm
         reason = {**_REFUSED, **found.refused}.get(name)
         if reason is not None:
             raise ValueError(f"has the column `{name}`, but {reason}")
-        belongs_elsewhere = is_negative(name) or any(name in each.columns for each in FORMATS)
+        belongs_elsewhere = is_negative(name) or any(each.uses(name) for each in FORMATS)
         if belongs_elsewhere and not found.uses(name):
-            needed = next(each for each in (*found.required, *found.bare) if each <= row.keys())
-            main = " and ".join(f"`{column}`" for column in sorted(needed))
+            own = {found.aliases.get(column, column): column for column in row}
+            needed = next(each for each in (*found.required, *found.bare) if each <= own.keys())
+            main = " and ".join(f"`{own[column]}`" for column in sorted(needed))
             raise ValueError(
                 f"has the column `{name}`, which does not go with {main}; remove one of them, or set it to None in "
                 "this row"

@@ -14,6 +14,7 @@ from .chats import as_list, from_llava, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
 from .formats import format_of, holds_many, is_negative
 from .images import blank_image, open_image
+from .published import from_mmc4, from_mmeb
 from .slices import SentenceSplitter, slices_of
 
 
@@ -37,6 +38,8 @@ class RowParser:
             a match.
         requires_match: Whether a row needs something to learn from: a match, a caption, or an answer.
         mask_history: Whether only the last answer of a chat is learned, and not those before it.
+        interleaved_captions: Whether an image and its `caption` are one sequence, to which there is no answer, as
+            Sugar takes COYO.
         find_reserved: Returns the reserved token that a text holds, or None
             ([`~hf_unigd.UniGDProcessor.find_reserved`]). If given, a row with such a text is refused.
         seed: Seed of the choice among several captions.
@@ -55,6 +58,7 @@ class RowParser:
     splitter: SentenceSplitter | None = None
     requires_match: bool = True
     mask_history: bool = False
+    interleaved_captions: bool = False
     find_reserved: Callable[[str], str | None] | None = None
     seed: int = 0
     source: str | None = None
@@ -106,7 +110,8 @@ class RowParser:
     def _parse(self, row: Mapping[str, Any], index: int, epoch: int | None) -> Example:
         row = {name: value for name, value in row.items() if value is not None}
         try:
-            return self._parsers[format_of(row, self.requires_match).name](row, index, epoch)
+            row_format = format_of(row, self.requires_match)
+            return self._parsers[row_format.name](row_format.under_own_names(row), index, epoch)
         except ValueError as error:
             raise self._error(index, f"{str(error).removesuffix('.')}.") from error
 
@@ -116,6 +121,8 @@ class RowParser:
         return {
             "chat": self._from_messages,
             "llava": self._from_conversations,
+            "mmc4": self._from_mmc4,
+            "mmeb": self._from_mmeb,
             "pair": self._from_pair,
             "captions": self._from_captions,
         }
@@ -128,8 +135,10 @@ class RowParser:
             negatives=self._negatives(row),
         )
 
+    def _from_mmeb(self, row, index, epoch) -> Example:
+        return self._from_pair(from_mmeb(row), index, epoch)
+
     def _from_captions(self, row, index, epoch) -> Example:
-        image = self._open_image(row["image"])
         names = ("short_caption", "long_caption", "caption")
         captions = [_caption(text, name) for name in names for text in as_list(row.get(name))]
         texts = {name: self._draw(row, name, index, epoch) for name in names}
@@ -142,6 +151,9 @@ class RowParser:
                     "has a `caption` beside a `short_caption` or `long_caption`; a `caption` becomes one of them by "
                     "its length, so remove one"
                 )
+            if self.interleaved_captions:
+                parts = [{"type": "image", "image": row["image"]}, {"type": "text", "text": caption}]
+                return self._from_messages({"messages": [{"role": "user", "content": parts}]}, index, epoch)
             if self.count_tokens(caption) < self.short_caption_max_tokens:
                 short = caption
             else:
@@ -153,7 +165,7 @@ class RowParser:
             raise ValueError("has negatives, but no short caption, so there is nothing that they are contrasted with")
         return Example(
             row=index,
-            anchor=_turn([{"type": "image", "image": image}]),
+            anchor=_turn([{"type": "image", "image": self._open_image(row["image"])}]),
             positive=None if short is None else _text_turn(short),
             negatives=negatives,
             captions=[_text_turn(text) for text in captions],
@@ -228,6 +240,9 @@ class RowParser:
 
     def _from_conversations(self, row, index, epoch) -> Example:
         return self._from_messages({**row, "messages": from_llava(row["conversations"])}, index, epoch)
+
+    def _from_mmc4(self, row, index, epoch) -> Example:
+        return self._from_messages({"messages": from_mmc4(row)}, index, epoch)
 
     def _from_messages(self, row, index, epoch) -> Example:
         if "image" in row and row.get("images"):

@@ -66,9 +66,10 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
 
     Args:
         dataset_name (`str`, *optional*):
-            Rows to read: a Hub id, a folder, a file, or one of the offline sources `icons` and `stories`.
+            Rows to read: a Hub id, a folder, a file, a pattern of files such as `data/*.tar`, or one of the offline
+            sources `icons` and `stories`.
         rename_columns (`list[str]`, *optional*):
-            Columns of `dataset_name` to rename, as pairs `old:new`, for example `jpg:image txt:caption`.
+            Columns of `dataset_name` to rename, as pairs `old:new`, for example `photo:image title:caption`.
         datasets (`list[DatasetConfig]`, *optional*):
             Datasets to mix, in a YAML file, instead of `dataset_name`. Each is parsed by its own columns.
         eval_datasets (`list[DatasetConfig]`, *optional*):
@@ -81,10 +82,13 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Rows to read: a Hub id, a folder, a file, or the offline sources `icons` and `stories`."},
+        metadata={
+            "help": "Rows to read: a Hub id, a folder, a file, a pattern of files, or the offline sources `icons` and "
+            "`stories`."
+        },
     )
     rename_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns to rename, as pairs old:new, for example `jpg:image txt:caption`."}
+        default=None, metadata={"help": "Columns to rename, as pairs old:new, for example `photo:image title:caption`."}
     )
     datasets: list[DatasetConfig] = field(
         default_factory=list, metadata={"help": "Datasets to mix, in a YAML file, instead of `dataset_name`."}

@@ -78,10 +78,16 @@ class RowMaker:
         others = [name for name in row_format.columns if name not in needed]
         if self.awkward:
             others += ["negative", "hard_negatives", "caption", "messages", "anchor", "images", "label", "video"]
+            others += [*row_format.aliases]
             names = needed | set(self.draw(st.lists(st.sampled_from(others), max_size=3)))
         else:
             names = needed | self._companions(row_format, needed)
-        kinds = {name: row_format.columns.get(name, "label" if name == "label" else "sequence") for name in names}
+        kinds = {
+            name: row_format.columns.get(
+                row_format.aliases.get(name, name), "label" if name == "label" else "sequence"
+            )
+            for name in names
+        }
         row = {name: self._maybe(getattr(self, kind.replace(" ", "_"))) for name, kind in sorted(kinds.items())}
         if not self.awkward:
             self._match_placeholders(row)
@@ -120,6 +126,15 @@ class RowMaker:
 
     def texts(self) -> Any:
         return [self._maybe(self.text)] if self.draw(st.booleans()) else self.text()
+
+    def sentences(self) -> list[Any]:
+        return [self._maybe(self.text) for _ in range(self.draw(st.integers(1, 3)))]
+
+    def image_infos(self) -> list[Any]:
+        return [
+            {"image_name": self._maybe(self.image), "matched_text_index": self._maybe(lambda: 0)}
+            for _ in range(self.draw(st.integers(0, 2)))
+        ]
 
     def weights(self) -> list[Any]:
         return [self._maybe(lambda: 1.0)]
@@ -190,7 +205,8 @@ def numbers_of(example: Example) -> list[str]:
 
 def check_row(row: dict[str, Any], is_good: bool, outcomes: Outcomes) -> None:
     try:
-        example = RowParser(len)(row, 7)
+        # An article of MMC4 has nothing to predict or to contrast.
+        example = RowParser(len, requires_match="text_list" not in row)(row, 7)
     except RowError as error:
         if is_good:
             outcomes.wrong.append(f"refused, and is good: {error}; {row}"[:300])

@@ -287,7 +287,7 @@ def test_a_row_error_survives_pickling():
 def test_unknown_columns_are_refused_by_name():
     with pytest.raises(ValueError, match=r"\['label', 'pixels'\](?s:.*)image, caption"):
         check_columns(["pixels", "label"])
-    rows = Dataset.from_dict({"jpg": [1], "txt": ["a"]})
+    rows = Dataset.from_dict({"picture": [1], "words": ["a"]})
     with pytest.raises(ValueError, match="rename_columns"):
         make_examples(rows, RowParser(len))
 
