@@ -49,15 +49,16 @@ def main(argv: list[str]) -> None:
     if isinstance(rows, IterableDataset):
         raise ValueError("Leave `dataset_streaming` out: rows are chosen by their number.")
     # With these limits every `caption` is a long one, which is part of its sequence.
-    examples = ExampleDataset(
-        rows, RowParser(len, 0, sys.maxsize, splitter=teacher_args.splitter, **args.image_settings())
-    )
+    parser_of_rows = RowParser(len, 0, sys.maxsize, splitter=teacher_args.splitter, **args.image_settings())
+    if args.model:
+        model, processor = load_checkpoint(args.model, dtype="auto")
+        model = model.to(accelerator())
+        parser_of_rows.instruction = processor.get_instruction("query")  # as in training
+    examples = ExampleDataset(rows, parser_of_rows)
     a, b = parse_row("A", args.a, examples), parse_row("B", args.b, examples)
 
     settings: dict = {"bandwidth": args.alignment_bandwidth, "normalization": args.alignment_normalization}
     if args.model:
-        model, processor = load_checkpoint(args.model, dtype="auto")
-        model = model.to(accelerator())
         x, y = (embed_slices(model, processor, example, teacher_args.splitter) for example in (a, b))
         embedder = f"by {args.model}"
     else:

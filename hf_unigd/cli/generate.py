@@ -25,7 +25,11 @@ def main(argv: list[str]) -> None:
     model, processor = load_checkpoint(args.model, dtype=args.dtype)
     model = model.to(accelerator())
     sequence = [*open_images(args.image, **args.image_settings()), *([args.prompt] if args.prompt else [])]
-    batch = processor.process_sequences([sequence], prompted=args.prompt is None, padding_side="left")
+    # A caption follows what its image is embedded with, as in training.
+    captioned = args.prompt is None
+    batch = processor.process_sequences(
+        [sequence], prompted=captioned, prompt_name="query" if captioned else None, padding_side="left"
+    )
     batch = batch.to(model.device, model.dtype)
     generated = model.generate(**batch, **args.generate_kwargs())
     answer = generated[0, batch["input_ids"].shape[1] :]

@@ -19,6 +19,9 @@ class QueryArguments(ImageArguments):
         metadata={"help": "Hub id or folder of the model that made the index, if it is no longer where it was."},
     )
     dtype: str = dtype_field("Data type to load the backbone in.")
+    instruction: str | None = field(
+        default=None, metadata={"help": "Instruction of the query, instead of that which the model was saved with."}
+    )
     faiss_parameters: str | None = field(
         default=None,
         metadata={"help": "Search parameters of a FAISS index, as FAISS writes them: nprobe=16, efSearch=64."},

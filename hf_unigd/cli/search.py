@@ -20,5 +20,5 @@ class SearchArguments(QueryArguments):
 def main(argv: list[str]) -> None:
     (args,) = CommandParser("search", SearchArguments, description=__doc__).parse(argv)
     index, model, processor = args.load()
-    (hits,) = index.search(model, processor, [args.sequence(args.query)], args.k)
+    (hits,) = index.search(model, processor, [args.sequence(args.query)], args.k, instruction=args.instruction)
     args.show(hits, args.query or " ".join(args.image))

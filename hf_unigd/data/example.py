@@ -12,7 +12,8 @@ from PIL import Image
 IMAGE, TEXT = 0, 1
 
 # Chat messages as `UniGDProcessor.process_sequences` takes them. Each has a `role` and a `content`, a list of parts: a
-# text is `{"type": "text", "text": str}`, an image is `{"type": "image", "image": PIL image}`.
+# text is `{"type": "text", "text": str}`, an image is `{"type": "image", "image": PIL image}`, and an instruction is
+# `{"type": "instruction", "text": str}`, with which the first user's turn of what is embedded may begin.
 Messages = list[dict[str, Any]]
 
 

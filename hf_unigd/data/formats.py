@@ -174,12 +174,14 @@ FORMATS = (
     ),
 )
 
-# Of all formats.
+# Columns of all formats: the instructions of what is embedded, the anchor, and its matches and negatives.
+INSTRUCTIONS = ("instruction", "document_instruction")
 _REFUSED = dict.fromkeys(
     ("video", "videos", "audio", "audios"), "only images and texts are supported; remove the column, or these rows"
 )
 
 ACCEPTED = "\n".join(f"  {columns:<75} {use}" for columns, use in (each.summary for each in FORMATS))
+ACCEPTED += "\nEach may have `instruction` and `document_instruction`, for the anchor and for its matches."
 
 
 def is_negative(column: str) -> bool:
@@ -216,7 +218,8 @@ def check_columns(columns: Iterable[str], requires_match: bool = True) -> None:
             f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n"
             + ACCEPTED
         )
-    known = {name for each in FORMATS for name in (*each.columns, *each.aliases, *each.refused)} | set(_REFUSED)
+    known = {name for each in FORMATS for name in (*each.columns, *each.aliases, *each.refused)}
+    known |= {*INSTRUCTIONS, *_REFUSED}
     unused = [name for name in columns if name not in known and not is_negative(name)]
     if unused:
         logger.warning("Columns that are not used: %s.", ", ".join(unused))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.images_unigd import MAX_PIXELS
+from ..modeling.instructions_unigd import with_instruction
 from .chats import as_list, from_llava, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
 from .formats import format_of, holds_many, is_negative
@@ -42,6 +43,8 @@ class RowParser:
             Sugar takes COYO.
         find_reserved: Returns the reserved token that a text holds, or None
             ([`~hf_unigd.UniGDProcessor.find_reserved`]). If given, a row with such a text is refused.
+        instruction: The instruction of anchors that are embedded, in rows without an `instruction` of their own.
+        document_instruction: The instruction of positives and negatives, in rows without a `document_instruction`.
         seed: Seed of the choice among several captions.
         source: Name of the dataset in errors, if it is one of several.
         decode: Whether images are decoded. If not, their headers are read, and blank images of their sizes take their
@@ -60,6 +63,8 @@ class RowParser:
     mask_history: bool = False
     interleaved_captions: bool = False
     find_reserved: Callable[[str], str | None] | None = None
+    instruction: str | None = None
+    document_instruction: str | None = None
     seed: int = 0
     source: str | None = None
     decode: bool = True
@@ -94,7 +99,7 @@ class RowParser:
     def _check_texts(self, example: Example) -> None:
         """Raises if a tokenizer would read a part of a text as an image, the end of a sequence, or a soft prompt."""
         sequences = [example.anchor, example.positive or [], *example.negatives]
-        texts = [part["text"] for sequence in sequences for _, part in iter_parts(sequence) if part["type"] == "text"]
+        texts = [part["text"] for sequence in sequences for _, part in iter_parts(sequence) if "text" in part]
         for text in [*texts, example.target or ""]:
             self._check_text(text, example.row)
 
@@ -111,9 +116,29 @@ class RowParser:
         row = {name: value for name, value in row.items() if value is not None}
         try:
             row_format = format_of(row, self.requires_match)
-            return self._parsers[row_format.name](row_format.under_own_names(row), index, epoch)
+            example = self._parsers[row_format.name](row_format.under_own_names(row), index, epoch)
+            self._instruct(example, row)
+            return example
         except ValueError as error:
             raise self._error(index, f"{str(error).removesuffix('.')}.") from error
+
+    def _instruct(self, example: Example, row: Mapping[str, Any]) -> None:
+        """Puts the instructions of the row, or those of the parser, before what is embedded."""
+        is_embedded = example.prompted or not self.requires_match
+        instruction = _instruction(row, "instruction", self.instruction)
+        if is_embedded:
+            example.anchor = with_instruction(example.anchor, instruction)
+        elif row.get("instruction"):
+            raise ValueError(
+                "has an `instruction`, but only what is embedded has one, and nothing in this chat is; write it into "
+                "a turn, or remove it"
+            )
+        document_instruction = _instruction(row, "document_instruction", self.document_instruction)
+        if example.positive is not None:
+            example.positive = with_instruction(example.positive, document_instruction)
+            example.negatives = [with_instruction(each, document_instruction) for each in example.negatives]
+        elif row.get("document_instruction") and self.requires_match:
+            raise ValueError("has a `document_instruction`, but no match that it belongs to; remove it")
 
     @property
     def _parsers(self) -> dict[str, Callable[[Mapping[str, Any], int, int | None], Example]]:
@@ -348,6 +373,15 @@ class _Limits:
         if self.least <= length <= self.most:
             return None
         return f"{length} tokens, {self.below if length < self.least else self.above}"
+
+
+def _instruction(row, name, default) -> str | None:
+    """The instruction of a row, which is none if it is an empty text, or the default where the row has none."""
+    if name not in row:
+        return default
+    if not isinstance(row[name], str):
+        raise ValueError(f"has an `{name}` of type {type(row[name]).__name__}, but a text is needed")
+    return row[name].strip() or None
 
 
 def _turn(content) -> Messages:

@@ -5,6 +5,7 @@ from itertools import accumulate
 
 import sentencex
 
+from ..modeling.instructions_unigd import is_instruction
 from .example import Messages, Slice, iter_parts
 
 
@@ -37,7 +38,8 @@ class SentenceSplitter:
 def slices_of(messages: Messages, target: str | None, splitter: SentenceSplitter) -> list[Slice]:
     """Returns the slices of a sequence and of its target, in the order of the processor's `slice_spans`.
 
-    The text of the system message has no slices, because it is the same in every conversation.
+    The text of the system message has no slices, because it is the same in every conversation, and neither has an
+    instruction.
 
     Args:
         messages: The sequence.
@@ -51,7 +53,7 @@ def slices_of(messages: Messages, target: str | None, splitter: SentenceSplitter
     for role, part in iter_parts(messages):
         if part["type"] == "image":
             slices.append(Slice(part["image"]))
-        elif role != "system":
+        elif role != "system" and not is_instruction(part):
             slices += [Slice(sentence) for sentence in splitter.split(part["text"])]
     slices += [Slice(sentence) for sentence in splitter.split(target or "")]
     if not slices:

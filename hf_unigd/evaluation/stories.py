@@ -24,6 +24,7 @@ def last_image_recall(
     Computes the recall of the last image of each story.
 
     The candidates of a story are the distinct images of all stories, without those that come earlier in the story.
+    Queries and candidates get the processor's instructions of a `"query"` and of a `"document"`.
 
     Args:
         model: A [`UniGDModel`] or [`UniGDForConditionalGeneration`].
@@ -56,17 +57,19 @@ def last_image_recall(
         pool |= dict(zip(story_keys, story["images"], strict=True))
     places = {key: place for place, key in enumerate(pool)}
 
-    def embed(sequences):
-        return embed_sequences(model, processor, sequences, batch_size, show_progress=show_progress)
+    def embed(sequences, prompt_name):
+        return embed_sequences(
+            model, processor, sequences, batch_size, show_progress=show_progress, prompt_name=prompt_name
+        )
 
-    candidates = embed([[image] for image in pool.values()])
+    candidates = embed([[image] for image in pool.values()], "document")
     metrics: dict[str, float] = {}
     for name, queries in (
         (f"{len(told[0]['captions'])}c", [list(story["captions"]) for story in told]),
         (f"{len(told[0]['captions'])}c+{len(told[0]['captions']) - 1}i", [_interleaved(story) for story in told]),
     ):
         rankings = []
-        for query, story_keys in zip(embed(queries), keys, strict=True):
+        for query, story_keys in zip(embed(queries, "query"), keys, strict=True):
             unseen = torch.tensor([place for key, place in places.items() if key not in story_keys[:-1]])
             (ranking,) = rank_candidates(query[None], candidates[unseen], max(ks))
             rankings.append(unseen[ranking].tolist())

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.hub_files_unigd import ADAPTER_CONFIG_NAME, is_adapter, read_json
 from ..modeling.probe_unigd import PROBE_NAME, load_probe, probe_differences, probe_tolerance, processor_differences
+from ..modeling.sentence_files_unigd import SENTENCE_CONFIG_NAME
 from ..version import __version__
 from .doctor_files import examine_files
 from .export import check_exportable
@@ -52,6 +53,8 @@ def examine(name: str | Path, revision: str | None = None, token: str | None = N
     model, of_model = _load_model(folder)
     processor, of_processor = _load_processor(folder)
     findings += [*of_model, *of_processor]
+    if processor is not None:
+        findings += attempt("instructions", _instructions, folder, processor)
     if model is not None:
         findings += attempt("tensors", _tensors, model)
     if (folder / PROBE_NAME).is_file():
@@ -138,6 +141,19 @@ def _prompts(processor) -> list[Finding]:
     elif processor.soft_prompts:
         prompts += f"; replaced by {len(processor.soft_prompt_ids)} soft-prompt tokens"
     return [Finding("prompts", OK, prompts)]
+
+
+def _instructions(folder: Path, processor) -> list[Finding]:
+    """The named instructions, which sentence-transformers reads from a file of its own."""
+    if not (folder / SENTENCE_CONFIG_NAME).is_file():
+        return []
+    prompts = read_json(folder / SENTENCE_CONFIG_NAME).get("prompts") or {}
+    for_sentences = {name: text.strip() for name, text in prompts.items() if text}
+    if for_sentences != processor.instructions:
+        text = f"{SENTENCE_CONFIG_NAME} has the prompts {for_sentences}, and the processor {processor.instructions}"
+        return [Finding("instructions", FAULT, f"{text}: sentence-transformers would give other embeddings")]
+    listed = ", ".join(f"{name}: {text!r}" for name, text in processor.instructions.items())
+    return [Finding("instructions", OK, listed)] if listed else []
 
 
 def _probe_of_model(folder: Path, model) -> list[Finding]:

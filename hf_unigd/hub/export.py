@@ -6,6 +6,7 @@ dense layers, and normalisation.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def _write(model: UniGDForConditionalGeneration, processor: UniGDProcessor, fold
     vlm_processor.save_pretrained(folder)
     _check_tokens(processor)
     vlm_processor.chat_template = chat_template
-    save_sentence_files(folder, _sentence_modules(model))
+    save_sentence_files(folder, _sentence_modules(model), processor.instructions)
     for path, layer in _dense_layers(model).items():
         tensors = {"linear.weight": layer.weight.detach(), "linear.bias": layer.bias.detach()}
         save_file(tensors, folder / path / "model.safetensors", metadata={"format": "pt"})
@@ -87,7 +88,8 @@ def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProce
 
 
 def embedding_template(processor: UniGDProcessor) -> str:
-    """A chat template that adds the embedding prompt to a sequence, as [`UniGDProcessor.process_sequences`] does."""
+    """A chat template that adds the embedding prompt to a sequence, as [`UniGDProcessor.process_sequences`] does.
+    sentence-transformers makes an instruction the system's turn, from which it is moved to its place."""
     prompts = {
         modality: "".join(processor.soft_prompts[modality]) if processor.soft_prompts else prompt
         for modality, prompt in processor.prompts.items()
@@ -97,26 +99,31 @@ def embedding_template(processor: UniGDProcessor) -> str:
         "IMAGE_PLACEHOLDER": processor.image_placeholder,
         "IMAGE_PROMPT": prompts["image"],
         "TEXT_PROMPT": prompts["text"],
+        "INSTRUCTIONS": sorted(processor.instructions.values()),
     }
     assignments = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in constants.items())
     return assignments + _TEMPLATE.read_text(encoding="utf-8") + processor.chat_template
 
 
 def _check_tokens(processor: UniGDProcessor) -> None:
-    for sequence in probe_sequences():
+    for sequence, instruction in product(probe_sequences(), [None, *processor.instructions.values()]):
         parts = [sequence] if isinstance(sequence, str) else sequence
         content = [
             {"type": "image", "image": part} if isinstance(part, Image.Image) else {"type": "text", "text": part}
             for part in parts
         ]
+        turns = [{"role": "user", "content": content}]
+        if instruction is not None:
+            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": instruction}]})
         exported = processor.vlm_processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            turns,
             chat_template=TEMPLATE_NAME,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         )
-        if not torch.equal(exported["input_ids"], processor.process_sequences([sequence])["input_ids"]):
+        expected = processor.process_sequences([sequence], instruction=instruction)
+        if not torch.equal(exported["input_ids"], expected["input_ids"]):
             raise RuntimeError(
                 "The backbone's chat template, extended with the embedding prompt, makes other tokens than the "
                 "checkpoint's processor. The export would give other embeddings; use the checkpoint itself."

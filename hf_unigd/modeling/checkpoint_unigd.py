@@ -313,7 +313,8 @@ class UniGDCheckpointModel(PreTrainedModel):
         # MTEB reads the modalities from here.
         forward = {"method": "forward", "method_output_name": "embeddings"}
         settings = {"modality_config": dict.fromkeys(("text", "image", "message"), forward)}
-        save_sentence_files(folder, [("", f"{code.stem}.UniGDSentenceModule", settings)])
+        prompts = None if self.processor is None else self.processor.instructions
+        save_sentence_files(folder, [("", f"{code.stem}.UniGDSentenceModule", settings)], prompts)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ class UniGDFeatureExtractionPipeline(FeatureExtractionPipeline):
         model ([`UniGDModel`] or [`UniGDForConditionalGeneration`]): The model.
         processor ([`UniGDProcessor`]): Its processor.
         kwargs: Arguments of [`Pipeline`]. Calls take `return_tensors`: `True` for `torch.FloatTensor`s of shape
-            `(1, embedding_dim)`, `False` (default) for nested lists of the same shape.
+            `(1, embedding_dim)`, `False` (default) for nested lists of the same shape; and `prompt_name` or
+            `instruction`, as [`UniGDProcessor.process_sequences`] does.
 
     Example:
 
@@ -35,18 +36,22 @@ class UniGDFeatureExtractionPipeline(FeatureExtractionPipeline):
     def __init__(self, model, processor=None, **kwargs):
         super().__init__(model=model, processor=model.processor or processor, **kwargs)
 
-    def _sanitize_parameters(self, return_tensors=None):
-        return {}, {}, {} if return_tensors is None else {"return_tensors": return_tensors}
+    def _sanitize_parameters(self, return_tensors=None, prompt_name=None, instruction=None):
+        instructed = {"prompt_name": prompt_name, "instruction": instruction}
+        forward = {name: value for name, value in instructed.items() if value is not None}
+        return {}, forward, {} if return_tensors is None else {"return_tensors": return_tensors}
 
     def preprocess(self, inputs):
         # Processing needs the whole batch, because padding moves the spans. The tuple tells one sequence, which may
         # be a list, from a batch, which is always a list.
         return {"sequence": (inputs.messages if isinstance(inputs, Chat) else inputs,)}
 
-    def _forward(self, model_inputs):
+    def _forward(self, model_inputs, prompt_name=None, instruction=None):
         sequence = model_inputs["sequence"]
         sequences = [sequence] if isinstance(sequence, tuple) else sequence
-        inputs = self.processor.process_sequences([value for (value,) in sequences])
+        inputs = self.processor.process_sequences(
+            [value for (value,) in sequences], prompt_name=prompt_name, instruction=instruction
+        )
         return ModelOutput(embeddings=self.model.embed(**inputs.to(self.device, self.model.dtype)))
 
 

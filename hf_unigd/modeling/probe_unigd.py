@@ -41,11 +41,11 @@ def make_probe(model, processor) -> dict[str, torch.Tensor]:
         processor ([`UniGDProcessor`]): Makes the inputs.
 
     Returns:
-        `dict[str, torch.Tensor]` on the CPU: the inputs by name, `embeddings` `(3, embedding_dim)`, `logits`
-        `(3, vocab_size)` at the last token of each sequence, `inverse_temperature` `(1, 1)` (all float32), and
-        `dtype_width` `()`, the significand bits of the model's data type.
+        `dict[str, torch.Tensor]` on the CPU: the inputs by name, `embeddings` `(n, embedding_dim)`, `logits`
+        `(n, vocab_size)` at the last token of each sequence, `inverse_temperature` `(1, 1)` (all float32), and
+        `dtype_width` `()`, the significand bits of the model's data type. `n` is 3 and the number of instructions.
     """
-    inputs = processor.process_sequences(probe_sequences(), padding_side="right")
+    inputs = _inputs(processor)
     tensors = {f"{_INPUT}{name}": value.contiguous() for name, value in inputs.items()}
     return {**tensors, **_outputs(model, tensors), "dtype_width": torch.tensor(significand_bits(model.dtype))}
 
@@ -112,7 +112,7 @@ def significand_bits(dtype: torch.dtype) -> int:
 def processor_differences(processor, probe: dict[str, torch.Tensor]) -> list[str]:
     """Compares the inputs that `processor` makes of [`probe_sequences`] with the saved ones, and describes each
     difference; the list is empty if there is none."""
-    inputs = processor.process_sequences(probe_sequences(), padding_side="right")
+    inputs = _inputs(processor)
     saved = {name.removeprefix(_INPUT): value for name, value in probe.items() if name.startswith(_INPUT)}
     if saved.keys() != inputs.keys():
         return [f"the inputs are {sorted(inputs)}, they were {sorted(saved)}"]
@@ -129,6 +129,14 @@ def processor_differences(processor, probe: dict[str, torch.Tensor]) -> list[str
             row = int((value != now).nonzero()[0, 0])
             differences.append(f"{name} of row {row} differ")
     return differences
+
+
+def _inputs(processor):
+    """The inputs of the probe sequences, and of the text with each of the instructions."""
+    sequences = probe_sequences()
+    instructions = [None] * len(sequences) + [text for _, text in sorted(processor.instructions.items())]
+    sequences += [_TEXT] * len(processor.instructions)
+    return processor.process_sequences(sequences, instruction=instructions, padding_side="right")
 
 
 def _outputs(model, tensors) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
@@ -21,11 +20,13 @@ from .chat_template_unigd import freeze_dates, holds_video
 from .configuration_unigd import check_choice
 from .digests_unigd import VERIFY, check_digests, renew_digests_of_files
 from .hub_files_unigd import check_json, find_file
+from .instructions_unigd import SIDES, check_instructions, with_instruction, without_instruction
 from .loading_info_unigd import errors_name
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
 from .plausible_unigd import MAX_PROCESSOR_SIZE, check_sizes
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
 from .rendering_unigd import SequenceError, SequenceRenderer
+from .soft_prompts_unigd import SoftPromptMixin
 from .tokenizing_unigd import SequenceTokenizer, check_vlm_processor
 
 
@@ -38,7 +39,7 @@ DEFAULT_PROMPTS = {
 }
 
 
-class UniGDProcessor(ProcessorMixin):
+class UniGDProcessor(SoftPromptMixin, ProcessorMixin):
     r"""
     Wraps a backbone's processor (tokenizer, image processor, chat template), and adds prompts and spans.
 
@@ -57,14 +58,23 @@ class UniGDProcessor(ProcessorMixin):
             prompt (Sugar, section 3.2).
         image_pooling (`str`, *optional*, defaults to `"mean"`): The span of an image slice: `"mean"` for all its
             tokens (Sugar, appendix E.1), `"last"` for its last token (table 4b, "w/o AvgPool").
+        instructions (`dict[str, str]`, *optional*): What sequences are embedded for, by name: `"query"` and
+            `"document"` for the two sides of retrieval, and any others. sentence-transformers calls them prompts.
 
     Raises:
-        ValueError: if the chat template or the padding token is missing, a prompt is for an unknown modality, or
-            `embedding_position` or `image_pooling` has an unknown value.
+        ValueError: if the chat template or the padding token is missing, a prompt is for an unknown modality,
+            `embedding_position` or `image_pooling` has an unknown value, or an instruction is empty or holds a
+            reserved token.
     """
 
     def __init__(
-        self, vlm_processor, prompts=None, soft_prompts=None, embedding_position="prompt", image_pooling="mean"
+        self,
+        vlm_processor,
+        prompts=None,
+        soft_prompts=None,
+        embedding_position="prompt",
+        image_pooling="mean",
+        instructions=None,
     ):
         if vlm_processor.chat_template is None:
             raise ValueError(
@@ -89,6 +99,7 @@ class UniGDProcessor(ProcessorMixin):
         self.image_pooling = image_pooling
         self._renderer = SequenceRenderer(vlm_processor)
         self._tokenize = SequenceTokenizer(vlm_processor, image_pooling)
+        self.instructions = check_instructions(instructions, self.find_reserved)
 
     # What `ProcessorMixin` and its users expect of a processor comes from the backbone's.
     tokenizer = property(lambda self: self.vlm_processor.tokenizer)
@@ -157,6 +168,8 @@ class UniGDProcessor(ProcessorMixin):
         *,
         prompted: bool | list[bool] = True,
         label_history: bool | list[bool] = False,
+        prompt_name: str | None = None,
+        instruction: str | list[str | None] | None = None,
         sentence_ends: Callable[[str], list[int]] | None = None,
         image_lengths: bool = False,
         max_length: int | None = None,
@@ -173,6 +186,9 @@ class UniGDProcessor(ProcessorMixin):
                 it gets a span, and with `embedding_position="prompt"` it ends with its prompt.
             label_history (`bool` or `list[bool]`, *optional*, defaults to `False`): Whether the answers of a
                 conversation before its target are labelled as the target is.
+            prompt_name (`str`, *optional*): Name of the one of `instructions` that the embedded sequences begin with.
+                `"query"` and `"document"` are none if the processor has no such instruction.
+            instruction (`str` or `list[str | None]`, *optional*): The instruction itself, or one for each sequence.
             sentence_ends (`Callable[[str], list[int]]`, *optional*): Returns where the sentences of a text end, in
                 characters. With it, the spans of all slices are returned too. Each image is a slice, and so is each
                 sentence of every turn except the system's.
@@ -197,7 +213,8 @@ class UniGDProcessor(ProcessorMixin):
                 neither text nor image, is longer than `max_length` (nothing is truncated), or has an answer to label
                 that the chat template changes.
             TypeError: if `sequences` is not a list.
-            ValueError: if there is no sequence, or the numbers of sequences, targets and flags differ.
+            ValueError: if there is no sequence, the numbers of sequences, targets and flags differ, the processor has
+                no instruction `prompt_name`, or `instruction` is given too.
         """
         if not isinstance(sequences, (list, tuple)):
             raise TypeError(
@@ -213,6 +230,7 @@ class UniGDProcessor(ProcessorMixin):
         counts = [len(each) for each in (sequences, targets, flags, histories)]
         if len(set(counts)) > 1:
             raise ValueError(f"The numbers of sequences, targets, `prompted` and `label_history` differ: {counts}.")
+        sequences = self._instructed(sequences, flags, prompt_name, instruction)
         prompts = self._embedding_prompts if self.embedding_position == "prompt" else None
         given = zip(sequences, targets, flags, histories, strict=True)
         rows = [
@@ -277,7 +295,8 @@ class UniGDProcessor(ProcessorMixin):
             SequenceError: as [`process_sequences`] does.
         """
         prompts = self._embedding_prompts if prompted and self.embedding_position == "prompt" else None
-        row = self._renderer.render(0, sequence, target, prompts, label_history=label_history)
+        rendered = sequence if prompted else without_instruction(sequence)
+        row = self._renderer.render(0, rendered, target, prompts, label_history=label_history)
         try:
             sizes = [(image.height, image.width) for image in row.images]
             counts = self._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
@@ -292,67 +311,33 @@ class UniGDProcessor(ProcessorMixin):
         flags = {"prompted": prompted, "label_history": label_history}
         self.process_sequences([sequence], [target], **flags, max_length=max_length)
 
-    def add_soft_prompts(self) -> dict[str, list[int]]:
-        """
-        Reserves a token for each token of the hand-written prompts. From now on, the reserved tokens are the prompts.
+    def _instructed(self, sequences, flags, prompt_name, instruction) -> list:
+        """The embedded sequences with their instructions, and the others without."""
+        if prompt_name is not None and instruction is not None:
+            raise ValueError("Give `prompt_name` or `instruction`, not both.")
+        if prompt_name is not None:
+            instruction = self.get_instruction(prompt_name)
+        texts = instruction if isinstance(instruction, (list, tuple)) else [instruction] * len(sequences)
+        if len(texts) != len(sequences):
+            raise ValueError(f"{len(sequences)} sequences, but {len(texts)} values of `instruction`.")
+        if instruction is not None and not any(flags):
+            raise ValueError("An instruction precedes what is embedded, and with `prompted=False` nothing is.")
+        return [
+            with_instruction(sequence, text) if flag else without_instruction(sequence)
+            for sequence, text, flag in zip(sequences, texts, flags, strict=True)
+        ]
 
-        Returns:
-            `dict[str, list[int]]`: [`soft_prompt_tokens`], the arguments of [`UniGDPreTrainedModel.add_soft_prompts`].
+    def get_instruction(self, prompt_name: str) -> str | None:
+        """
+        The instruction of a name. `"query"` and `"document"` may have none.
 
         Raises:
-            ValueError: if the processor already has soft prompts.
+            ValueError: if the processor has no instruction of another name.
         """
-        if self.soft_prompts is not None:
-            raise ValueError(
-                "This processor already has soft prompts. New ones would replace them, and what was trained would be "
-                "lost."
-            )
-        self.soft_prompts = {modality: [] for modality in self.prompts}
-        for modality in self.prompts:
-            # The first token shows where in the rendered text the others will be.
-            self._reserve_tokens(modality, 1)
-            self._reserve_tokens(modality, len(self._source_ids(modality)))
-        return self.soft_prompt_tokens
-
-    def _reserve_tokens(self, modality: str, count: int) -> None:
-        tokens = [f"<|unigd_{modality}_{place}|>" for place in range(count)]
-        self.tokenizer.add_tokens(tokens, special_tokens=True)
-        self.soft_prompts[modality] = tokens
-        self._renderer = SequenceRenderer(self.vlm_processor)
-
-    @property
-    def soft_prompt_tokens(self) -> dict[str, list[int]]:
-        """`token_ids`, the ids of the reserved tokens, and `source_ids`, the ids of the tokens that they replace."""
-        source_ids = [token for modality in self.soft_prompts or {} for token in self._source_ids(modality)]
-        return {"token_ids": self.soft_prompt_ids, "source_ids": source_ids}
-
-    def _source_ids(self, modality: str) -> list[int]:
-        """The tokens of a hand-written prompt in its place. Many tokenizers tokenize the first word of a text in
-        another way than the same word after a line break."""
-        sequence = Image.new("RGB", (64, 64)) if modality == "image" else "a"
-        reserved = self.soft_prompts[modality]
-        hard, soft = (
-            self.tokenizer(self._renderer.render(0, sequence, prompts={modality: prompt}).prompt)["input_ids"]
-            for prompt in (self.prompts[modality], "".join(reserved))
-        )
-        first, *_, last = self.tokenizer.convert_tokens_to_ids([reserved[0], *reserved])
-        before, after = soft[: soft.index(first)], soft[soft.index(last) + 1 :]
-        start = _common_length(hard, before)
-        end = len(hard) - _common_length(hard[start:][::-1], after[::-1])
-        return hard[start:end]
-
-    @property
-    def soft_prompt_ids(self) -> list[int]:
-        """Ids of the reserved tokens of all modalities, in the order of `soft_prompts`. Empty without soft prompts."""
-        tokens = [token for tokens in (self.soft_prompts or {}).values() for token in tokens]
-        return self.tokenizer.convert_tokens_to_ids(tokens)
-
-    @property
-    def _embedding_prompts(self) -> dict[str, str]:
-        """The prompts that are in use, by modality: the soft ones if there are any."""
-        if not self.soft_prompts:
-            return self.prompts
-        return {modality: "".join(tokens) for modality, tokens in self.soft_prompts.items()}
+        if prompt_name not in (*self.instructions, *SIDES):
+            names = ", ".join(repr(name) for name in dict.fromkeys([*SIDES, *self.instructions]))
+            raise ValueError(f"There is no instruction {prompt_name!r}. The processor knows {names}.")
+        return self.instructions.get(prompt_name)
 
     def find_reserved(self, text: str) -> str | None:
         """The first reserved token in a text, or `None`: a placeholder of images or videos, a mark of a turn, the end
@@ -376,6 +361,7 @@ class UniGDProcessor(ProcessorMixin):
             "soft_prompts": self.soft_prompts,
             "embedding_position": self.embedding_position,
             "image_pooling": self.image_pooling,
+            "instructions": self.instructions,
         }
 
     def to_dict(self):
@@ -448,7 +434,7 @@ class UniGDProcessor(ProcessorMixin):
         # run its code a second time, and whatever has a class of the first time could then not be pickled.
         kwargs["config"] = PreTrainedConfig()
         vlm_processor = load_backbone_processor(config["vlm_processor_class"], pretrained_model_name_or_path, **kwargs)
-        names = ("prompts", "soft_prompts", "embedding_position", "image_pooling")
+        names = ("prompts", "soft_prompts", "embedding_position", "image_pooling", "instructions")
         with errors_name(pretrained_model_name_or_path):
             processor = cls(vlm_processor, **{name: config[name] for name in names if name in config})
             if verify != "none":
@@ -472,6 +458,7 @@ class UniGDProcessor(ProcessorMixin):
         prompts=None,
         embedding_position="prompt",
         image_pooling="mean",
+        instructions=None,
         **kwargs,
     ):
         """
@@ -479,16 +466,11 @@ class UniGDProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub id.
-            prompts, embedding_position, image_pooling: Arguments of [`UniGDProcessor`].
+            prompts, embedding_position, image_pooling, instructions: Arguments of [`UniGDProcessor`].
             kwargs: Arguments of `AutoProcessor.from_pretrained`.
         """
         vlm_processor = AutoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(vlm_processor, prompts, embedding_position=embedding_position, image_pooling=image_pooling)
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists have in common at their beginnings."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return cls(vlm_processor, prompts, None, embedding_position, image_pooling, instructions)
 
 
 def _shape(value):

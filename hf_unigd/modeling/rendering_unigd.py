@@ -15,6 +15,7 @@ from PIL import Image
 
 from .chat_template_unigd import ChatTemplate
 from .images_unigd import ImageError, open_image
+from .instructions_unigd import is_instruction
 
 
 # Code points that no text may contain.
@@ -245,8 +246,9 @@ class SequenceRenderer:
                 if not part.strip():
                     raise SequenceError(index, "holds an empty text.")
                 self._check_text(index, part, "text")
-                # The system's text is not a slice.
-                _append_text(parts, part if role == "system" else _mark_ends(part, sentence_ends), separator=" ")
+                # The system's text is not a slice, and neither is an instruction.
+                is_slice = role != "system" and not is_instruction(given)
+                _append_text(parts, _mark_ends(part, sentence_ends) if is_slice else part, separator=" ")
             else:
                 kind = given.get("type") if isinstance(given, dict) else type(given).__name__
                 raise SequenceError(index, f"holds a {kind}; each part must be a text or a PIL image.")

@@ -46,17 +46,18 @@ class UniGDSentenceModule(InputModule):
         return ["text", "image", "message"]
 
     def preprocess(self, inputs, prompt: str | None = None, **kwargs) -> dict[str, Any]:
-        """Makes the model's inputs. A `prompt` is put before each input, as an instruction.
+        """Makes the model's inputs. A `prompt` is the instruction of each input.
 
         Raises:
             ValueError: an input is of another kind than the accepted ones, has too many tokens, or is the URL of an
                 image, which is not fetched.
         """
         sequences = [_to_sequence(value) for value in inputs]
-        if prompt:
-            sequences = [_with_instruction(sequence, prompt) for sequence in sequences]
+        instruction = prompt or None  # sentence-transformers has an empty one where there is none
         try:
-            return dict(self.processor.process_sequences(sequences, max_length=self.max_seq_length))
+            return dict(
+                self.processor.process_sequences(sequences, instruction=instruction, max_length=self.max_seq_length)
+            )
         except SequenceError as error:
             # `encode` sorts its inputs, so that their places here are not the caller's.
             raise ValueError(f"The input {_excerpt(inputs[error.index])} {error.reason}") from error
@@ -151,13 +152,6 @@ def _to_image(value: Any) -> Image.Image:
         return open_image(value)
     except ImageError as error:
         raise ValueError(f"An input {error}") from error
-
-
-def _with_instruction(sequence: list, prompt: str) -> list:
-    if sequence and isinstance(sequence[0], dict):
-        first = {**sequence[0], "content": [prompt, *sequence[0]["content"]]}
-        return [first, *sequence[1:]]
-    return [prompt, *sequence]
 
 
 def _excerpt(value: Any) -> str:

@@ -43,6 +43,7 @@ def answer_with_retrieval(
     k: int = 3,
     use_images: bool = False,
     max_new_tokens: int = 128,
+    instruction: str | None = None,
     **generate_kwargs: Any,
 ) -> list[Answer]:
     """
@@ -59,6 +60,8 @@ def answer_with_retrieval(
         use_images: Put the entries' pictures into the prompt too, each at its place. An entry without any text says
             nothing otherwise; it is left out, which the log says.
         max_new_tokens: Longest answer, in tokens.
+        instruction: The instruction that the questions are embedded with, by default the processor's `"query"`. It is
+            no part of the prompt.
         generate_kwargs: For `generate`: `do_sample`, `temperature`, `num_beams`, ...
 
     Returns:
@@ -71,7 +74,8 @@ def answer_with_retrieval(
     """
     if use_images and not index.description.store_images:
         raise ValueError("`use_images=True`, but the index was made without pictures (`store_images=False`).")
-    used = [_usable(hits, use_images) for hits in index.search(model, processor, questions, k)]
+    found = index.search(model, processor, questions, k, instruction=instruction)
+    used = [_usable(hits, use_images) for hits in found]
     prompts = [make_prompt(question, hits, use_images) for question, hits in zip(questions, used, strict=True)]
     batch = processor.process_sequences(prompts, prompted=False, padding_side="left")
     lengths, longest = batch["attention_mask"].sum(1), model.config.context_length

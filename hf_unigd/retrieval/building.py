@@ -48,8 +48,9 @@ def build_index(
     show_progress: bool = True,
 ) -> EmbeddingIndex:
     """
-    Embeds the anchors of a dataset (of a chat, the questions; answers come along) into a folder to be searched. A run
-    that was interrupted goes on with the first rows that are missing; a finished index is only loaded.
+    Embeds the anchors of a dataset (of a chat, the questions; answers come along) into a folder to be searched. A row
+    without an `instruction` gets the processor's instruction of a `"document"`. A run that was interrupted goes on
+    with the first rows that are missing; a finished index is only loaded.
 
     Args:
         model: Embeds the rows, and later the queries.
@@ -95,6 +96,7 @@ def build_index(
         rows=rows._fingerprint,
         num_rows=len(rows),
         faiss=faiss,
+        instruction=processor.get_instruction("document"),
     )
     width = truncate_dim or model.config.embedding_dim
     # Hours later would be too late to learn that a prefix was not trained, or that an index cannot be made.
@@ -112,6 +114,7 @@ def build_index(
         max_image_pixels=max_image_pixels,
         requires_match=False,
         find_reserved=processor.find_reserved,
+        instruction=description.instruction,
     )
     writer = _PartWriter(model, processor, rows, parser, description, width, skip_bad_rows, batch_size)
     done = rows_done(folder)

@@ -27,6 +27,8 @@ class IndexDescription:
         rows: Fingerprint of the dataset.
         num_rows: Its length.
         faiss: FAISS's name of the index that it is searched by; None where the search is exact.
+        instruction: The processor's instruction of documents, with which rows without an `instruction` of their own
+            were embedded; None if it has none.
     """
 
     model: str
@@ -38,12 +40,21 @@ class IndexDescription:
     rows: str
     num_rows: int
     faiss: str | None
+    instruction: str | None
 
     def check_model(self, model: PreTrainedModel, processor: UniGDProcessor) -> None:
         """
         Raises:
-            ValueError: the model embeds the probe elsewhere than the one that made the index.
+            ValueError: the model embeds the probe elsewhere than the one that made the index, or its documents have
+                another instruction.
         """
+        instruction = processor.get_instruction("document")
+        if instruction != self.instruction:
+            raise ValueError(
+                f"The index was made with the instruction {self.instruction!r} of documents, and the processor has "
+                f"{instruction!r}. Use the processor that made the index, or index the rows again "
+                "(`hf-unigd index --overwrite true`)."
+            )
         if probes_differ(self.probe, probe(model, processor), (self.dtype, dtype_name(model))):
             revision = f" at {self.revision}" if self.revision else ""
             raise ValueError(

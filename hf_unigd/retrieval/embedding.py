@@ -22,6 +22,8 @@ def embed_sequences(
     batch_size: int = 32,
     truncate_dim: int | None = None,
     show_progress: bool = True,
+    prompt_name: str | None = None,
+    instruction: str | None = None,
 ) -> torch.Tensor:
     """
     Embeddings of texts, images and mixtures of both, in their order. Of each `WINDOW` batches, those of about the same
@@ -34,12 +36,13 @@ def embed_sequences(
         batch_size: Sequences a forward pass.
         truncate_dim: Matryoshka prefix to keep.
         show_progress: Whether to draw a progress bar.
+        prompt_name, instruction: As in [`UniGDProcessor.process_sequences`].
 
     Returns:
         `torch.FloatTensor` of shape `(len(sequences), embedding_dim)`, on the CPU: unit vectors.
 
     Raises:
-        ValueError: `sequences` is empty.
+        ValueError: `sequences` is empty, or the processor has no instruction `prompt_name`.
         SequenceError: a sequence cannot be processed, or is longer than the model's context.
     """
     if len(sequences) == 0:
@@ -57,7 +60,10 @@ def embed_sequences(
                 places = by_length[start : start + batch_size]
                 try:
                     batch = processor.process_sequences(
-                        [window[place] for place in places], max_length=model.config.context_length
+                        [window[place] for place in places],
+                        prompt_name=prompt_name,
+                        instruction=instruction,
+                        max_length=model.config.context_length,
                     )
                 except SequenceError as error:
                     raise SequenceError(first + places[error.index], error.reason) from error

@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 
 from ..data import Example
 from ..data.example import Messages, iter_parts
+from ..modeling.instructions_unigd import without_instruction
 
 
 Part = str | PILImage.Image
@@ -73,7 +74,7 @@ def make_hit(entry: dict[str, Any], score: float) -> Hit:
 
 def _parts(messages: Messages, store_images: bool) -> list[dict[str, Any]]:
     parts = []
-    for _, part in iter_parts(messages):
+    for _, part in iter_parts(without_instruction(messages)):
         if part["type"] == "text":
             parts.append({"text": part["text"], "image": None})
         elif store_images:

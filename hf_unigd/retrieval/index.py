@@ -78,6 +78,7 @@ class EmbeddingIndex:
         sequences: Sequence[Any],
         k: int = 5,
         batch_size: int = 32,
+        instruction: str | None = None,
     ) -> list[list[Hit]]:
         """
         The entries most similar to each of some sequences.
@@ -88,6 +89,7 @@ class EmbeddingIndex:
             sequences: Texts, images, or lists of both, as [`UniGDProcessor.process_sequences`] takes them.
             k: How many to find for each.
             batch_size: Sequences a forward pass.
+            instruction: The instruction of the queries, by default the processor's `"query"`.
 
         Returns:
             For each sequence its hits, best first.
@@ -99,7 +101,14 @@ class EmbeddingIndex:
         self._check_k(k)
         self.description.check_model(model, processor)
         queries = embed_sequences(
-            model, processor, sequences, batch_size, self.description.truncate_dim, show_progress=False
+            model,
+            processor,
+            sequences,
+            batch_size,
+            self.description.truncate_dim,
+            show_progress=False,
+            prompt_name="query" if instruction is None else None,
+            instruction=instruction,
         )
         return self.nearest(queries, k)
 

@@ -6,12 +6,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling import UniGDProcessor
-from ..modeling.probe_unigd import make_probe, rounding_tolerance, significand_bits
+from ..modeling.probe_unigd import make_probe, probe_sequences, rounding_tolerance, significand_bits
 
 
 def probe(model: PreTrainedModel, processor: UniGDProcessor, length: int = 64) -> list[float]:
-    """The first `length` numbers of the embedding of each probe sequence, one after the other."""
-    return make_probe(model, processor)["embeddings"][:, :length].flatten().tolist()
+    """The first `length` numbers of the embedding of each probe sequence, one after the other. The instructions are
+    not part of it: queries may get others, and an index describes that of its documents."""
+    embeddings = make_probe(model, processor)["embeddings"][: len(probe_sequences())]
+    return embeddings[:, :length].flatten().tolist()
 
 
 def probes_differ(made: Sequence[float], found: Sequence[float], dtypes: Sequence[str]) -> bool:

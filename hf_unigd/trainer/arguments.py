@@ -373,6 +373,10 @@ class UniGDModelConfig(ModelConfig):
             Where a new model embeds a sequence: at the end of a `"prompt"` (VladVA) or at its `"last_slice"` (Sugar).
         image_pooling (`str`, *optional*, defaults to `"mean"`):
             Tokens of an image slice that a new model pools: the `"mean"` of all of them, or the `"last"` one.
+        instruction, document_instruction (`str`, *optional*):
+            What anchors, and positives and negatives, are embedded for: the processor's instructions `"query"` and
+            `"document"`, which it is saved with. They precede what is embedded, in rows without instructions of their
+            own.
 
     Defaults that differ from TRL's are VladVA's: `lora_alpha` is 16, `lora_dropout` is 0, and LoRA adapts all linear
     layers of the language model.
@@ -397,6 +401,14 @@ class UniGDModelConfig(ModelConfig):
     image_pooling: str = field(
         default="mean",
         metadata={"help": "Tokens of an image that a new model pools.", "choices": ["mean", "last"]},
+    )
+    instruction: str | None = field(
+        default=None,
+        metadata={"help": "Instruction of anchors, saved with the model for queries. Rows may have their own."},
+    )
+    document_instruction: str | None = field(
+        default=None,
+        metadata={"help": "Instruction of positives and negatives, saved with the model for documents."},
     )
 
     def __post_init__(self):

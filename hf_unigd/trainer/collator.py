@@ -15,6 +15,7 @@ from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..data.streams import Skipped
 from ..modeling import SequenceError, UniGDProcessor
+from ..modeling.instructions_unigd import without_instruction
 from .arguments import UniGDTrainingArguments
 from .batches import idle_batch
 from .prefixes import PrefixSampler
@@ -42,7 +43,8 @@ class UniGDDataCollator:
     - `places`: a `dict` of the indices of the `anchors` `(n,)`, their `positives` `(n,)`, the `negatives` `(m,)` and,
       for the structure loss, the `slices` in the concatenated embeddings of all chunks.
     - `anchor_rows` `(n,)`: indices of the rows of the embedded anchors in the dataset.
-    - `anchor_keys`, `positive_keys` `(n,)`, `negative_keys` `(m,)`: content keys that mask duplicates.
+    - `anchor_keys`, `positive_keys` `(n,)`, `negative_keys` `(m,)`: content keys that mask duplicates. An instruction
+      is part of a question, and not of its answer: only anchors of equal instructions have equal keys.
     - `caption_keys` `(k, 2)`: content keys of images and of their captions, which mask what matches besides.
     - `structure`, if every example has slices: the inputs of [`StructureLoss`] that [`PrefixSampler`] returns.
     - `rows` `(batch_size,)`: indices of the rows in the dataset.
@@ -154,11 +156,11 @@ class UniGDDataCollator:
             key = content_key(example.anchor) if flag or captions else 0
             anchor_keys += [key] if flag else []
             caption_keys += [(key, content_key(caption)) for caption in captions]
-        candidate_keys = torch.tensor([content_key(each) for each in candidates], dtype=torch.long)
+        candidate_keys = [content_key(without_instruction(each)) for each in candidates]
         return {
             "anchor_keys": torch.tensor(anchor_keys, dtype=torch.long),
-            "positive_keys": candidate_keys[: len(anchor_keys)],
-            "negative_keys": candidate_keys[len(anchor_keys) :],
+            "positive_keys": torch.tensor(candidate_keys[: len(anchor_keys)], dtype=torch.long),
+            "negative_keys": torch.tensor(candidate_keys[len(anchor_keys) :], dtype=torch.long),
             "caption_keys": torch.tensor(caption_keys, dtype=torch.long).reshape(-1, 2),
         }
 

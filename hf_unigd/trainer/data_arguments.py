@@ -88,7 +88,8 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
         },
     )
     rename_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns to rename, as pairs old:new, for example `photo:image title:caption`."}
+        default=None,
+        metadata={"help": "Columns to rename, as pairs old:new, for example `photo:image title:caption`."},
     )
     datasets: list[DatasetConfig] = field(
         default_factory=list, metadata={"help": "Datasets to mix, in a YAML file, instead of `dataset_name`."}

@@ -64,6 +64,8 @@ def prepare_examples(
         splitter=args.splitter if args.alignment_weight else None,
         mask_history=args.mask_history,
         find_reserved=processor.find_reserved,
+        instruction=processor.get_instruction("query"),
+        document_instruction=processor.get_instruction("document"),
         seed=args.seed,
     )
 

@@ -9,6 +9,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.hub_files_unigd import is_adapter
+from ..modeling.instructions_unigd import check_instructions
 from .adapters import add_adapter, check_adapter
 from .arguments import UniGDModelConfig, UniGDTrainingArguments
 from .vision import is_frozen, vision_parameters
@@ -76,6 +77,9 @@ def load_for_training(
             image_pooling=model_args.image_pooling,
             revision=revision,
         )
+    sides = {"query": model_args.instruction, "document": model_args.document_instruction}
+    instructions = processor.instructions | {side: text for side, text in sides.items() if text is not None}
+    processor.instructions = check_instructions(instructions, processor.find_reserved)
     if model_args.soft_prompts and processor.soft_prompts is None:
         model.add_soft_prompts(**processor.add_soft_prompts())
     return model, processor, get_peft_config(model_args)

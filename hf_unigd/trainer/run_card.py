@@ -113,6 +113,7 @@ def _settings(trainer: Trainer) -> dict[str, object]:
         "embedded at": processor.embedding_position,
         "prompts": "trained tokens" if processor.soft_prompts else " / ".join(processor.prompts.values()),
     }
+    settings |= {f"instruction of {name}": text for name, text in processor.instructions.items()}
     if isinstance(model, PeftModel):
         lora = model.peft_config[model.active_adapter]
         settings["LoRA"] = f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"

@@ -47,7 +47,7 @@ def test_an_ideal_model_finds_every_last_image(llava, monkeypatch):
     stories = make_stories()
     vectors = {image.tobytes(): torch.eye(7)[place] for place, image in enumerate(make_image(n) for n in range(7))}
 
-    def embed_sequences(model, processor, sequences, batch_size, show_progress):
+    def embed_sequences(model, processor, sequences, batch_size, show_progress, prompt_name):
         found = []
         for sequence in sequences:
             story = next((story for story in stories if sequence[0] == story["captions"][0]), None)
