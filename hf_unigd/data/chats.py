@@ -17,23 +17,38 @@ _IMAGE_KEYS = ("image", "path", "url")
 _UNSUPPORTED_KEYS = ("tool_calls", "loss", "weight")
 
 
-def from_llava(conversation: Any) -> list[dict[str, Any]]:
-    """LLaVA's turns as messages with roles.
+def from_llava(conversation: Any, name: str = "conversations") -> list[dict[str, Any]]:
+    """LLaVA's turns as messages with roles. `name` is that of the column, for errors.
 
     Raises:
         ValueError: they are not turns with `from` and `value`. The message continues "Row 3 ...".
     """
     messages = []
-    for turn in _checked_turns(conversation, "conversations"):
+    for turn in _checked_turns(conversation, name):
         role = turn.get("from")
         if not isinstance(role, str) or role not in _LLAVA_ROLES:
-            raise ValueError(
-                f"has a turn from {role!r} in `conversations`; `from` must be one of {sorted(_LLAVA_ROLES)}"
-            )
+            raise ValueError(f"has a turn from {role!r} in `{name}`; `from` must be one of {sorted(_LLAVA_ROLES)}")
         if not isinstance(turn.get("value"), str):
-            raise ValueError(f"has a turn in `conversations` whose `value` is a {type(turn.get('value')).__name__}")
+            raise ValueError(f"has a turn in `{name}` whose `value` is a {type(turn.get('value')).__name__}")
         messages.append({"role": _LLAVA_ROLES[role], "content": turn["value"]})
     return messages
+
+
+def only_answer(conversation: Any, name: str) -> str:
+    """
+    The answer of a conversation that asks for a caption, as those of ShareGPT-4V do.
+
+    Args:
+        conversation: LLaVA's turns.
+        name: Name of the column, for errors.
+
+    Raises:
+        ValueError: there are no such turns, or not exactly one answer. The message continues "Row 3 ...".
+    """
+    answers = [turn["content"] for turn in from_llava(conversation, name) if turn["role"] == "assistant"]
+    if len(answers) != 1:
+        raise ValueError(f"has a conversation with {len(answers)} answers in `{name}`; a caption is the only answer")
+    return answers[0]
 
 
 def read_chat(messages: Any, images: Any, name: str, open_image: Callable[[Any], Image.Image]) -> Messages:

@@ -24,12 +24,17 @@ class DatasetSource:
             map-style datasets is drawn once in each epoch, and streams are drawn equally often.
         image_folder: Folder that its image paths start from and must not leave. By default, that of the training
             arguments.
+        instruction: What its anchors are embedded for, in rows without an instruction of their own. Training saves it
+            with the processor under `name`. By default, that of the training arguments.
+        document_instruction: The same of its positives and negatives, saved under `"NAME document"`.
     """
 
     rows: Rows
     name: str
     weight: float | None = None
     image_folder: str | None = None
+    instruction: str | None = None
+    document_instruction: str | None = None
 
 
 @dataclass

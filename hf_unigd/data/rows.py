@@ -11,7 +11,7 @@ from typing import Any
 
 from ..modeling.images_unigd import MAX_PIXELS
 from ..modeling.instructions_unigd import with_instruction
-from .chats import as_list, from_llava, read_chat, read_chats
+from .chats import as_list, from_llava, only_answer, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
 from .formats import format_of, holds_many, is_negative
 from .images import blank_image, open_image
@@ -165,6 +165,8 @@ class RowParser:
 
     def _from_captions(self, row, index, epoch) -> Example:
         names = ("short_caption", "long_caption", "caption")
+        conversations = {name: row[name] for name in names if _is_conversation(row.get(name))}
+        row = {**row, **{name: only_answer(turns, name) for name, turns in conversations.items()}}
         captions = [_caption(text, name) for name in names for text in as_list(row.get(name))]
         texts = {name: self._draw(row, name, index, epoch) for name in names}
         short, long, caption = texts.values()
@@ -390,6 +392,10 @@ def _turn(content) -> Messages:
 
 def _text_turn(text: str) -> Messages:
     return _turn([{"type": "text", "text": text}])
+
+
+def _is_conversation(value) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(turn, dict) for turn in value)
 
 
 def _shortened(text: str, part: str) -> str:

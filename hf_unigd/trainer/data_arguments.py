@@ -1,6 +1,6 @@
 """The arguments that say which datasets a script or command reads."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -30,6 +30,9 @@ class DatasetConfig(TRLDatasetConfig):
         image_folder (`str`, *optional*):
             Folder that the image paths of this dataset start from and must not leave. Defaults to the `image_folder`
             of all datasets.
+        instruction, document_instruction (`str`, *optional*):
+            What the anchors, and the positives and negatives, of this dataset are embedded for. Training saves them
+            with the processor under the names `path` and `"PATH document"`.
         fraction:
             Refused. `weight` says how often rows are drawn, and leaves none out.
     """
@@ -37,6 +40,8 @@ class DatasetConfig(TRLDatasetConfig):
     weight: float | None = None
     rename_columns: dict[str, str] | None = None
     image_folder: str | None = None
+    instruction: str | None = None
+    document_instruction: str | None = None
 
     def __post_init__(self):
         if getattr(self, "fraction", None) is not None:
@@ -55,7 +60,9 @@ class DatasetConfig(TRLDatasetConfig):
         )
         if self.columns:
             rows = rows.select_columns(self.columns)
-        return DatasetSource(rows, self.path, self.weight, self.image_folder)
+        return DatasetSource(
+            rows, self.path, self.weight, self.image_folder, self.instruction, self.document_instruction
+        )
 
 
 @dataclass
@@ -165,10 +172,7 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
             return source, source
         size: Any = int(self.test_split_size) if self.test_split_size >= 1 else self.test_split_size
         splits = source.rows.train_test_split(size, seed=seed)  # type: ignore[union-attr]  # no stream
-        train, test = (
-            DatasetSource(splits[name], source.name, source.weight, source.image_folder) for name in ("train", "test")
-        )
-        return train, test
+        return replace(source, rows=splits["train"]), replace(source, rows=splits["test"])
 
 
 def _entry(entry: Any, argument: str) -> DatasetConfig:

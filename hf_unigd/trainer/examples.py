@@ -20,6 +20,7 @@ from ..data import (
 from ..data.dataset import Rows
 from ..data.lengths import sequence_length
 from ..modeling import UniGDProcessor
+from ..modeling.instructions_unigd import check_instructions
 from .arguments import UniGDTrainingArguments
 from .collator import UniGDDataCollator
 
@@ -96,12 +97,18 @@ def prepare_examples(
     seed = args.seed if args.data_seed is None else args.data_seed
     if not isinstance(rows, DatasetMixture):
         return examples_of(rows, parser, slice_features)
+    if is_training:
+        _save_instructions(rows, processor)
     has_stream = any(isinstance(source.rows, IterableDataset) for source in rows.sources)
     parts: list[Any] = []
     first = 0
     for source in rows.sources:
         own_parser = dataclasses.replace(
-            parser, source=source.name, image_folder=source.image_folder or args.image_folder
+            parser,
+            source=source.name,
+            image_folder=source.image_folder or parser.image_folder,
+            instruction=source.instruction or parser.instruction,
+            document_instruction=source.document_instruction or parser.document_instruction,
         )
         own_rows: Any = _as_stream(source.rows, source.name, args) if has_stream else source.rows
         own_features = slice_features
@@ -118,6 +125,20 @@ def prepare_examples(
         together = args.gradient_accumulation_steps if args.negatives_across_accumulation else 1
         return MixedStream(parts, rows.weights or [1.0] * len(parts), seed, together if args.batch_by_source else None)
     return MixedDataset(parts, rows.weights if is_training else None, seed)
+
+
+def _save_instructions(rows: DatasetMixture, processor: UniGDProcessor) -> None:
+    """Keeps the instructions of the datasets in the processor, by their names."""
+    given = {
+        name: text
+        for source in rows.sources
+        for name, text in (
+            (source.name, source.instruction),
+            (f"{source.name} document", source.document_instruction),
+        )
+        if text is not None
+    }
+    processor.instructions = check_instructions({**processor.instructions, **given}, processor.find_reserved)
 
 
 def _as_stream(rows: Rows, name: str, args: UniGDTrainingArguments) -> IterableDataset:

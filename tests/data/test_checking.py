@@ -215,5 +215,5 @@ def test_processes_share_the_check_and_its_result(tmp_path):
     mp.spawn(check_on_rank, (port, tmp_path), nprocs=2)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert [results for results, _ in shares] == [[[0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]] * 2] * 2
-    assert [parsed for _, parsed in shares] == [2 * 6, 2 * 6]  # two counts a caption; the second check read no row
+    assert [parsed for _, parsed in shares] == [2 * 6, 2 * 7]  # two counts a caption; the second check read no row
     assert not (tmp_path / "cache_1").exists()

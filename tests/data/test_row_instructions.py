@@ -30,7 +30,7 @@ MMEB = {"qry": "<|image_1|>\nWhat?", "qry_image_path": A, "pos_text": "a cat", "
 
 
 def parse(row, **settings):
-    return RowParser(lambda text: len(text.split()), **settings)(row, 7)
+    return RowParser(lambda text: len(text.split()), trust_caption_columns=True, **settings)(row, 7)
 
 
 def instructions_of(sequence):
@@ -91,7 +91,7 @@ def test_the_length_check_counts_it():
 
 
 def collate(model, rows):
-    parser = RowParser(len, instruction=QUERY, document_instruction=DOCUMENT)
+    parser = RowParser(len, trust_caption_columns=True, instruction=QUERY, document_instruction=DOCUMENT)
     return UniGDDataCollator(model.processor)([parser(row, place) for place, row in enumerate(rows)])
 
 

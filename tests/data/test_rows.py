@@ -107,6 +107,16 @@ def test_a_caption_of_the_wrong_length_for_its_column_is_left_out_beside_another
     assert parser.left_out == len(row) - 1 - len(used)
 
 
+def test_a_caption_may_be_the_only_answer_of_a_conversation():
+    """As in ShareGPT-4V, whose `conversations` are renamed to `long_caption` beside short captions of one's own."""
+    turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "A cat on a mat."}]
+    example = parse({"image": IMAGE, "short_caption": "a cat", "long_caption": turns})
+    assert example.target == "A cat on a mat." and texts(example.positive) == ["a cat"]
+    for wrong, message in ((turns * 2, "2 answers in `long_caption`"), (turns[:1], "0 answers"), ([{}], "from None")):
+        with pytest.raises(RowError, match=message):
+            parse({"image": IMAGE, "long_caption": wrong})
+
+
 def test_captions_that_are_left_out_are_counted(caplog):
     parser = RowParser(lambda text: len(text.split()), long_caption_max_tokens=40)
     for place in range(5):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from hf_unigd import UniGDProcessor
 from hf_unigd.data import DatasetMixture, DatasetSource, RowError
 from hf_unigd.trainer import DatasetConfig, UniGDDataCollator, UniGDScriptArguments
 from hf_unigd.trainer.sampler import LengthGroupedSampler, SourceBatchSampler
@@ -79,6 +80,19 @@ def test_batches_of_one_dataset(tmp_path, streamed, monkeypatch):
     assert all(len(set(names)) == 1 for names in batches)
     counts = Counter(names[0] for names in batches)
     assert counts == {"a": 6, "b": 4} if not streamed else len(counts) == 2
+
+
+def test_the_instructions_of_a_dataset_precede_its_rows_and_are_saved(tmp_path):
+    rows = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]})
+    parts = [DatasetSource(rows, "plain"), DatasetSource(rows, "asked", None, None, "Find it.", "An answer.")]
+    trainer = make_trainer(tmp_path, DatasetMixture(parts), per_device_train_batch_size=2)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    anchors, candidates = (trainer.processing_class.batch_decode(chunk["input_ids"]) for chunk in batch["chunks"])
+    assert ["Find it" in text for text in anchors] == [False, False, True, True]
+    assert ["An answer" in text for text in candidates] == [False, False, True, True]
+    trainer.save_model()
+    saved = UniGDProcessor.from_pretrained(tmp_path).instructions
+    assert saved["asked"] == "Find it." and saved["asked document"] == "An answer."
 
 
 def test_batches_of_one_dataset_need_enough_rows(tmp_path):
