@@ -97,6 +97,7 @@ def make_trainer(batch_size: int, long_captions: bool = True, **kwargs) -> tuple
     """Returns a trainer and one batch."""
     processor = UniGDProcessor(make_processor())
     args = UniGDTrainingArguments(
+        trust_caption_columns=True,
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch_size,
         use_cpu=True,

@@ -66,7 +66,7 @@ def render(name: str) -> ModelCard:
     """Returns the card of a recipe."""
     facts = RECIPES[name]
     recipe = yaml.safe_load((ROOT / facts["recipe"]).read_text(encoding="utf-8"))
-    datasets = [Path(part["path"]).name for part in recipe["datasets"]]
+    datasets = [part["path"].removeprefix("data/") for part in recipe["datasets"]]
     settings = {key: value for key, value in recipe.items() if not NO_SETTINGS.search(key)}
     return make_model_card(
         repo_id=f"your-name/{name}",

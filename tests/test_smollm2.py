@@ -85,6 +85,7 @@ def test_lora_and_soft_prompts_train_and_the_base_model_still_answers(smollm2, t
     icons = load_icons("train", size=32)
     rows = Dataset.from_list([icons[place] for place in range(16)])
     args = UniGDTrainingArguments(
+        trust_caption_columns=True,
         output_dir=str(tmp_path),
         max_steps=6,
         per_device_train_batch_size=4,

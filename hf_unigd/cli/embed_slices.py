@@ -3,7 +3,7 @@ Embed the images and sentences of a dataset once with the frozen teachers of the
 `--slice_features` need not run the teachers. An interrupted run continues where it stopped when it is started again.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
 
@@ -67,8 +67,7 @@ def main(argv: list[str]) -> None:
     sources = rows.sources if isinstance(rows, DatasetMixture) else [DatasetSource(rows, script_args.dataset_name)]
     parts = []
     for source in sources:
-        own_parser = replace(row_parser, source=source.name, image_folder=source.image_folder or args.image_folder)
-        part = make_examples(source.rows, own_parser, args.skip_bad_rows, check_rows="off")
+        part = make_examples(source.rows, source.parser(row_parser), args.skip_bad_rows, check_rows="off")
         if isinstance(part, ExampleStream):
             raise ValueError("Leave streaming out: features are stored by the number of the row.")
         parts.append(part)

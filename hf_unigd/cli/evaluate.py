@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
             output_dir=folder,
             per_device_eval_batch_size=args.batch_size,
             skip_bad_rows=args.skip_bad_rows,
+            trust_caption_columns=True,
             **args.image_settings(),
             report_to=[],
         )

@@ -14,7 +14,8 @@ def without_decoding(rows: Any) -> Any:
     if not features or _undecoded(features) == features:
         return rows
     if isinstance(rows, IterableDataset):
-        return rows.decode(False)
+        # `decode(False)` would leave columns of mixed types (`datasets.Json`) as strings too.
+        return rows.cast(Features(_undecoded(features)))
     if not isinstance(rows, Dataset) or rows.format["type"] == "custom":
         return rows
     info = rows.info.copy()

@@ -1,7 +1,7 @@
 """Mixtures of datasets of different columns: each is parsed by its own, and the examples are mixed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from .dataset import ExampleDataset, Rows
 from .example import Example
+from .rows import RowParser
 
 
 @dataclass
@@ -27,6 +28,8 @@ class DatasetSource:
         instruction: What its anchors are embedded for, in rows without an instruction of their own. Training saves it
             with the processor under `name`. By default, that of the training arguments.
         document_instruction: The same of its positives and negatives, saved under `"NAME document"`.
+        interleaved_captions: Whether an image and its `caption` are one sequence, to which there is no answer, as
+            Sugar takes COYO.
     """
 
     rows: Rows
@@ -35,6 +38,18 @@ class DatasetSource:
     image_folder: str | None = None
     instruction: str | None = None
     document_instruction: str | None = None
+    interleaved_captions: bool = False
+
+    def parser(self, common: RowParser) -> RowParser:
+        """The parser of its rows: the one of all datasets, with its own settings."""
+        return replace(
+            common,
+            source=self.name,
+            image_folder=self.image_folder or common.image_folder,
+            instruction=self.instruction or common.instruction,
+            document_instruction=self.document_instruction or common.document_instruction,
+            interleaved_captions=self.interleaved_captions,
+        )
 
 
 @dataclass

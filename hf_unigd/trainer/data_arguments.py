@@ -32,7 +32,9 @@ class DatasetConfig(TRLDatasetConfig):
             of all datasets.
         instruction, document_instruction (`str`, *optional*):
             What the anchors, and the positives and negatives, of this dataset are embedded for. Training saves them
-            with the processor under the names `path` and `"PATH document"`.
+            with the processor under the names `"PATH/NAME"` and `"PATH/NAME document"`.
+        interleaved_captions (`bool`, *optional*, defaults to `False`):
+            Whether an image and its `caption` are one sequence, to which there is no answer, as Sugar takes COYO.
         fraction:
             Refused. `weight` says how often rows are drawn, and leaves none out.
     """
@@ -42,6 +44,7 @@ class DatasetConfig(TRLDatasetConfig):
     image_folder: str | None = None
     instruction: str | None = None
     document_instruction: str | None = None
+    interleaved_captions: bool = False
 
     def __post_init__(self):
         if getattr(self, "fraction", None) is not None:
@@ -60,9 +63,13 @@ class DatasetConfig(TRLDatasetConfig):
         )
         if self.columns:
             rows = rows.select_columns(self.columns)
-        return DatasetSource(
-            rows, self.path, self.weight, self.image_folder, self.instruction, self.document_instruction
-        )
+        names = [each.name for each in fields(DatasetSource) if each.name not in ("rows", "name")]
+        return DatasetSource(rows, self.title, **{name: getattr(self, name) for name in names})
+
+    @property
+    def title(self) -> str:
+        """Names the dataset in errors, metrics and instructions."""
+        return self.path if self.name is None else f"{self.path}/{self.name}"
 
 
 @dataclass
@@ -80,7 +87,8 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
         datasets (`list[DatasetConfig]`, *optional*):
             Datasets to mix, in a YAML file, instead of `dataset_name`. Each is parsed by its own columns.
         eval_datasets (`list[DatasetConfig]`, *optional*):
-            Datasets to evaluate, each of its own, with `datasets`. Metrics are named after `name`, or `path`.
+            Datasets to evaluate, each of its own, with `datasets`. Metrics are named after `path`, and `name` if there
+            is one.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to stream `datasets`.
         test_split_size (`float`, *optional*):
@@ -158,7 +166,7 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
         if self.dataset_name is not None:
             return self.load_rows(self.dataset_test_split)
         if self.eval_datasets:
-            return {each.name or each.path: DatasetMixture([each.load()]) for each in self.eval_datasets}
+            return {each.title: DatasetMixture([each.load()]) for each in self.eval_datasets}
         if not self.test_split_size:
             raise ValueError("Evaluation with `datasets` needs `eval_datasets` or `test_split_size`.")
         return DatasetMixture([self._split(source, seed)[1] for source in self._sources()])

@@ -1,6 +1,5 @@
 """Turns the rows that a trainer is given into examples."""
 
-import dataclasses
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -103,20 +102,13 @@ def prepare_examples(
     parts: list[Any] = []
     first = 0
     for source in rows.sources:
-        own_parser = dataclasses.replace(
-            parser,
-            source=source.name,
-            image_folder=source.image_folder or parser.image_folder,
-            instruction=source.instruction or parser.instruction,
-            document_instruction=source.document_instruction or parser.document_instruction,
-        )
         own_rows: Any = _as_stream(source.rows, source.name, args) if has_stream else source.rows
         own_features = slice_features
         if slice_features is not None and not has_stream:
             own_features = slice_features.part(first, len(own_rows))
             first += len(own_rows)
         try:
-            parts.append(examples_of(own_rows, own_parser, own_features))
+            parts.append(examples_of(own_rows, source.parser(parser), own_features))
         except (TypeError, ValueError) as error:
             if source.name in str(error):
                 raise

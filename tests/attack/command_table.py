@@ -98,6 +98,7 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
         **data,
         "max_steps": "1",
         "per_device_train_batch_size": "4",
+        "trust_caption_columns": "true",
         "use_cpu": "true",
         "report_to": "none",
     }

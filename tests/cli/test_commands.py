@@ -34,6 +34,7 @@ def train_arguments(folder, output, **kwargs):
         "model_name_or_path": folder / "vlm",
         "dataset_name": folder / "rows",
         "dataset_test_split": "train",
+        "trust_caption_columns": "true",
         "output_dir": output,
         "max_steps": 2,
         "per_device_train_batch_size": 4,

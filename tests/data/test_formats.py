@@ -3,7 +3,7 @@
 import zipfile
 
 import pytest
-from datasets import Dataset, Image, List
+from datasets import Dataset, Features, Image, Json, List
 
 from hf_unigd.data import ExampleCheck, ExampleDataset, RowError, RowParser, make_examples
 from hf_unigd.data.example import iter_images, iter_parts
@@ -155,6 +155,15 @@ def test_images_of_a_dataset_are_opened_by_us_at_any_depth(streaming):
     row = next(iter(plain))
     assert row["image"]["bytes"] and row["images"][0][1]["bytes"] and row["caption"] == "a"
     assert rows.features["image"] == Image()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_turns_of_mixed_types_beside_images_are_still_turns(streaming):
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a cat", "markdown": {"index": 0}}]
+    features = Features({"image": Image(), "conversations": List(Json())})
+    rows = Dataset.from_dict({"image": [A], "conversations": [turns]}, features)
+    (row,) = without_decoding(rows.to_iterable_dataset() if streaming else rows)
+    assert row["image"]["bytes"] and row["conversations"] == turns
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -3,9 +3,7 @@
 The schema of each is that of the source which its test names.
 """
 
-import io
 import json
-import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,27 +15,11 @@ from hf_unigd.data.example import iter_images, iter_parts
 from hf_unigd.data.features import without_decoding
 from hf_unigd.data.formats import check_columns
 from hf_unigd.data.images import open_image
+from published_rows import jpeg, write_tar
 from tiny_models import make_image
 
 
 both = pytest.mark.parametrize("streaming", [False, True])
-
-
-def jpeg(seed):
-    """The bytes of a JPEG, which change if anybody decodes and encodes it again."""
-    buffer = io.BytesIO()
-    make_image(seed).save(buffer, "JPEG", quality=40)
-    return buffer.getvalue()
-
-
-def write_tar(file, samples):
-    """WebDataset: the files of a sample follow each other and have its key as their name."""
-    with tarfile.open(file, "w") as tar:
-        for key, fields in samples.items():
-            for suffix, content in fields.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
 
 
 def examples_of(rows, **settings):

@@ -34,6 +34,7 @@ def launch(folder, output, config, *flags):
         "use_cpu": "true",
         "report_to": "none",
         "check_rows": "off",
+        "trust_caption_columns": "true",
     }
     train = [
         "-m",

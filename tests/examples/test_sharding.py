@@ -40,6 +40,7 @@ def train(folder: Path, config: str, processes: int = 2) -> Path:
         "use_cpu": "true",
         "report_to": "none",
         "check_rows": "off",
+        "trust_caption_columns": "true",
     }
     flags = [part for name, value in common.items() for part in (f"--{name}", str(value))]
     runs = [["bf16", [*flags, "--output_dir", f"{output}/bf16"]]] if processes > 1 else []

@@ -1,4 +1,4 @@
-"""Runs the example script with its recipe for two steps on a tiny model and local data with the same columns."""
+"""Runs the example script with its recipe for two steps on a tiny model and rows as they are published."""
 
 import json
 import runpy
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset, load_from_disk
 from safetensors import safe_open
 
 from hf_unigd.cli.main import main
 from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter
+from hf_unigd.data.images import open_image
+from hf_unigd.data.slice_features import read_parts
+from hf_unigd.trainer import UniGDScriptArguments
+from published_rows import jpeg, write_tar
 from tiny_models import make_image, make_vlm
 from tiny_teachers import save_teachers
 
@@ -49,17 +52,25 @@ def folder(tmp_path_factory):
     tiny.model.save_pretrained(folder / "vlm")
     tiny.processor.save_pretrained(folder / "vlm")
     config = yaml.safe_load((EXAMPLES / "llava_1.5_7b.yaml").read_text())
-    parts = [folder / part["path"] for part in config["datasets"]]
-    for part in [*parts, folder / config["image_folder"]]:
-        part.mkdir(parents=True)
+    images = folder / config["image_folder"]
+    images.mkdir(parents=True)
     for place in range(COUNT):
         for name, seed in (("a", place), ("b", 100 + place)):
-            make_image(seed).save(folder / config["image_folder"] / f"{place}{name}.png")
-    mmc4, coyo, llava = parts
-    (mmc4 / "docs_shard_0.jsonl").write_text("\n".join(json.dumps(article(place)) for place in range(COUNT)))
-    pairs = {"image": [make_image(200 + place) for place in range(COUNT)], "text": ["two blue dogs"] * COUNT}
-    Dataset.from_dict({**pairs, "id": list(range(COUNT))}).to_parquet(str(coyo / "train.parquet"))
-    (llava / "mix.json").write_text(json.dumps([conversation(place) for place in range(COUNT)]))
+            make_image(seed).save(images / f"{place}{name}.png")
+    mmc4, coyo, llava = (folder / part["path"] for part in config["datasets"])
+    mmc4.parent.mkdir()
+    (mmc4.parent / "docs_shard_0.jsonl").write_text("\n".join(json.dumps(article(place)) for place in range(COUNT)))
+    coyo.parent.mkdir()
+    samples = {
+        f"{place:05d}": {
+            "jpg": jpeg(200 + place),
+            "txt": b"two blue dogs",
+            "json": json.dumps({"key": place}).encode(),
+        }
+        for place in range(COUNT)
+    }
+    write_tar(coyo.parent / "00000.tar", samples)
+    llava.write_text(json.dumps([conversation(place) for place in range(COUNT)]))
 
     teachers = save_teachers(folder / "teachers")
     names = ("image_teacher", "text_teacher", "cross_teacher")
@@ -72,8 +83,8 @@ def folder(tmp_path_factory):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train_sugar.py", "--config", "config.yaml", *arguments])
-    runpy.run_path(str(EXAMPLES / "train_sugar.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "config.yaml", *arguments])
+    runpy.run_path(str(EXAMPLES.parent / "train.py"), run_name="__main__")
 
 
 def logged(output):
@@ -91,12 +102,13 @@ def test_the_recipe_runs_with_teachers_in_training_and_with_precomputed_features
     assert {shape[0] for shape in lora.values()} == {128}
     assert any("embedding_head" in name for name in shapes)
 
-    run(monkeypatch, "--save_rows", "rows")
-    assert len(load_from_disk("rows")) == 3 * COUNT
-    config = yaml.safe_load(Path("config.yaml").read_text())
-    flags = {name: value for name, value in config.items() if name.endswith("_teacher") or name == "image_folder"}
-    flags |= {"model": "vlm", "dataset_name": "rows", "output": "features"}
-    main(["embed-slices", *(part for name, value in flags.items() for part in (f"--{name}", value))])
+    config = yaml.safe_load((EXAMPLES / "slice_features.yaml").read_text())
+    config |= {
+        name: value for name, value in yaml.safe_load(Path("config.yaml").read_text()).items() if "teacher" in name
+    }
+    Path("slices.yaml").write_text(yaml.safe_dump({**config, "model": "vlm", "output": "features"}))
+    main(["embed-slices", "--config", "slices.yaml"])
+    assert sum(len(rows) for rows, _ in read_parts(Path("features"))) == 3 * COUNT
     run(monkeypatch, "--output_dir", "before", "--slice_features", "features")
 
     first, second = (logged(folder / name) for name in ("in_training", "before"))
@@ -110,27 +122,20 @@ def test_the_recipe_runs_with_teachers_in_training_and_with_precomputed_features
 
 def test_rows_of_every_data_set_become_slices(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    run(monkeypatch, "--save_rows", "rows_again")
-    examples = ExampleDataset(
-        load_from_disk("rows_again"), RowParser(len, image_folder="data/images", splitter=SentenceSplitter())
-    )
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    parser = RowParser(len, 0, image_folder="data/images", splitter=SentenceSplitter())
+    examples = [
+        list(ExampleDataset(source.rows, source.parser(parser)))
+        for source in UniGDScriptArguments(datasets=config["datasets"]).load_train_rows().sources
+    ]
 
     def contents(example):
         return [one.content for one in example.slices]
 
+    mmc4, coyo, llava = examples
     first = [make_image(0), "A red cat 0.", "It sleeps.", "It wakes.", make_image(100), "Two dogs."]
-    assert contents(examples[0]) == first and examples[0].target is None
-    assert contents(examples[COUNT]) == [make_image(200), "two blue dogs"] and examples[COUNT].target is None
-    chat = ["What is it?", "A cat.", "Sure?", "Yes, cat 0."]
-    assert contents(examples[2 * COUNT]) == chat and examples[2 * COUNT].target == "Yes, cat 0."
-    assert contents(examples[2 * COUNT + 1])[:2] == [make_image(1), "What is it?"]
-
-
-def test_other_columns_are_refused():
-    script = runpy.run_path(str(EXAMPLES / "train_sugar.py"))
-    with pytest.raises(ValueError, match=r"\['picture', 'text'\] are not those of MMC4"):
-        script["sugar_rows"](Dataset.from_dict({"picture": ["a.png"], "text": ["a"]}))
-
-
-def test_the_script_is_short():
-    assert len((EXAMPLES / "train_sugar.py").read_text().splitlines()) <= 150
+    assert contents(mmc4[0]) == first and mmc4[0].target is None
+    assert contents(coyo[0]) == [open_image(jpeg(200)), "two blue dogs"] and coyo[0].target is None
+    assert contents(llava[0]) == ["What is it?", "A cat.", "Sure?", "Yes, cat 0."]
+    assert llava[0].target == "Yes, cat 0." and llava[0].label_history
+    assert contents(llava[1])[:2] == [make_image(1), "What is it?"]

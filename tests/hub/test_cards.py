@@ -39,6 +39,7 @@ def run(tmp_path_factory):
         }
     )
     args = UniGDTrainingArguments(
+        trust_caption_columns=True,
         output_dir=str(folder),
         per_device_train_batch_size=4,
         max_steps=2,

@@ -35,6 +35,7 @@ rows = Dataset.from_dict({
 
 def train(model, processor, name, peft_config=None):
     args = UniGDTrainingArguments(
+        trust_caption_columns=True,
         output_dir=name, hub_model_id=f"ada/{name}", max_steps=2, per_device_train_batch_size=4, learning_rate=3e-3,
         logging_steps=1, report_to=[], use_cpu=True,
     )

@@ -24,6 +24,7 @@ def train(name, model, processor, peft_config=None, waits=True, prepare=None, **
     settings = dict(
         output_dir=name, hub_model_id=f"ada/{name}", push_to_hub=True, max_steps=3, save_steps=1, logging_steps=1,
         save_total_limit=1, per_device_train_batch_size=4, learning_rate=3e-3, report_to=[], use_cpu=True,
+        trust_caption_columns=True,
     )
     args = UniGDTrainingArguments(**{**settings, **kwargs})
     logs = Path(name, "runs", "here")

@@ -193,6 +193,7 @@ def check_sugar(family: Family, folder: Path) -> None:
         }
     )
     args = UniGDTrainingArguments(
+        trust_caption_columns=True,
         output_dir=str(folder / "sugar"),
         per_device_train_batch_size=4,
         max_steps=2,
@@ -265,6 +266,7 @@ def check_adapter(family: Family, folder: Path) -> None:
     processor = UniGDProcessor(copy.deepcopy(family.processor.vlm_processor))
     model.add_soft_prompts(**processor.add_soft_prompts())
     args = UniGDTrainingArguments(
+        trust_caption_columns=True,
         output_dir=str(folder / "run"),
         max_steps=1,
         use_cpu=True,

@@ -235,6 +235,7 @@ def make_parser(processor, args):
 
 def make_args(case: Case, folder: str) -> UniGDTrainingArguments:
     return UniGDTrainingArguments(
+        trust_caption_columns=True,
         output_dir=folder,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=len(LAYOUTS[case.layout][0]),

@@ -30,7 +30,12 @@ def test_lora_trains_on_four_bit_weights(tmp_path):
     assert {parameter.dtype for parameter in model.embedding_head.parameters()} == {torch.float32}
     rows = Dataset.from_dict({"image": [make_image(n) for n in range(8)], "caption": [f"cat {n}" for n in range(8)]})
     args = UniGDTrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True
+        trust_caption_columns=True,
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
     )
     trainer = UniGDTrainer(model, args, train_dataset=rows, processing_class=processor, peft_config=peft_config)
     before = [parameter.clone() for parameter in trainer.model.parameters() if parameter.requires_grad]

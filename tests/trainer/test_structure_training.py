@@ -44,6 +44,7 @@ def make_trainer(
         tiny.model, head_type=head_type, embedding_dim=None if head_type == "none" else 8
     )
     args = UniGDTrainingArguments(
+        trust_caption_columns=True,
         **{
             "output_dir": str(folder),
             "per_device_train_batch_size": 4,
@@ -59,7 +60,7 @@ def make_trainer(
             "contrastive_weight": 0.0,
             **vars(teacher_args),
             **kwargs,
-        }
+        },
     )
     processor = UniGDProcessor(tiny.processor, embedding_position=position)
     return UniGDTrainer(
