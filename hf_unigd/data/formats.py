@@ -200,7 +200,7 @@ def holds_many(column: str) -> bool:
     return found is not None and bool(found["plural"])
 
 
-def check_columns(columns: Iterable[str], requires_match: bool = True) -> None:
+def check_columns(columns: Iterable[str], requires_match: bool = True, kept: Collection[str] = ()) -> None:
     """Checks that a dataset has the columns of an accepted row format, and logs those that are not used.
 
     Rows may leave columns of the dataset empty, so that one dataset holds rows of several formats.
@@ -208,6 +208,7 @@ def check_columns(columns: Iterable[str], requires_match: bool = True) -> None:
     Args:
         columns: Column names of the dataset.
         requires_match: Whether rows need a match, a caption or an answer; if not, `anchor` or `image` alone is enough.
+        kept: Columns that are used, whether or not they belong to a format.
 
     Raises:
         ValueError: the columns fit no accepted format. The message names them.
@@ -219,7 +220,7 @@ def check_columns(columns: Iterable[str], requires_match: bool = True) -> None:
             + ACCEPTED
         )
     known = {name for each in FORMATS for name in (*each.columns, *each.aliases, *each.refused)}
-    known |= {*INSTRUCTIONS, *_REFUSED}
+    known |= {*INSTRUCTIONS, *_REFUSED, *kept}
     unused = [name for name in columns if name not in known and not is_negative(name)]
     if unused:
         logger.warning("Columns that are not used: %s.", ", ".join(unused))

@@ -1,6 +1,6 @@
 """Estimates how many tokens a sequence has, without tokenizing texts or reading pixels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image
@@ -28,6 +28,13 @@ def sequence_length(processor: UniGDProcessor, sequence: Any, target: str | None
             characters += len(part)
     counts = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
     return characters // CHARACTERS_PER_TOKEN + sum(counts)
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yields the places of sequences in batches of about the same length, the longest first, to spare padding."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def _parts(sequence: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.lengths import sequence_length
+from ..data.lengths import length_batches, sequence_length
 from ..modeling import SequenceError, UniGDProcessor
 
 
@@ -54,10 +54,8 @@ def embed_sequences(
             # Read once: they may be pictures that are opened here.
             window = [sequences[place] for place in range(first, min(first + WINDOW * batch_size, len(sequences)))]
             lengths = [sequence_length(processor, sequence) for sequence in window]
-            by_length = sorted(range(len(window)), key=lambda place: -lengths[place])
-            order += [first + place for place in by_length]
-            for start in range(0, len(window), batch_size):
-                places = by_length[start : start + batch_size]
+            for places in length_batches(lengths, batch_size):
+                order += [first + place for place in places]
                 try:
                     batch = processor.process_sequences(
                         [window[place] for place in places],
