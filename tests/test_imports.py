@@ -22,7 +22,7 @@ LAYERS = [
     {"quickstart"},
     {"hf_unigd"},
     {"trainer"},
-    {"evaluation"},
+    {"evaluation", "bulk"},
     {"retrieval"},
     {"data", "hub", "registration"},
     {"modeling"},

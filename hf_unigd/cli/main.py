@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "Train a vision-language model with the joint objective",
     "embed-slices": "Embed the images and sentences of a dataset with the structure loss's teachers",
     "evaluate": "Measure a checkpoint's retrieval recall and caption perplexity on a dataset",
+    "embed": "Embed a dataset into a Parquet file of vectors",
     "index": "Embed a dataset into a searchable index",
     "search": "Search an index with a text, images, or both",
     "answer": "Answer a question with what an index holds about it",
@@ -45,6 +46,7 @@ An error is one line; `--debug` at the end of the command line shows where it co
 # What an interrupted command leaves, and how to go on.
 AFTER_INTERRUPTION = {
     "train": " The checkpoints that were saved are kept: `--resume_from_checkpoint true` goes on from the last.",
+    "embed": " The parts that were embedded are kept: the same command goes on from there.",
     "index": " The rows that were indexed are kept: the same command goes on from there.",
     "embed-slices": " The features that were written are kept: the same command goes on from there.",
 }

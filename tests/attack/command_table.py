@@ -146,6 +146,15 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             ".json",
         ),
         Command(
+            "embed",
+            "hf_unigd.cli.embed.load_checkpoint",
+            {**model, **data},
+            ("model", "dataset_name"),
+            "output",
+            ".parquet",
+            keeps=True,
+        ),
+        Command(
             "index",
             "hf_unigd.cli.index.load_checkpoint",
             {**model, **data},

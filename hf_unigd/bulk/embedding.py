@@ -1,0 +1,350 @@
+"""Embedding a dataset into one Parquet file."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import ClassLabel, Features, List, Value
+from transformers import BatchFeature, PreTrainedModel
+
+from ..data import RowError, RowParser
+from ..data.example import Messages
+from ..data.formats import check_columns
+from ..data.lengths import length_batches, sequence_length
+from ..modeling import SequenceError, UniGDProcessor
+from ..modeling.images_unigd import MAX_PIXELS
+from ..outputs import remove_unfinished
+from ..retrieval.embedding import embed_sequences
+from ..retrieval.probe import probe, probes_differ
+from ..settings import check_positive
+from .parts import PartFolder, check_same, description_of
+from .processes import process_state
+from .work import OpenedRows, Row, Rows, refuse, windows, work_through
+
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("anchor", "positive")
+_CAPTIONS = ("short_caption", "caption")
+_Place = tuple[int, str]  # number of a row, and one of COLUMNS
+
+
+def embed_dataset(
+    model: PreTrainedModel,
+    processor: UniGDProcessor,
+    rows: Rows,
+    output: str | Path,
+    *,
+    model_name: str | None = None,
+    columns: Sequence[str] = ("anchor",),
+    keep_columns: Sequence[str] = (),
+    truncate_dim: int | None = None,
+    image_folder: str | Path | None = None,
+    max_image_pixels: int = MAX_PIXELS,
+    skip_bad_rows: bool = False,
+    batch_size: int = 32,
+    rows_per_part: int = 1000,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> int:
+    """
+    Embeds the rows of a dataset into a Parquet file, in their order. If a launcher started several processes, each
+    embeds its share, and all of them call this. A run that was interrupted goes on with the parts that are missing; a
+    finished file is left as it is.
+
+    The file has the columns `row` (int64, the number of the row in the dataset), those of `keep_columns`, and for each
+    of `columns` its embeddings, `anchor_embedding` and `positive_embedding`: lists of float32 of a fixed size, unit
+    vectors.
+
+    Args:
+        model: Embeds the rows. It is in evaluation mode afterwards.
+        processor: Its processor.
+        rows: A dataset of any accepted format; answers, captions and matches may be missing. Each process reads all of
+            a stream, and a run that goes on reads it from its beginning; images are opened in the missing parts alone.
+        output: The file to write. Until it is finished, its parts are in a hidden folder beside it.
+        model_name: Hub id or folder of the model; that which `model` was loaded from by default.
+        columns: What of a row is embedded: `"anchor"` (the image of a captioned image; of a chat, all before its last
+            answer), `"positive"` (its match: the short caption, ...), or both.
+        keep_columns: Columns of the rows to write beside the embeddings, each of single values.
+        truncate_dim: Matryoshka prefix to keep.
+        image_folder: Folder that image paths start from and must not leave.
+        max_image_pixels: The largest width times height of an image.
+        skip_bad_rows: Leave bad rows out, each with its reason in the log, instead of stopping.
+        batch_size: Sequences a forward pass.
+        rows_per_part: Rows of a part, which an interruption can cost each process and each of its workers.
+        num_workers: Number of processes that open and process images beside each process.
+        overwrite: Throw away the file, or the parts of an interrupted run.
+        show_progress: Whether to draw a progress bar.
+
+    Returns:
+        Number of rows in the file.
+
+    Raises:
+        ValueError: there are no rows, they have no accepted format or are all bad, a column is unknown, or `output` is
+            another file, or was begun with another model, other rows or other settings.
+        RowError: a row is bad and `skip_bad_rows` is off. The parts that are finished are kept.
+    """
+    output = Path(output)
+    check_positive(batch_size=batch_size, rows_per_part=rows_per_part, truncate_dim=truncate_dim)
+    opened = OpenedRows.of(rows, num_workers)
+    if getattr(rows, "format", {}).get("type") != "custom":  # a transform may make other columns than are stored
+        check_columns(opened.features, requires_match=False, kept=keep_columns)
+    width = truncate_dim or model.config.embedding_dim
+    features = _make_features(columns, keep_columns, opened.features, width)
+    if truncate_dim:  # hours later would be too late to learn that a prefix was not trained
+        embed_sequences(model, processor, ["prefix"], truncate_dim=truncate_dim, show_progress=False)
+    parts = PartFolder(output.parent / f".{output.name}.parts")
+    is_finished, state = None, process_state()
+    if state.is_main_process:
+        name = model_name or model.name_or_path
+        description = {
+            "model": name,
+            # A merged adapter bears its base's name and commit, which are not its own.
+            "revision": getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "probe": probe(model, processor),
+            **opened.identity,
+            "columns": list(columns),
+            "keep_columns": list(keep_columns),
+            "truncate_dim": truncate_dim,
+            "image_folder": image_folder and str(image_folder),
+            "rows_per_part": rows_per_part,
+        }
+        is_finished = _begin(output, parts, description, overwrite)
+    if not broadcast_object_list([is_finished])[0]:
+        parser = RowParser(
+            len,
+            short_caption_max_tokens=sys.maxsize,  # a caption of any length is a match
+            long_caption_max_tokens=sys.maxsize,
+            image_folder=image_folder,
+            max_image_pixels=max_image_pixels,
+            requires_match=False,
+            find_reserved=processor.find_reserved,
+        )
+        prepare = _Preparation(
+            processor, parser, columns, keep_columns, model.config.context_length, batch_size, skip_bad_rows
+        )
+        run = _Embedding(model.eval(), truncate_dim)
+        work_through(
+            opened.rows,
+            parts,
+            rows_per_part,
+            prepare,
+            run,
+            lambda results: _make_table(results, features),
+            num_workers=num_workers,
+            title="Embedding",
+            show_progress=show_progress,
+        )
+        if state.is_main_process:
+            _finish(output, parts)
+        state.wait_for_everyone()
+    return pq.read_metadata(output).num_rows
+
+
+def check_embeddable(columns: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: `columns` are none, or not some of `COLUMNS`.
+    """
+    if not columns or len(set(columns)) < len(columns) or not set(columns) <= set(COLUMNS):
+        raise ValueError(f"`columns` must be some of {', '.join(COLUMNS)}, got {' '.join(columns) or 'none'}.")
+
+
+def _make_features(columns: Sequence[str], keep_columns: Sequence[str], features: Features, width: int) -> Features:
+    """The features of the file.
+
+    Raises:
+        ValueError: a column to embed is unknown or named twice, or one to keep is missing, has lists or images, or the
+            name of another.
+    """
+    check_embeddable(columns)
+    made: dict[str, Any] = {f"{column}_embedding": List(Value("float32"), length=width) for column in columns}
+    kept: dict[str, Any] = {"row": Value("int64")}
+    for name in keep_columns:
+        if name not in features:
+            raise ValueError(f"`keep_columns`: there is no column `{name}`, only {', '.join(sorted(features))}.")
+        if not isinstance(features[name], (Value, ClassLabel)):
+            raise ValueError(
+                f"`keep_columns`: `{name}` is of type {type(features[name]).__name__}, and only columns of single "
+                "values are kept. Keep one that tells the rows apart, or find them by `row`."
+            )
+        if name in made or name in kept:
+            raise ValueError(f"`keep_columns`: the file has one column `{name}`. Leave it out, or rename it.")
+        kept[name] = features[name]
+    return Features({**kept, **made})
+
+
+def _begin(output: Path, parts: PartFolder, description: dict[str, Any], overwrite: bool) -> bool:
+    """Begins, or checks that what was begun before is the same. Returns whether it is finished."""
+    remove_unfinished(output.parent, output.name)
+    made = description_of(output) if output.exists() else parts.description()
+    if output.exists() and made is None:
+        raise ValueError(f"{output} exists, and no such command wrote it. Name another file.")
+    if overwrite:
+        output.unlink(missing_ok=True)
+        parts.remove()
+    elif made is not None:
+        check_same(made, description, output)
+        if probes_differ(made["probe"], description["probe"], (description["dtype"],)):
+            raise ValueError(
+                f"{output} was begun by {made['model']}, which embeds its probe elsewhere now: it has been trained "
+                "since. Choose another `--output`, or start anew with `--overwrite true`."
+            )
+    if output.exists():
+        logger.warning("%s is finished. `--overwrite true` embeds the rows again.", output)
+        return True
+    parts.begin(description)
+    if done := len(parts.finished()):
+        logger.warning("Going on: of the parts of %d rows, %d are there.", description["rows_per_part"], done)
+    return False
+
+
+def _finish(output: Path, parts: PartFolder) -> None:
+    embedded, rows_read = parts.counts()
+    if embedded == 0:
+        parts.remove()
+        raise ValueError(f"None of the {rows_read} rows can be used; the log has each one's reason.")
+    if embedded < rows_read:
+        logger.warning("Skipped %d of %d rows.", rows_read - embedded, rows_read)
+    parts.merge(output)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """A batch of sequences."""
+
+    places: list[_Place]
+    inputs: BatchFeature
+    completed: int
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """The embeddings of a batch, float32."""
+
+    places: list[_Place]
+    embeddings: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Rows that are embedded: their numbers and the columns to keep."""
+
+    rows: list[dict[str, Any]]
+    completed: int
+
+
+@dataclass
+class _Preparation:
+    """Makes batches of the sequences of rows."""
+
+    processor: UniGDProcessor
+    parser: RowParser
+    columns: Sequence[str]
+    keep_columns: Sequence[str]
+    max_length: int | None
+    batch_size: int
+    skip_bad_rows: bool
+
+    def __call__(self, rows: Iterator[Row]) -> Iterator[_Sequences | _Kept]:
+        for window in windows(rows, self.batch_size):
+            good: dict[int, dict[str, Any]] = {}
+            sequences: dict[_Place, Messages] = {}
+            for number, row in window:
+                try:
+                    sequences |= self._parse(number, row)
+                except RowError as error:
+                    refuse(error, self.skip_bad_rows)
+                else:
+                    good[number] = {"row": number, **{name: row.get(name) for name in self.keep_columns}}
+            parsed = len(good)
+            places = list(sequences)
+            lengths = [self._length(sequences[place]) for place in places]
+            for batch in length_batches(lengths, self.batch_size):
+                yield from self._process([places[place] for place in batch], sequences, good)
+            yield _Kept(list(good.values()), completed=len(window) - parsed)
+
+    def _parse(self, number: int, row: Mapping[str, Any]) -> dict[_Place, Messages]:
+        if "positive" in self.columns:
+            several = next((name for name in _CAPTIONS if _holds_several(row.get(name))), None)
+            if several:
+                raise RowError(
+                    number,
+                    f"has a list of captions in `{several}`, which are not one embedding. Give each a row of its own, "
+                    "or leave `positive` out of `columns`.",
+                )
+        example = self.parser(row, number)
+        if "positive" in self.columns and example.positive is None:
+            raise RowError(
+                number, "has no match to embed. Leave `positive` out of `columns`, or embed such rows on their own."
+            )
+        return {(number, column): getattr(example, column) for column in self.columns}
+
+    def _length(self, sequence: Messages) -> int:
+        try:
+            return sequence_length(self.processor, sequence)
+        except Exception:  # an image processor refuses an image in its own way; `_process` will name its row
+            return 0
+
+    def _process(self, places, sequences, good) -> Iterator[_Sequences]:
+        """Removes what cannot be processed from `good`."""
+        while places := [place for place in places if place[0] in good]:
+            try:
+                batch = self.processor.process_sequences(
+                    [sequences[place] for place in places], max_length=self.max_length
+                )
+            except SequenceError as error:
+                number = places[error.index][0]
+                refuse(RowError(number, error.reason), self.skip_bad_rows)
+                del good[number]
+            else:
+                yield _Sequences(places, batch, sum(column == self.columns[0] for _, column in places))
+                return
+
+
+def _holds_several(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1
+
+
+@dataclass
+class _Embedding:
+    model: PreTrainedModel
+    truncate_dim: int | None
+
+    @torch.no_grad()
+    def __call__(self, batch: _Sequences | _Kept) -> _Embedded | _Kept:
+        if isinstance(batch, _Kept):
+            return batch
+        inputs = batch.inputs.to(self.model.device, self.model.dtype)
+        embeddings = self.model.embed(**inputs, truncate_dim=self.truncate_dim)
+        return _Embedded(batch.places, embeddings.float().cpu().numpy())
+
+
+def _make_table(results: list[_Embedded | _Kept], features: Features) -> pa.Table:
+    kept = [row for result in results if isinstance(result, _Kept) for row in result.rows]
+    embeddings = {
+        place: embedding
+        for result in results
+        if isinstance(result, _Embedded)
+        for place, embedding in zip(result.places, result.embeddings, strict=True)
+    }
+    schema = features.arrow_schema
+    arrays = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        if isinstance(features[name], List):
+            column = name.removesuffix("_embedding")
+            values = np.array([embeddings[row["row"], column] for row in kept], np.float32).reshape(-1)
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind))
+        else:
+            arrays.append(pa.array([row[name] for row in kept], kind))
+    return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,0 +1,46 @@
+"""Several processes share the work, and write what one process writes."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import torch
+
+from bulk_cases import arguments, captioned_images, environment, files_of, read_vectors, save_checkpoint
+from hf_unigd.cli.main import main
+
+
+MAP, STREAM = {"num_workers": 1}, {"dataset_streaming": "true"}
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    model = save_checkpoint(tmp_path / "model")
+    captioned_images().save_to_disk(str(tmp_path / "rows"))
+    common = {"model": model, "dataset_name": tmp_path / "rows", "batch_size": 2, "rows_per_part": 3}
+
+    def embed(name, **settings):
+        (tmp_path / name).mkdir(exist_ok=True)
+        output = tmp_path / name / "vectors.parquet"
+        return ["embed", *arguments(**common, dataset_test_split="train", output=output, **settings)]
+
+    commands = [embed("map", **MAP), embed("stream", **STREAM)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, __file__, json.dumps(commands)], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 1 of 2" in done.stderr and done.stdout.count("10 rows") == 2  # the first process speaks
+    main(embed("one"))
+
+    expected = read_vectors(tmp_path / "one/vectors.parquet")
+    for name in ("map", "stream"):
+        file = tmp_path / name / "vectors.parquet"
+        torch.testing.assert_close(read_vectors(file), expected, atol=1e-5, rtol=0)
+        assert pq.read_table(file)["row"].to_pylist() == list(range(10))
+        assert files_of(tmp_path / name) == files_of(tmp_path / "one")
+
+
+if __name__ == "__main__":
+    for one in json.loads(sys.argv[1]):
+        main(one)
