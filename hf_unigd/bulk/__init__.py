@@ -1,7 +1,10 @@
 """Work over whole datasets: in parts, so that it resumes, and on as many processes as there are."""
 
+from .captioners import LocalCaptioner
+from .captioning import caption_dataset
 from .embedding import embed_dataset
+from .endpoint import EndpointCaptioner
 from .processes import process_state
 
 
-__all__ = ["embed_dataset", "process_state"]
+__all__ = ["EndpointCaptioner", "LocalCaptioner", "caption_dataset", "embed_dataset", "process_state"]

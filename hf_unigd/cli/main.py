@@ -9,6 +9,7 @@ from .errors import one_line
 
 COMMANDS = {
     "quickstart": "Train a small LLaVA on drawn icons in minutes, offline, and show what it finds and says",
+    "caption": "Add the captions that a dataset of images lacks, with any vision-language model",
     "train": "Train a vision-language model with the joint objective",
     "embed-slices": "Embed the images and sentences of a dataset with the structure loss's teachers",
     "evaluate": "Measure a checkpoint's retrieval recall and caption perplexity on a dataset",
@@ -46,6 +47,7 @@ An error is one line; `--debug` at the end of the command line shows where it co
 # What an interrupted command leaves, and how to go on.
 AFTER_INTERRUPTION = {
     "train": " The checkpoints that were saved are kept: `--resume_from_checkpoint true` goes on from the last.",
+    "caption": " The parts that were captioned are kept: the same command goes on from there.",
     "embed": " The parts that were embedded are kept: the same command goes on from there.",
     "index": " The rows that were indexed are kept: the same command goes on from there.",
     "embed-slices": " The features that were written are kept: the same command goes on from there.",

@@ -155,6 +155,14 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             keeps=True,
         ),
         Command(
+            "caption",
+            "hf_unigd.cli.caption.LocalCaptioner",
+            {**model, "kind": "long", "replace_captions": "true", "max_new_tokens": "2", **rows},
+            ("model", "dataset_name"),
+            "output",
+            keeps=True,
+        ),
+        Command(
             "index",
             "hf_unigd.cli.index.load_checkpoint",
             {**model, **data},

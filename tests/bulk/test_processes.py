@@ -9,6 +9,7 @@ import torch
 
 from bulk_cases import arguments, captioned_images, environment, files_of, read_vectors, save_checkpoint
 from hf_unigd.cli.main import main
+from hf_unigd.data import load_rows
 
 
 MAP, STREAM = {"num_workers": 1}, {"dataset_streaming": "true"}
@@ -24,20 +25,27 @@ def test_two_processes_write_what_one_writes(tmp_path):
         output = tmp_path / name / "vectors.parquet"
         return ["embed", *arguments(**common, dataset_test_split="train", output=output, **settings)]
 
-    commands = [embed("map", **MAP), embed("stream", **STREAM)]
+    def caption(name, **settings):
+        flags = arguments(**common, kind="long", max_new_tokens=3, output=tmp_path / name / "captioned", **settings)
+        return ["caption", *flags]
+
+    commands = [embed("map", **MAP), embed("stream", **STREAM), caption("map", **MAP), caption("stream", **STREAM)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, __file__, json.dumps(commands)], env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "process 1 of 2" in done.stderr and done.stdout.count("10 rows") == 2  # the first process speaks
-    main(embed("one"))
+    assert "process 1 of 2" in done.stderr and done.stdout.count("10 rows") == 4  # the first process speaks
+    for command in (embed("one"), caption("one")):
+        main(command)
 
-    expected = read_vectors(tmp_path / "one/vectors.parquet")
+    expected, captions = read_vectors(tmp_path / "one/vectors.parquet"), load_rows(str(tmp_path / "one/captioned"))
     for name in ("map", "stream"):
         file = tmp_path / name / "vectors.parquet"
         torch.testing.assert_close(read_vectors(file), expected, atol=1e-5, rtol=0)
         assert pq.read_table(file)["row"].to_pylist() == list(range(10))
+        captioned = load_rows(str(tmp_path / name / "captioned"))
+        assert captioned["long_caption"] == captions["long_caption"] and captioned["id"] == captions["id"]
         assert files_of(tmp_path / name) == files_of(tmp_path / "one")
 
 
