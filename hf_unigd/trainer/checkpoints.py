@@ -1,6 +1,7 @@
 """Saves, loads and pushes the checkpoints of a training run."""
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi, run_as_future, upload_folder
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
@@ -84,6 +86,21 @@ class CheckpointingTrainer(Trainer):
             ) from error
         finally:
             unwrapped.verify_saves = verifies
+
+    def _stop_at_non_finite_loss(self, loss: float, rows: list[int]) -> None:
+        """Saves the state before this step, and raises on all processes. Each gives its loss and the rows of its
+        batch."""
+        self._save_checkpoint(self.model, trial=None)
+        found = [(self.args.process_index, loss, rows)]
+        not_finite = [entry for entry in gather_object(found) if not math.isfinite(entry[1])]
+        listing = "; ".join(
+            f"{value} on process {process}, in the batch of rows {rows}" for process, value, rows in not_finite
+        )
+        raise FloatingPointError(
+            f"The loss is not finite at step {self.state.global_step} ({listing}). The state before this step was "
+            f"saved to checkpoint-{self.state.global_step} in {self.args.output_dir}. Check these rows, lower the "
+            "learning rate, or train in bfloat16 or float32."
+        )
 
     @property
     def _unwrapped_model(self) -> UniGDForConditionalGeneration:

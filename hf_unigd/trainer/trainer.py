@@ -1,12 +1,10 @@
 """`UniGDTrainer`, which trains the joint objective."""
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
@@ -290,7 +288,8 @@ class UniGDTrainer(EvaluatingTrainer):
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.reduce((~torch.isfinite(loss)).long(), reduction="sum"):  # all processes stop together
-            self._stop_at_non_finite_loss(loss, inputs)
+            self._stream_positions.undo_step()
+            self._stop_at_non_finite_loss(loss.item(), inputs["rows"].tolist())
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -433,20 +432,6 @@ class UniGDTrainer(EvaluatingTrainer):
         names = ("modalities", "starts", "lengths", "sample_keys")
         none = embeddings.new_empty(0, dtype=torch.long)
         return {"features": embeddings.new_empty(0, width, dtype=torch.float32), **dict.fromkeys(names, none)}
-
-    def _stop_at_non_finite_loss(self, loss, inputs):
-        self._stream_positions.undo_step()
-        self._save_checkpoint(self.model, trial=None)
-        found = [(self.args.process_index, loss.item(), inputs["rows"].tolist())]
-        not_finite = [entry for entry in gather_object(found) if not math.isfinite(entry[1])]
-        listing = "; ".join(
-            f"{value} on process {process}, in the batch of rows {rows}" for process, value, rows in not_finite
-        )
-        raise FloatingPointError(
-            f"The loss is not finite at step {self.state.global_step} ({listing}). The state before this step was "
-            f"saved to checkpoint-{self.state.global_step} in {self.args.output_dir}. Check these rows, lower the "
-            "learning rate, or train in bfloat16 or float32."
-        )
 
     def _log_gradient_norms(self, batches, num_items_in_batch) -> None:
         """Logs the norm of each weighted loss's gradient over the whole accumulated global batch.
