@@ -15,9 +15,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import ClassLabel, Features, List, Value
 from transformers import BatchFeature, PreTrainedModel
 
-from ..data import RowError, RowParser
+from ..data import Example, RowError, RowParser
 from ..data.example import Messages
-from ..data.formats import check_columns
+from ..data.formats import check_columns, format_of
 from ..data.lengths import length_batches, sequence_length
 from ..modeling import SequenceError, UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
@@ -33,7 +33,7 @@ from .work import OpenedRows, Row, Rows, refuse, windows, work_through
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("anchor", "positive")
-_CAPTIONS = ("short_caption", "caption")
+_MATCHING_CAPTIONS = ("short_caption", "caption")
 _Place = tuple[int, str]  # number of a row, and one of COLUMNS
 
 
@@ -46,6 +46,7 @@ def embed_dataset(
     model_name: str | None = None,
     columns: Sequence[str] = ("anchor",),
     keep_columns: Sequence[str] = (),
+    prompt_name: str = "query",
     truncate_dim: int | None = None,
     image_folder: str | Path | None = None,
     max_image_pixels: int = MAX_PIXELS,
@@ -75,6 +76,9 @@ def embed_dataset(
         columns: What of a row is embedded: `"anchor"` (the image of a captioned image; of a chat, all before its last
             answer), `"positive"` (its match: the short caption, ...), or both.
         keep_columns: Columns of the rows to write beside the embeddings, each of single values.
+        prompt_name: Name of the processor's instruction of anchors, in rows without an `instruction` of their own:
+            `"query"`, with which anchors are trained, or another one, such as `"document"` for what is searched.
+            Positives have that of a `"document"`.
         truncate_dim: Matryoshka prefix to keep.
         image_folder: Folder that image paths start from and must not leave.
         max_image_pixels: The largest width times height of an image.
@@ -115,6 +119,7 @@ def embed_dataset(
             **opened.identity,
             "columns": list(columns),
             "keep_columns": list(keep_columns),
+            "instructions": [processor.get_instruction(each) for each in (prompt_name, "document")],
             "truncate_dim": truncate_dim,
             "image_folder": image_folder and str(image_folder),
             "rows_per_part": rows_per_part,
@@ -125,10 +130,13 @@ def embed_dataset(
             len,
             short_caption_max_tokens=sys.maxsize,  # a caption of any length is a match
             long_caption_max_tokens=sys.maxsize,
+            trust_caption_columns=True,
             image_folder=image_folder,
             max_image_pixels=max_image_pixels,
             requires_match=False,
             find_reserved=processor.find_reserved,
+            instruction=processor.get_instruction(prompt_name),
+            document_instruction=processor.get_instruction("document"),
         )
         prepare = _Preparation(
             processor, parser, columns, keep_columns, model.config.context_length, batch_size, skip_bad_rows
@@ -275,20 +283,25 @@ class _Preparation:
             yield _Kept(list(good.values()), completed=len(window) - parsed)
 
     def _parse(self, number: int, row: Mapping[str, Any]) -> dict[_Place, Messages]:
-        if "positive" in self.columns:
-            several = next((name for name in _CAPTIONS if _holds_several(row.get(name))), None)
-            if several:
-                raise RowError(
-                    number,
-                    f"has a list of captions in `{several}`, which are not one embedding. Give each a row of its own, "
-                    "or leave `positive` out of `columns`.",
-                )
         example = self.parser(row, number)
-        if "positive" in self.columns and example.positive is None:
+        if "positive" in self.columns:
+            self._check_match(number, row, example)
+        return {(number, column): getattr(example, column) for column in self.columns}
+
+    def _check_match(self, number: int, row: Mapping[str, Any], example: Example) -> None:
+        if example.positive is None:
             raise RowError(
                 number, "has no match to embed. Leave `positive` out of `columns`, or embed such rows on their own."
             )
-        return {(number, column): getattr(example, column) for column in self.columns}
+        given = {name: value for name, value in row.items() if value is not None}
+        named = format_of(given, requires_match=False).under_own_names(given)
+        several = next((name for name in _MATCHING_CAPTIONS if _holds_several_texts(named.get(name))), None)
+        if several:
+            raise RowError(
+                number,
+                f"has a list of captions as its `{several}`, which are not one embedding. Give each a row of its own, "
+                "or leave `positive` out of `columns`.",
+            )
 
     def _length(self, sequence: Messages) -> int:
         try:
@@ -312,8 +325,8 @@ class _Preparation:
                 return
 
 
-def _holds_several(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 1
+def _holds_several_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and sum(isinstance(text, str) for text in value) > 1
 
 
 @dataclass

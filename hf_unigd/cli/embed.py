@@ -44,6 +44,13 @@ class EmbedArguments(CheckpointArguments):
         default_factory=list,
         metadata={"help": "Columns to write beside the embeddings, such as an id. The number of the `row` always is."},
     )
+    prompt_name: str = field(
+        default="query",
+        metadata={
+            "help": "Name of the model's instruction of anchors, in rows without one of their own: query, as in "
+            "training, document, or that of a task. Positives have that of a document."
+        },
+    )
     batch_size: Positive = field(default=32, metadata={"help": "Number of sequences per forward pass."})
     truncate_dim: Positive | None = field(
         default=None, metadata={"help": "Matryoshka prefix of the embeddings to keep."}
@@ -78,6 +85,7 @@ def main(argv: list[str]) -> None:
         model_name=args.model,
         columns=args.columns,
         keep_columns=args.keep_columns,
+        prompt_name=args.prompt_name,
         truncate_dim=args.truncate_dim,
         **args.image_settings(),
         skip_bad_rows=args.skip_bad_rows,

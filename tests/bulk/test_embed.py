@@ -169,6 +169,33 @@ def test_another_model_other_rows_or_settings_are_refused(folder, tmp_path):
         main(call(folder, output, model=model))
 
 
+def test_instructions_are_those_of_training_or_of_a_name_or_of_the_row(folder, tmp_path):
+    model, processor = load_checkpoint(str(folder / "model"))
+    processor.instructions.update(query="Find the dog.", document="Here is a dog.", task="Name it.")
+    rows = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"], "instruction": [None, "Look."]})
+
+    def vectors(column="anchor", **settings):
+        file = tmp_path / "vectors.parquet"
+        settings = {"columns": ["anchor", "positive"], "overwrite": True, "show_progress": False, **settings}
+        embed_dataset(model, processor, rows, file, **settings)
+        return read_vectors(file, f"{column}_embedding")
+
+    def alone(*pairs):
+        batches = [processor.process_sequences([text], instruction=instruction) for text, instruction in pairs]
+        with torch.no_grad():
+            return torch.cat([model.embed(**batch) for batch in batches])
+
+    for name, instruction in {"query": "Find the dog.", "task": "Name it."}.items():
+        expected = alone(("a", instruction), ("b", "Look."))
+        torch.testing.assert_close(vectors(prompt_name=name), expected, atol=1e-5, rtol=0)
+    expected = alone(("c", "Here is a dog."), ("d", "Here is a dog."))
+    torch.testing.assert_close(vectors("positive"), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="There is no instruction 'nothing'"):
+        vectors(prompt_name="nothing")
+    with pytest.raises(ValueError, match="`instructions` was "):
+        vectors(prompt_name="task", overwrite=False)
+
+
 def test_an_adapter_embeds_like_its_model(tmp_path):
     model, processor = make_adapter(tmp_path)
     rows = [{"anchor": SEQUENCES[0]}, {"anchor": "two blue dogs on the green grass"}]
@@ -259,7 +286,7 @@ def test_arguments_without_sense_are_refused_before_anything_is_written(folder, 
 def test_a_list_of_captions_is_not_one_embedding(llava, tmp_path):
     rows = Dataset.from_dict({"image": [make_image(0)], "caption": [["a cat", "a dog"]]})
     embed_dataset(*llava, rows, tmp_path / "images.parquet", show_progress=False)
-    with pytest.raises(RowError, match=r"Row 0 has a list of captions in `caption`.*leave `positive` out"):
+    with pytest.raises(RowError, match=r"Row 0 has a list of captions as its `caption`.*leave `positive` out"):
         embed_dataset(*llava, rows, tmp_path / "x.parquet", columns=["positive"], show_progress=False)
 
 
