@@ -135,7 +135,10 @@ class _SequencePreparation(Preparation):
 
     def __call__(self, images):
         return self.processor.process_sequences(
-            [self._sequence(image) for image in images], prompted=self.prompt is None, padding_side="left"
+            [self._sequence(image) for image in images],
+            prompted=self.prompt is None,
+            prompt_name="query" if self.prompt is None else None,
+            padding_side="left",
         )
 
     def length(self, image: Image.Image) -> int:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
-from datasets import Features, LargeList, List, Value
+from datasets import Dataset, Features, LargeList, List, Value
+from datasets.features.features import require_storage_embed
 from PIL import Image
 
 from ..data import RowError
-from ..data.formats import format_of
+from ..data.formats import FORMATS, format_of
 from ..data.images import open_image
 from ..data.lengths import length_batches
 from ..modeling.images_unigd import MAX_PIXELS
@@ -26,6 +27,8 @@ from .work import OpenedRows, Row, Rows, refuse, windows, work_through
 
 logger = logging.getLogger(__name__)
 
+CAPTIONS = next(each for each in FORMATS if each.name == "captions")
+_TEXTS = (Value("string"), Value("large_string"))
 # What tokenizers write special tokens with: <image>, </s>, <|im_end|>, [INST].
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
@@ -56,8 +59,9 @@ def caption_dataset(
 
     Args:
         captioner: Captions images.
-        rows: A dataset with a column `image`, in any form that rows may have. Each process reads all of a stream, and
-            a run that goes on reads it from its beginning; images are opened in the missing parts alone.
+        rows: A dataset with a column `image`, or another name of it, in any form that rows may have. Each process
+            reads all of a stream, and a run that goes on reads it from its beginning; images are opened in the missing
+            parts alone.
         output: The folder to write. `load_rows` and `load_dataset` load it, in the split `train`.
         kind: `"short"` or `"long"`: whether `short_caption` or `long_caption` is written.
         replace_captions: Caption rows that have such a caption, too.
@@ -95,7 +99,6 @@ def caption_dataset(
         }
         is_finished = _begin(output, parts, data, description, overwrite)
     if not broadcast_object_list([is_finished])[0]:
-        as_list = isinstance(features[column], (List, LargeList))
         work_through(
             opened.rows,
             parts,
@@ -109,8 +112,8 @@ def caption_dataset(
                 captioner.batch_size,
                 skip_bad_rows,
             ),
-            _Captioning(captioner, column, as_list, skip_bad_rows),
-            lambda results: _make_table(results, features.arrow_schema),
+            _Captioning(captioner, column, _is_list(features[column]), skip_bad_rows),
+            lambda results: _make_table(results, features),
             num_workers=num_workers,
             title="Captioning",
             show_progress=show_progress,
@@ -128,24 +131,36 @@ def check_captionable(columns: list[str], kind: str) -> None:
     """
     if kind not in KINDS:
         raise ValueError(f"`kind={kind}` must be one of {', '.join(KINDS)}.")
-    if "image" not in columns:
+    own = {column: CAPTIONS.aliases.get(column, column) for column in columns}
+    if "image" not in own.values():
         raise ValueError(
             f"Captions need a column `image`, and the dataset has {', '.join(sorted(columns))}. Rename it: "
-            "`--rename_columns jpg:image`."
+            "`--rename_columns photo:image`."
         )
-    if "caption" in columns:
+    captions = [column for column in columns if own[column] == "caption"]
+    if captions:
+        others = "".join(f" {name}:original_{name}" for name in captions[1:])
         raise ValueError(
-            f"The dataset has a column `caption`, whose use depends on its length, so no `{kind}_caption` can stand "
-            "beside it. Rename it: `--rename_columns caption:short_caption`, or `caption:long_caption`."
+            f"The dataset has a column `{captions[0]}`, whose use depends on its length, so no `{kind}_caption` can "
+            f"stand beside it. Rename it: `--rename_columns {captions[0]}:short_caption{others}`, or to long_caption."
         )
 
 
 def _make_features(column: str, features: Features) -> Features:
     check_captionable(list(features), column.removesuffix("_caption"))
-    texts = (Value("string"), Value("large_string"))
-    kept = features.get(column)
-    holds_texts = kept in texts or (isinstance(kept, (List, LargeList)) and kept.feature in texts)
-    return Features({**features, column: kept if holds_texts else Value("string")})
+    kept = features.get(column, Value("null"))
+    if kept == Value("null"):
+        kept = Value("string")
+    if kept not in _TEXTS and not (_is_list(kept) and kept.feature in _TEXTS):
+        raise ValueError(
+            f"The column `{column}` holds {kept}, and captions are texts, or lists of texts. Rename it, or make texts "
+            "of it."
+        )
+    return Features({**features, column: kept})
+
+
+def _is_list(feature: Any) -> bool:
+    return isinstance(feature, (List, LargeList))
 
 
 def _begin(output: Path, parts: PartFolder, data: PartFolder, description: dict[str, Any], overwrite: bool) -> bool:
@@ -214,10 +229,11 @@ class _Preparation:
             ready = []
             for number, row in window:
                 try:
-                    if self._is_missing(number, row):
-                        images[number] = self._open(number, row)
-                    else:
+                    image = self._image(number, row)
+                    if image is None:
                         ready.append((number, row))
+                    else:
+                        images[number] = image
                 except RowError as error:
                     refuse(error, self.skip_bad_rows)
             yield _Images(ready)
@@ -229,20 +245,16 @@ class _Preparation:
                 if batch:
                     yield _Images([(number, by_number[number]) for number in batch], inputs)
 
-    def _is_missing(self, number: int, row: Mapping[str, Any]) -> bool:
+    def _image(self, number: int, row: Mapping[str, Any]) -> Image.Image | None:
+        """The image of a row that needs a caption."""
+        given = {name: value for name, value in row.items() if value is not None}
         try:
-            found = format_of({name: value for name, value in row.items() if value is not None}, requires_match=False)
-        except ValueError as error:
-            raise RowError(number, f"{str(error).removesuffix('.')}.") from error
-        if found.name != "captions":
-            raise RowError(
-                number, f"is a {found.name} row ({found.summary[1]}), and captions are for rows of an `image` alone."
-            )
-        return self.replace_captions or not holds_text(row.get(self.column))
-
-    def _open(self, number: int, row: Mapping[str, Any]) -> Image.Image:
-        try:
-            return open_image(row["image"], self.image_folder, self.max_image_pixels)
+            found = format_of(given, requires_match=False)
+            if found is not CAPTIONS:
+                raise ValueError(f"is a {found.name} row ({found.summary[1]}), and captions are for an `image` alone")
+            if not self.replace_captions and holds_text(row.get(self.column)):
+                return None
+            return open_image(found.under_own_names(given)["image"], self.image_folder, self.max_image_pixels)
         except ValueError as error:
             raise RowError(number, f"{str(error).removesuffix('.')}.") from error
 
@@ -295,6 +307,18 @@ def holds_text(value: Any) -> bool:
     return any(isinstance(text, str) and text.strip() for text in (value if isinstance(value, list) else [value]))
 
 
-def _make_table(results: list[list[Row]], schema: pa.Schema) -> pa.Table:
-    rows = sorted((row for result in results for row in result), key=lambda row: row[0])
-    return pa.Table.from_pylist([row for _, row in rows], schema)
+def _make_table(results: list[list[Row]], features: Features) -> pa.Table:
+    rows = [row for _, row in sorted((row for result in results for row in result), key=lambda row: row[0])]
+    columns = {name: [row.get(name) for row in rows] for name in features}
+    # Images were read as they are stored. `from_dict` would drop the bytes of one whose path is that of a file here.
+    stored = {name for name, feature in features.items() if require_storage_embed(feature)}
+    others = Features({name: feature for name, feature in features.items() if name not in stored})
+    encoded = Dataset.from_dict({name: columns[name] for name in others}, others).with_format("arrow")[:]
+    schema = features.arrow_schema
+    return pa.Table.from_arrays(
+        [
+            pa.array(columns[field.name], field.type) if field.name in stored else encoded[field.name]
+            for field in schema
+        ],
+        schema=schema,
+    )

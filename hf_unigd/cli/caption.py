@@ -20,7 +20,8 @@ from .parser import CommandParser
 # BLIP-2 captions VladVA's short captions. Its long ones are from ShareGPT-4V's captioner, which needs code of its own;
 # LLaVA-NeXT has learned from ShareGPT-4V's captions.
 MODELS = {"short": "Salesforce/blip2-opt-2.7b", "long": "llava-hf/llava-v1.6-mistral-7b-hf"}
-MAX_NEW_TOKENS = {"short": 40, "long": 400}
+# Below the limits of training, 30 and 500, by whichever tokenizer they are counted there.
+MAX_NEW_TOKENS = {"short": 24, "long": 400}
 
 
 @dataclass

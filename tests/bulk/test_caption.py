@@ -1,5 +1,7 @@
 """`hf-unigd caption`: what is missing is captioned, images stay what they are, and the output trains."""
 
+import json
+import tarfile
 from io import BytesIO
 
 import pytest
@@ -171,6 +173,7 @@ def test_the_output_trains(folder, tmp_path):
         "use_cpu": "true",
         "report_to": "none",
         "save_strategy": "no",
+        "trust_caption_columns": "true",  # the long ones of this model are short
     }
     main(["train", *arguments(**flags)])
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -204,6 +207,12 @@ def test_captions_are_replaced_on_request_and_lists_stay_lists(tmp_path):
     assert load_rows(str(tmp_path / "all"))["short_caption"] == [["x"], ["y"], ["z"]]
 
 
+def test_a_column_of_something_else_is_refused(tmp_path):
+    turns = [[{"from": "gpt", "value": "A cat."}]]
+    with pytest.raises(ValueError, match=r"The column `long_caption` holds .*Rename it, or make texts of it"):
+        run(Scripted("a"), numbered(1, long_caption=turns), tmp_path / "out", "long")
+
+
 def test_captions_that_would_not_train_are_left_out(tmp_path, caplog):
     rows = numbered(5, long_caption=["A dog.", None, "A cat.", None, None])
     captions = ["", "a <|im_end|> b", "an <image>", "  a car ", " \n "]
@@ -231,6 +240,52 @@ def test_paths_stay_paths(tmp_path):
     assert load_rows(str(tmp_path / "out"))[0] == {"image": "1.png", "short_caption": "a cat"}
 
 
+def test_rows_of_a_tar_are_captioned_with_all_that_they_have(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for place in range(3):
+            image = BytesIO()
+            PILImage.new("RGB", (8, 8), (place, 0, 0)).save(image, "PNG")
+            for suffix, content in {
+                "jpg": image.getvalue(),
+                "json": json.dumps({"a": [place, place]}).encode(),
+            }.items():
+                entry = tarfile.TarInfo(f"{place:04d}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, BytesIO(content))
+    for streaming in (False, True):
+        rows, output = load_rows(str(tmp_path / "a.tar"), streaming=streaming), tmp_path / f"out-{streaming}"
+        assert run(Scripted("x", "y", "z"), rows, output) == 3
+        before = list(load_rows(str(tmp_path / "a.tar")).cast_column("jpg", Image(decode=False)))
+        after = list(load_rows(str(output)).cast_column("jpg", Image(decode=False)))
+        assert [row["short_caption"] for row in after] == ["x", "y", "z"]
+        assert [row["json"] for row in after] == [row["json"] for row in before]
+        assert [row["jpg"]["bytes"] for row in after] == [row["jpg"]["bytes"] for row in before]
+
+
+def test_columns_of_mixed_types_stay(tmp_path):
+    make_image(1).save(tmp_path / "1.png")
+    mixed = [[1, "a"], [{"b": 2}, None]]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"image": str(tmp_path / "1.png"), "mixed": value}) for value in mixed))
+    for streaming in (False, True):
+        output = tmp_path / f"out-{streaming}"
+        run(Scripted(*["a cat"] * 256), load_rows(str(data), streaming=streaming), output)
+        assert load_rows(str(output))["mixed"] == load_rows(str(data))["mixed"] == mixed
+
+
+def test_a_file_of_the_same_name_does_not_take_an_images_place(tmp_path, monkeypatch):
+    make_image(7).save(tmp_path / "0.png")
+    monkeypatch.chdir(tmp_path)
+    content = jpeg(make_image(1))
+    rows = Dataset.from_dict(
+        {"image": [None]}, Features({"image": {"bytes": Value("binary"), "path": Value("string")}})
+    )
+    rows = rows.select([]).add_item({"image": {"bytes": content, "path": "0.png"}}).cast_column("image", Image())
+    run(Scripted(*["a cat"] * 256), rows, tmp_path / "out")
+    written = load_rows(str(tmp_path / "out")).cast_column("image", Image(decode=False))
+    assert written[0]["image"]["bytes"] == content
+
+
 def test_bad_rows_stop_with_their_number_or_are_skipped(tmp_path, caplog):
     make_image(1).save(tmp_path / "1.png")
     good = str(tmp_path / "1.png")
@@ -248,8 +303,9 @@ def test_bad_rows_stop_with_their_number_or_are_skipped(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"jpg": ["a"]}, "Captions need a column `image`, and the dataset has jpg"),
+        ({"photo": ["a"]}, "Captions need a column `image`, and the dataset has photo"),
         ({"image": ["a"], "caption": ["a"]}, r"Rename it: `--rename_columns caption:short_caption`"),
+        ({"jpg": ["a"], "caption": ["a"], "txt": ["a"]}, "caption:short_caption txt:original_txt"),
     ],
 )
 def test_datasets_without_use_are_refused_before_the_model_is_loaded(tmp_path, columns, message):

@@ -54,7 +54,7 @@ def test_requests_are_sent_at_once_and_again_when_they_fail(rows, tmp_path, monk
     assert len(endpoint.requests) == 9 and endpoint.most_at_once == 3
     request = endpoint.requests[0]
     assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
-    assert (request["model"], request["max_tokens"], request["temperature"]) == ("m", 40, 0.5)
+    assert (request["model"], request["max_tokens"], request["temperature"]) == ("m", 24, 0.5)
     assert request["messages"][0]["content"][1] == {"type": "text", "text": QUESTIONS["short"]}
 
 
