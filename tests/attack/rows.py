@@ -206,7 +206,7 @@ def numbers_of(example: Example) -> list[str]:
 def check_row(row: dict[str, Any], is_good: bool, outcomes: Outcomes) -> None:
     try:
         # An article of MMC4 has nothing to predict or to contrast.
-        example = RowParser(len, requires_match="text_list" not in row)(row, 7)
+        example = RowParser(len, trust_caption_columns=True, requires_match="text_list" not in row)(row, 7)
     except RowError as error:
         if is_good:
             outcomes.wrong.append(f"refused, and is good: {error}; {row}"[:300])
@@ -257,7 +257,9 @@ class Doors:
         )
         for name in ("training", "streaming", "index", "evaluate", "embed_slices"):
             learned = name not in ("index",)
-            parser = RowParser(len, requires_match=learned, find_reserved=self.processor.find_reserved)
+            parser = RowParser(
+                len, trust_caption_columns=True, requires_match=learned, find_reserved=self.processor.find_reserved
+            )
             if name == "embed_slices":
                 parser.find_reserved, parser.splitter = None, self.teachers.splitter
             good, bad = [], []
@@ -311,7 +313,9 @@ class Doors:
 
     def streaming(self, rows, skip, folder):
         stream = IterableDataset.from_generator(lambda: iter(rows))
-        examples = make_examples(stream, RowParser(len, find_reserved=self.processor.find_reserved), skip)
+        examples = make_examples(
+            stream, RowParser(len, trust_caption_columns=True, find_reserved=self.processor.find_reserved), skip
+        )
         trainer = self._trainer(folder, examples, skip)
         trainer.train()
         return [example.row for example in examples]
@@ -329,7 +333,9 @@ class Doors:
         return [example.row for example in trainer.get_test_dataloader(rows).dataset]
 
     def embed_slices(self, rows, skip, folder):
-        examples = ExampleDataset(rows, RowParser(len, splitter=self.teachers.splitter), skip_bad_rows=skip)
+        examples = ExampleDataset(
+            rows, RowParser(len, trust_caption_columns=True, splitter=self.teachers.splitter), skip_bad_rows=skip
+        )
         features = write_slice_features(examples, self.teachers, folder)
         return [place for place, slices in enumerate(features.rows["slices"]) if slices]
 

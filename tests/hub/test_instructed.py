@@ -43,11 +43,6 @@ def test_the_doctor_lists_them(checkpoint):
     assert "document: 'Summarize the car.', query: 'Find the dog.'" in page and "No faults." in page, page
 
 
-@pytest.fixture
-def modules_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
 def test_sentence_transformers_and_the_pipeline_embed_alike(checkpoint, modules_cache):
     model = UniGDModel.from_pretrained(checkpoint)
     model.processor = UniGDProcessor.from_pretrained(checkpoint)

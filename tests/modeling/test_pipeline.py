@@ -35,10 +35,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipe(checkpoint, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        return pipeline("feature-extraction", model=str(checkpoint[0]), trust_remote_code=True, device="cpu")
+def pipe(checkpoint, modules_cache):
+    return pipeline("feature-extraction", model=str(checkpoint[0]), trust_remote_code=True, device="cpu")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -230,7 +230,9 @@ class ParityTrainer(UniGDTrainer):
 
 def make_parser(processor, args):
     splitter = SentenceSplitter() if args.alignment_weight else None
-    return RowParser(lambda text: len(processor.tokenizer(text)["input_ids"]), splitter=splitter)
+    return RowParser(
+        lambda text: len(processor.tokenizer(text)["input_ids"]), trust_caption_columns=True, splitter=splitter
+    )
 
 
 def make_args(case: Case, folder: str) -> UniGDTrainingArguments:
