@@ -17,6 +17,7 @@ from ..data import (
     make_examples,
     write_slice_features,
 )
+from ..data.lengths import TokenCounter
 from ..inputs import reading
 from ..outputs import OutputFolder
 from ..settings import NotNegative, Positive
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     with reading(args.model):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     row_parser = RowParser(
-        lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        TokenCounter(tokenizer),
         args.short_caption_max_tokens,
         args.long_caption_max_tokens,
         args.trust_caption_columns,

@@ -1,19 +1,20 @@
 """The example that every row becomes, whatever its format."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from PIL import Image
 
 
 IMAGE, TEXT = 0, 1
 
 # Chat messages as `UniGDProcessor.process_sequences` takes them. Each has a `role` and a `content`, a list of parts: a
-# text is `{"type": "text", "text": str}`, an image is `{"type": "image", "image": PIL image}`, and an instruction is
-# `{"type": "instruction", "text": str}`, with which the first user's turn of what is embedded may begin.
+# text is `{"type": "text", "text": str}`; an image is `{"type": "image", "image": PIL image}`, to which `image_key`
+# adds its `"key"`; and an instruction, with which the first user's turn of what is embedded may begin, is
+# `{"type": "instruction", "text": str}`.
 Messages = list[dict[str, Any]]
 
 
@@ -45,20 +46,28 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Slice:
-    """One image or one sentence of a sequence."""
+    """One image or one sentence of a sequence.
 
-    content: Image.Image | str
+    Attributes:
+        part: The image as it is in the messages, or `{"type": "text", "text": str}` with the sentence.
+    """
+
+    part: dict[str, Any]
+
+    @property
+    def content(self) -> Image.Image | str:
+        """The image or the sentence."""
+        return self.part[self.part["type"]]
 
     @property
     def modality(self) -> int:
         """`IMAGE` (0) or `TEXT` (1), the codes that the alignment kernel takes as `modalities`."""
-        return TEXT if isinstance(self.content, str) else IMAGE
+        return IMAGE if self.part["type"] == "image" else TEXT
 
     @property
     def key(self) -> int:
         """A 63-bit hash of the sentence or of the pixels. Slices of equal content have equal keys."""
-        name = "text" if self.modality == TEXT else "image"
-        return content_key([{"role": "user", "content": [{"type": name, name: self.content}]}])
+        return content_key([{"role": "user", "content": [self.part]}])
 
 
 class InputSequence(NamedTuple):
@@ -142,9 +151,30 @@ def iter_parts(messages: Messages) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def iter_images(messages: Messages) -> Iterator[Image.Image]:
     """Yields the images of all messages, in order."""
+    for part in iter_image_parts(messages):
+        yield part["image"]
+
+
+def iter_image_parts(messages: Messages) -> Iterator[dict[str, Any]]:
+    """Yields the parts of all messages that are images, in order."""
     for _, part in iter_parts(messages):
         if part["type"] == "image":
-            yield part["image"]
+            yield part
+
+
+def image_key(part: dict[str, Any]) -> str:
+    """A 128-bit hash of the mode, size and pixels of an image, in hexadecimal digits. Whether a row holds a path,
+    bytes or a decoded image does not count.
+
+    Masks, the features of slices, and the cache of the vision tower share it. It is computed once, and kept in the
+    part.
+    """
+    if "key" not in part:
+        image: Image.Image = part["image"]
+        digest = xxhash.xxh3_128(f"{image.mode}{image.size}".encode())
+        digest.update(image.tobytes())
+        part["key"] = digest.hexdigest()
+    return part["key"]
 
 
 def content_key(messages: Messages) -> int:
@@ -152,13 +182,8 @@ def content_key(messages: Messages) -> int:
 
     Sequences of equal content have equal keys. Roles do not count.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    digest = xxhash.xxh3_64()
     for _, part in iter_parts(messages):
-        if part["type"] == "image":
-            image: Image.Image = part["image"]
-            digest.update(f"{image.mode}{image.size}".encode())
-            digest.update(image.tobytes())
-        else:
-            digest.update(part["text"].encode())
-        digest.update(b"\0")
-    return int.from_bytes(digest.digest(), "big") >> 1
+        content = image_key(part) if part["type"] == "image" else part["text"]
+        digest.update(f"{part['type']} {content}\0".encode())
+    return digest.intdigest() >> 1

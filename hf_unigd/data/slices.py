@@ -52,10 +52,14 @@ def slices_of(messages: Messages, target: str | None, splitter: SentenceSplitter
     slices = []
     for role, part in iter_parts(messages):
         if part["type"] == "image":
-            slices.append(Slice(part["image"]))
+            slices.append(Slice(part))
         elif role != "system" and not is_instruction(part):
-            slices += [Slice(sentence) for sentence in splitter.split(part["text"])]
-    slices += [Slice(sentence) for sentence in splitter.split(target or "")]
+            slices += _sentences(part["text"], splitter)
+    slices += _sentences(target or "", splitter)
     if not slices:
         raise ValueError("has no slices: it needs at least one image or sentence")
     return slices
+
+
+def _sentences(text: str, splitter: SentenceSplitter) -> list[Slice]:
+    return [Slice({"type": "text", "text": sentence}) for sentence in splitter.split(text)]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..data.example import Slice
+from ..data.example import image_key
 from ..modeling import UniGDProcessor
 from ..retrieval import embed_sequences
 from .retrieval import rank_candidates, recall_metric
@@ -51,8 +51,8 @@ def last_image_recall(
             )
     if not told:
         raise ValueError("There are no stories.")
-    keys = [[Slice(image).key for image in story["images"]] for story in told]
-    pool: dict[int, Any] = {}
+    keys = [[image_key({"image": image}) for image in story["images"]] for story in told]
+    pool: dict[str, Any] = {}
     for story, story_keys in zip(told, keys, strict=True):
         pool |= dict(zip(story_keys, story["images"], strict=True))
     places = {key: place for place, key in enumerate(pool)}

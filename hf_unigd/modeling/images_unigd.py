@@ -88,8 +88,10 @@ def _image_errors(source):
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if type(image) is Image.Image and image.mode == "RGB" and not image.has_transparency_data:
-        return image  # others belong to a file, which they would keep open
+    if image.mode == "RGB" and not image.has_transparency_data:
+        image.load()
+        # The image of a file closes it once it is read, but for one of several frames, which would keep it open.
+        return image.copy() if getattr(image, "is_animated", False) else image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return _as_eight_bits(image).convert("RGB")
     if not image.has_transparency_data:

@@ -279,8 +279,7 @@ class UniGDProcessor(SoftPromptMixin, ProcessorMixin):
         if image_lengths:
             batch["image_lengths"] = torch.tensor(tokenized.image_lengths, dtype=torch.long)
         if any(row.answer or row.history for row in rows):
-            labels = [torch.tensor(each, dtype=torch.long) for each in tokenized.labels]
-            batch["labels"] = pad_sequence(labels, True, -100, side)
+            batch["labels"] = pad_sequence(tokenized.labels, True, -100, side)
         return batch
 
     def check_sequence(self, sequence, target=None, *, prompted=True, label_history=False, max_length=None) -> None:

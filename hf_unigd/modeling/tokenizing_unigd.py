@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
 
+import numpy as np
+import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
@@ -20,8 +22,8 @@ class TokenizedSequences:
         lengths (`list[int]`): Number of tokens of each prompt.
         answers (`list[dict[str, list]]`): For each row, the values of all per-token inputs at the tokens of its
             answer. The lists are empty without an answer.
-        labels (`list[list[int]]`): For each row, the labels of the tokens of its prompt and answer: -100 where nothing
-            is learned.
+        labels (`list[torch.LongTensor]`): For each row, the labels of the tokens of its prompt and answer: -100 where
+            nothing is learned.
         image_lengths (`list[int]`): Number of tokens of each image, in the order of rows and places.
         slices (`list[list[tuple[int, int]]]`): For each row, start and end (exclusive) of every slice, in order, in
             tokens of its prompt and answer. Empty if the slices are not asked for.
@@ -30,7 +32,7 @@ class TokenizedSequences:
     batch: BatchFeature
     lengths: list[int]
     answers: list[dict[str, list]]
-    labels: list[list[int]]
+    labels: list[torch.Tensor]
     image_lengths: list[int]
     slices: list[list[tuple[int, int]]]
 
@@ -71,10 +73,16 @@ class SequenceTokenizer:
         offsets = batch.pop("offset_mapping", None)
         # What the processor has put in the place of each image, and where.
         replacements = batch.pop("text_replacement_offsets", [[] for _ in rows])
+        for name, value in batch.items():
+            if _are_rows_of_numbers(value):
+                batch[name] = np.array(value)  # of which torch makes a tensor several times faster than of lists
         batch = batch.convert_to_tensors("pt")
         lengths = batch["attention_mask"].sum(1).tolist()
-        answers = [self._answer(row, with_offsets) for row in rows]
-        labels = [[-100] * length + answer["input_ids"] for length, answer in zip(lengths, answers, strict=True)]
+        answers = self._answers(rows, with_offsets)
+        labels = []
+        for length, answer in zip(lengths, answers, strict=True):
+            learned = torch.tensor(answer["input_ids"], dtype=torch.long)
+            labels.append(torch.cat([torch.full((length,), -100), learned]))
         slices: list[list[tuple[int, int]]] = [[] for _ in rows]
         for index, length in enumerate(lengths if with_offsets else []):
             ids = batch["input_ids"][index, :length].tolist()
@@ -164,20 +172,44 @@ class SequenceTokenizer:
             start, end = (_expanded(place, replacements) for place in (each.start, each.end))
             answer = tokens[bisect_right(lasts, start) : bisect_left(firsts, end)]
             first, after = answer[0][2], answer[-1][2] + 1
-            labels[first:after] = ids[first:after]
+            labels[first:after] = torch.tensor(ids[first:after])
             if each.unrendered:
                 unrendered = self.vlm_processor.tokenizer(each.unrendered, add_special_tokens=False)
                 labels[after] = unrendered["input_ids"][0]
 
-    def _answer(self, row: RenderedSequence, with_offsets: bool) -> dict[str, list]:
-        """The values of all per-token inputs at the tokens of a row's answer, as the backbone's processor continues
-        those of the prompt, and with `with_offsets` where the tokens start and end, in characters of the answer."""
-        if not row.answer:
-            return defaultdict(list)
+    def _answers(self, rows: list[RenderedSequence], with_offsets: bool) -> list[dict[str, list]]:
+        """For each row, the values of all per-token inputs at the tokens of its answer, as the backbone's processor
+        continues those of the prompt, and with `with_offsets` where the tokens start and end, in characters of the
+        answer."""
         # The text after the last image is enough, and free of image tokens, which the processor would expand.
-        *_, tail = row.prompt.rpartition(self.vlm_processor.image_token)
+        tails = [row.prompt.rpartition(self.vlm_processor.image_token)[2] for row in rows]
+        answered = [(tail, tail + row.answer) for row, tail in zip(rows, tails, strict=True) if row.answer]
+        tokenized = self._tokenize([text for pair in answered for text in pair], with_offsets)
+        return [
+            self._answer(row, tail, tokenized, with_offsets) if row.answer else defaultdict(list)
+            for row, tail in zip(rows, tails, strict=True)
+        ]
+
+    def _answer(self, row: RenderedSequence, tail: str, tokenized, with_offsets: bool) -> dict[str, list]:
+        prompt, joint = tokenized[tail]["input_ids"], tokenized[tail + row.answer]
+        start = len(prompt)
+        if joint["input_ids"][:start] != prompt:
+            # The tokenizer would merge the end of the prompt with the answer, and change the tokens of the prompt.
+            return self._tokenize([row.answer], with_offsets)[row.answer]
+        answer = {name: values[start:] for name, values in joint.items()}
+        if with_offsets:
+            answer["offset_mapping"] = [
+                (first - len(tail), last - len(tail)) for first, last in answer["offset_mapping"]
+            ]
+        return answer
+
+    def _tokenize(self, texts: list[str], with_offsets: bool) -> dict[str, dict[str, list]]:
+        """The per-token inputs that the backbone's processor makes of texts without images, by text."""
+        texts = list(dict.fromkeys(texts))
+        if not texts:
+            return {}
         inputs = self.vlm_processor(
-            text=[tail, tail + row.answer, row.answer],
+            text=texts,
             text_kwargs={
                 "add_special_tokens": False,
                 "padding": False,
@@ -185,16 +217,12 @@ class SequenceTokenizer:
                 "return_tensors": None,
             },
         )
-        start, joint = len(inputs["input_ids"][0]), inputs["input_ids"][1]
-        if joint[:start] != inputs["input_ids"][0]:
-            # The tokenizer would merge the end of the prompt with the answer, and change the tokens of the prompt.
-            return {name: values[2] for name, values in inputs.items()}
-        answer = {name: values[1][start:] for name, values in inputs.items()}
-        if with_offsets:
-            answer["offset_mapping"] = [
-                (first - len(tail), last - len(tail)) for first, last in answer["offset_mapping"]
-            ]
-        return answer
+        return {text: {name: values[place] for name, values in inputs.items()} for place, text in enumerate(texts)}
+
+
+def _are_rows_of_numbers(value) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, list) and bool(first) and isinstance(first[0], int)
 
 
 def _expanded(place: int, replacements) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..data import Example, RowError
-from ..data.example import InputSequence, Messages, content_key, iter_images
+from ..data.example import InputSequence, Messages, content_key, image_key, iter_image_parts
 from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..data.streams import Skipped
@@ -19,7 +19,6 @@ from ..modeling.instructions_unigd import without_instruction
 from .arguments import UniGDTrainingArguments
 from .batches import idle_batch
 from .prefixes import PrefixSampler
-from .vision import image_key
 
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class UniGDDataCollator:
         contrastive: Whether anchors are embedded and contrasted.
         causal_lm: Whether targets are labelled. If not, they are only read if the example has slices.
         with_image_keys: Whether chunks with images get the `image_keys` of the images
-            ([`~hf_unigd.trainer.vision.image_key`]), with their numbers of tokens.
+            ([`~hf_unigd.data.example.image_key`]), with their numbers of tokens.
 
     Raises:
         RowError: a row cannot be processed and `skip_bad_rows` is off.
@@ -193,7 +192,7 @@ class UniGDDataCollator:
             if "labels" not in inputs or not self.causal_lm:
                 inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
             if self.with_image_keys:
-                images = [image for each in messages for image in iter_images(each)]
+                images = [part for each in messages for part in iter_image_parts(each)]
                 # Some families make fewer tokens of an image that has others beside it.
                 lengths = inputs.pop("image_lengths").tolist()
                 inputs["image_keys"] = [(image_key(image), n) for image, n in zip(images, lengths, strict=True)]

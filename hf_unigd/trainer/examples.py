@@ -17,7 +17,7 @@ from ..data import (
     make_examples,
 )
 from ..data.dataset import Rows
-from ..data.lengths import sequence_length
+from ..data.lengths import TokenCounter, sequence_length
 from ..modeling import UniGDProcessor
 from ..modeling.instructions_unigd import check_instructions
 from .arguments import UniGDTrainingArguments
@@ -54,7 +54,7 @@ def prepare_examples(
     if isinstance(rows, (ExampleDataset, MixedDataset, ExampleStream)):
         return rows
     parser = RowParser(
-        lambda text: len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]),
+        TokenCounter(processor.tokenizer),
         # Without the contrastive loss, every `caption` is a target, because a positive would not be trained on.
         short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
         long_caption_max_tokens=args.long_caption_max_tokens,

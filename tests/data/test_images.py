@@ -56,6 +56,22 @@ def test_a_photo_is_upright_through_every_door(tmp_path, orientation):
     assert np.array_equal(by_hand["pixel_values"], opened["pixel_values"])
 
 
+@pytest.mark.parametrize("source", ["path", "bytes"])
+def test_an_image_in_rgb_is_not_copied_and_its_file_is_closed(tmp_path, source):
+    file = saved(make_image(1), tmp_path / "a.jpg")
+    given = Image.open(file if source == "path" else BytesIO(file.read_bytes()))
+    opened = open_source(given)
+    assert opened is given and opened.fp is None
+    assert open_source(opened) is opened
+    assert np.array_equal(pixels(opened), pixels(Image.open(file).convert("RGB")))
+
+
+def test_an_image_of_several_frames_does_not_keep_its_file_open(tmp_path):
+    frames = [make_image(1), make_image(2)]
+    file = saved(frames[0], tmp_path / "a.tiff", save_all=True, append_images=frames[1:])
+    assert type(open_image(str(file))) is Image.Image
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_other_modes_are_as_transformers_loads_them(mode):
     image = make_image(2).convert(mode)

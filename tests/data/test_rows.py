@@ -9,7 +9,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_unigd.data import ExampleCheck, RowError, RowParser, make_examples
-from hf_unigd.data.example import content_key, iter_images, iter_parts
+from hf_unigd.data.example import content_key, image_key, iter_image_parts, iter_images, iter_parts
 from hf_unigd.data.formats import check_columns
 from tiny_models import make_image
 
@@ -368,9 +368,25 @@ def test_content_keys_differ_where_content_differs():
             [{"type": "text", "text": "ab"}],
             [{"type": "image", "image": Image.new("RGB", (2, 3))}],
             [{"type": "image", "image": Image.new("RGB", (3, 2))}],
+            [{"type": "text", "text": image_key({"image": Image.new("RGB", (2, 3))})}],
         )
     }
-    assert len(keys) == 6
+    assert len(keys) == 7
+
+
+def test_an_image_has_one_key_however_it_is_handed_over(tmp_path):
+    file = tmp_path / "a.jpg"
+    make_image(1).save(file)
+    data = file.read_bytes()
+    opened = Image.open(file)
+    handed_over = [str(file), data, {"bytes": data, "path": None}, {"bytes": None, "path": str(file)}, opened]
+    opened = Image.open(file)
+    opened.load()
+    handed_over += [opened, opened.copy(), opened.convert("RGBA")]
+    keys = {image_key(next(iter_image_parts(parse({"image": each, "caption": "a"}).anchor))) for each in handed_over}
+    assert len(keys) == 1
+    other = next(iter_image_parts(parse({"image": make_image(2), "caption": "a"}).anchor))
+    assert image_key(other) not in keys
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,14 @@ def make_examples(count=10, **kwargs):
     return ExampleDataset(rows, RowParser(len, splitter=SentenceSplitter()), **kwargs)
 
 
+def sentence(text):
+    return Slice({"type": "text", "text": text})
+
+
 def test_features_equal_the_outputs_of_the_encoders(teacher_args):
     teachers = Teachers(teacher_args)
     image, text = make_image(1), "Two blue dogs."
-    features = teachers([Slice(image), Slice(text)])
+    features = teachers([Slice({"type": "image", "image": image}), sentence(text)])
     assert features.shape == (2, teachers.own_width + teachers.cross_width)
 
     pixels = AutoImageProcessor.from_pretrained(teacher_args.image_teacher)(image, return_tensors="pt")
@@ -77,9 +81,9 @@ def test_mean_pooling_ignores_padding(teacher_args):
 
 def test_texts_that_are_too_long_are_truncated_and_counted(teacher_args):
     teachers = Teachers(teacher_args)
-    teachers([Slice("a red cat. " * 5), Slice("a cat")])
+    teachers([sentence("a red cat. " * 5), sentence("a cat")])
     assert teachers.truncated == 1  # the limit of CLIP is 16 tokens, that of BERT 64
-    assert torch.isfinite(teachers([Slice("a red cat. " * 100)])).all()
+    assert torch.isfinite(teachers([sentence("a red cat. " * 100)])).all()
     assert teachers.truncated == 3  # the last text is too long for both
 
 
