@@ -199,8 +199,9 @@ class UniGDCheckpointModel(PreTrainedModel):
         """
         As [`~PreTrainedModel.save_pretrained`]. Also saves the model's `processor` (or else the one of the checkpoint
         that the model was loaded from), the probe, what sentence-transformers needs, and the digests of all of it.
-        Unless `verify_saves` is False, the folder is loaded again and compared with the probe. With
-        `push_to_hub=True`, the arguments of [`~PreTrainedModel.push_to_hub`] are accepted too.
+        Unless `verify_saves` is False, the folder is loaded again, on the model's device if there is memory for it,
+        and compared with the probe. With `push_to_hub=True`, the arguments of [`~PreTrainedModel.push_to_hub`] are
+        accepted too.
 
         Raises:
             FileExistsError: the folder holds the weights of another model, or an adapter. Nothing was written.
@@ -243,7 +244,18 @@ class UniGDCheckpointModel(PreTrainedModel):
         has_probe = self._save_processor_and_probe(folder, has_weights)
         save_digests(folder)
         if has_probe and self.verify_saves and can_be_opened:
-            type(self).from_pretrained(folder, dtype=self.dtype)
+            self._verify_save(folder)
+
+    def _verify_save(self, folder: Path) -> None:
+        """Loads a folder, which compares it with its probe. This is done on the model's device, which a large model
+        saves minutes on, or on the CPU if the device has no memory for a second model."""
+        if self.device.type != "cpu":
+            try:
+                type(self).from_pretrained(folder, dtype=self.dtype, device_map={"": self.device})
+                return
+            except torch.OutOfMemoryError:
+                logger.warning("%s has no memory to verify %s, so the CPU does it.", self.device, folder)
+        type(self).from_pretrained(folder, dtype=self.dtype)
 
     def _save_processor_and_probe(self, folder: Path, has_weights: bool) -> bool:
         """Whether a probe was saved. What was not is named in a warning."""

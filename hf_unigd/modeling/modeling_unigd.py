@@ -72,7 +72,8 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
 
     Attributes:
         processor ([`UniGDProcessor`]): The model's processor, or None if it is not known. It is saved with the model.
-        verify_saves (`bool`): Whether to load every checkpoint after saving it, to check that it embeds the same.
+        verify_saves (`bool`): Whether to load every checkpoint after saving it, to check that it embeds the same. It
+            is loaded on the model's device.
     """
 
     config_class = UniGDConfig

@@ -19,6 +19,7 @@ from hf_unigd.modeling.probe_unigd import (
     probe_tolerance,
     processor_differences,
 )
+from tiny_adapters import make_adapter
 from tiny_models import FAMILIES, make_vlm
 
 
@@ -154,6 +155,34 @@ def test_saving_loads_what_was_written(tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "a")
     model.verify_saves = False
     model.save_pretrained(tmp_path / "b")
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_save_is_verified_on_the_models_device(tmp_path, is_adapter, has_memory):
+    """The device stands for an accelerator. What is loaded for it is put on the CPU, through a device map as there."""
+    if is_adapter:
+        model, folder = make_adapter(tmp_path, on="ours")[0], tmp_path / "adapter"
+    else:
+        model, folder = make_model(), tmp_path
+        model.save_pretrained(folder)
+    maps = []
+
+    class OnDevice(UniGDForConditionalGeneration):
+        device = torch.device("cuda", 1)
+
+        @classmethod
+        def from_pretrained(cls, name, *, device_map=None, **kwargs):
+            maps.append(device_map)
+            if device_map is not None and not has_memory:
+                raise torch.OutOfMemoryError("out of memory")
+            whole = UniGDForConditionalGeneration.from_pretrained(name, device_map=device_map and "cpu", **kwargs)
+            assert isinstance(whole, UniGDForConditionalGeneration) and whole.dtype == model.dtype
+
+    model.__class__ = OnDevice
+    model._verify_save(folder)
+    on_device = {"": torch.device("cuda", 1)}
+    assert maps == ([on_device] if has_memory else [on_device, None])
 
 
 def test_a_loaded_model_is_saved_with_the_processor_of_its_checkpoint(tmp_path):
