@@ -3,6 +3,7 @@ and never seen half written."""
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,17 +34,21 @@ def writing(path: str | Path) -> Iterator[Path]:
         _remove(unfinished)
 
 
-def remove_unfinished(folder: str | Path, *names: str) -> None:
+def remove_unfinished(folder: str | Path, *names: str, older_than: float = 0.0) -> None:
     """
     Removes what processes left in a folder that were killed while they wrote to it by [`writing`].
 
     Args:
         folder: The folder, which need not exist.
         names: Patterns of the names that they wrote.
+        older_than: Seconds since the last change, in a folder that other processes may be writing to.
     """
+    latest = time.time() - older_than
     for name in names:
         for path in Path(folder).glob(f".{name}.*{_UNFINISHED}"):
-            _remove(path)
+            with suppress(FileNotFoundError):  # another process has finished or removed it
+                if path.stat().st_mtime <= latest:
+                    _remove(path)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..settings import AtLeast, NotNegative, Positive, check_least, check_settin
 
 
 LOSSES = ("contrastive", "alignment", "causal_lm")
+CACHE_DTYPES = ("bfloat16", "float16")
 
 # The fields of `TrainingArguments` that would have no effect: the only accepted value, and the reason.
 WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -80,8 +81,11 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Whether to freeze the vision tower and its projector.
         vision_cache (`str`, *optional*):
-            Folder that keeps the features of a frozen vision tower for later epochs and runs. The features are stored
-            per image and tower.
+            Folder that keeps the features of a frozen vision tower for later epochs and runs, by image and tower. The
+            space that they will take is compared with what is free before the first is stored.
+        vision_cache_dtype (`str`, *optional*):
+            `"bfloat16"` or `"float16"`, to store features in, if not in the type in which they are computed. Features
+            are rounded to it from the first epoch on.
 
         > Parameters that control evaluation
 
@@ -215,6 +219,13 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     vision_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps the features of a frozen vision tower for later runs."}
     )
+    vision_cache_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type to store these features in, if not the type in which they are computed.",
+            "choices": list(CACHE_DTYPES),
+        },
+    )
     max_length: Positive | None = field(
         default=None,
         metadata={"help": "Maximum number of tokens in a row, including images and target. Longer rows are errors."},
@@ -270,6 +281,12 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             self.check_rows = "text" if self.check_rows else "off"
         if self.check_rows not in CHECK_LEVELS:
             raise ValueError(f"`check_rows={self.check_rows}` must be one of {', '.join(CHECK_LEVELS)}.")
+        if self.vision_cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(
+                f"`vision_cache_dtype={self.vision_cache_dtype}` must be one of {', '.join(CACHE_DTYPES)}."
+            )
+        if self.vision_cache_dtype is not None and self.vision_cache is None:
+            raise ValueError("`vision_cache_dtype` would have no effect without `vision_cache`. Leave it out.")
         check_settings(self)
         check_least(self, LEAST)
         weights = {f"{name}_weight": getattr(self, f"{name}_weight") for name in LOSSES}

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .sampler import EpochSampler
+from .vision_cache import VisionFeatureCache
 
 
 class ClampLogitScale(TrainerCallback):
@@ -12,6 +13,23 @@ class ClampLogitScale(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.clamp_logit_scale_()
+
+
+class KeepImageFeatures(TrainerCallback):
+    """Writes the features of images whenever a run may end or the workers of a data loader start.
+
+    Attributes:
+        cache: The features, once there are some.
+    """
+
+    def __init__(self) -> None:
+        self.cache: VisionFeatureCache | None = None
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.cache is not None:
+            self.cache.flush()
+
+    on_save = on_train_end = on_evaluate = on_predict = on_epoch_end
 
 
 class SetEpoch(TrainerCallback):

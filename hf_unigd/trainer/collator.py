@@ -19,6 +19,7 @@ from ..modeling.instructions_unigd import without_instruction
 from .arguments import UniGDTrainingArguments
 from .batches import idle_batch
 from .prefixes import PrefixSampler
+from .stored_images import StoredImages
 
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,9 @@ class UniGDDataCollator:
             anchors and another all candidates.
         contrastive: Whether anchors are embedded and contrasted.
         causal_lm: Whether targets are labelled. If not, they are only read if the example has slices.
-        with_image_keys: Whether chunks with images get the `image_keys` of the images
+        with_image_keys: Whether chunks get the `image_keys` of their images
             ([`~hf_unigd.data.example.image_key`]), with their numbers of tokens.
+        stored_images: Makes the chunks whose images are all in the vision cache. They have no `pixel_values`.
 
     Raises:
         RowError: a row cannot be processed and `skip_bad_rows` is off.
@@ -77,6 +79,7 @@ class UniGDDataCollator:
     contrastive: bool = True
     causal_lm: bool = True
     with_image_keys: bool = False
+    stored_images: StoredImages | None = None
 
     def __call__(self, examples: list[Example | Skipped | None]) -> dict[str, Any]:
         if isinstance(examples[0], Skipped):
@@ -171,17 +174,23 @@ class UniGDDataCollator:
             messages, targets, prompted, label_history = map(
                 list, zip(*(sequences[place] for place in part), strict=True)
             )
+            settings = {
+                "prompted": prompted,
+                "label_history": label_history,
+                "max_length": self.max_length,
+                "padding_side": "right",
+                "sentence_ends": sentence_ends,
+                "image_lengths": self.with_image_keys,
+            }
+            keys = []
+            if self.with_image_keys:
+                keys = [image_key(image) for each in messages for image in iter_image_parts(each)]
             try:
-                inputs = self.processor.process_sequences(
-                    messages,
-                    targets,
-                    prompted=prompted,
-                    label_history=label_history,
-                    max_length=self.max_length,
-                    padding_side="right",
-                    sentence_ends=sentence_ends,
-                    image_lengths=self.with_image_keys,
-                )
+                inputs = None
+                if self.stored_images is not None:
+                    inputs = self.stored_images.process(keys, messages, targets, **settings)
+                if inputs is None:
+                    inputs = self.processor.process_sequences(messages, targets, **settings)
             except SequenceError as error:
                 owner = owners[part[error.index]]
                 raise RowError(owner.row, error.reason, owner.source) from error
@@ -192,10 +201,8 @@ class UniGDDataCollator:
             if "labels" not in inputs or not self.causal_lm:
                 inputs["labels"] = torch.full_like(inputs["input_ids"], -100)
             if self.with_image_keys:
-                images = [part for each in messages for part in iter_image_parts(each)]
                 # Some families make fewer tokens of an image that has others beside it.
-                lengths = inputs.pop("image_lengths").tolist()
-                inputs["image_keys"] = [(image_key(image), n) for image, n in zip(images, lengths, strict=True)]
+                inputs["image_keys"] = list(zip(keys, inputs.pop("image_lengths").tolist(), strict=True))
             chunks.append(dict(inputs))
         none = torch.empty(0, 5, dtype=torch.long)
         spans, slice_spans = [torch.cat([none, *table]) for table in tables.values()]

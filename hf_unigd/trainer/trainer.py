@@ -13,7 +13,7 @@ from ..data.dataset import Rows
 from ..modeling import UniGDProcessor
 from .arguments import UniGDTrainingArguments
 from .batches import check_batch_size, count_targets, count_tokens, join_batches
-from .callbacks import ClampLogitScale, SetEpoch
+from .callbacks import ClampLogitScale, KeepImageFeatures, SetEpoch
 from .collator import UniGDDataCollator, collator_for_objective
 from .dataloaders import stream_loader
 from .evaluating import EvaluatingTrainer
@@ -25,7 +25,8 @@ from .sampler import make_sampler
 from .sharding import add_idle_chunks, prepare_fsdp2
 from .step_logs import StepLogs, gradient_norm
 from .stream_positions import StreamPositions
-from .vision import VisionFeatureCache, is_frozen, with_image_features
+from .vision import is_frozen, open_vision_cache, with_image_features
+from .vision_cache import VisionFeatureCache
 
 
 class UniGDTrainer(EvaluatingTrainer):
@@ -69,8 +70,8 @@ class UniGDTrainer(EvaluatingTrainer):
             The arguments. Plain `TrainingArguments` are converted. By default, the default arguments are used.
         data_collator ([`UniGDDataCollator`], *optional*):
             A collator of your own. The trainer uses a copy and sets the fields that the objective determines
-            (`chunk_size`, `contrastive`, `causal_lm`, `splitter`, `prefixes`, `with_image_keys`). Defaults to the
-            collator of [`get_data_collator`].
+            (`chunk_size`, `contrastive`, `causal_lm`, `splitter`, `prefixes`, `with_image_keys`, `stored_images`).
+            Defaults to the collator of [`get_data_collator`].
         train_dataset (`Dataset`, `IterableDataset`, map-style torch `Dataset` or `list[dict]`, *optional*):
             Rows of any accepted format ([`~hf_unigd.data.RowParser`]), or a [`~hf_unigd.data.DatasetMixture`] of them.
         eval_dataset (the same, or a `dict` or `DatasetDict` of them, *optional*):
@@ -142,7 +143,9 @@ class UniGDTrainer(EvaluatingTrainer):
             model = prepare_model(resolved, processing_class, args, peft_config)
         elif not isinstance(processing_class, UniGDProcessor):
             raise ValueError("`model_init` needs `processing_class`, the UniGDProcessor of its models.")
-        self.processing_class = processing_class  # `call_model_init` needs it before Trainer sets it
+        # `call_model_init` needs these before Trainer sets them.
+        self.processing_class = processing_class
+        self._keep_features = KeepImageFeatures()
         if args.ddp_find_unused_parameters is None:  # a process may have no images for the tower
             args.ddp_find_unused_parameters = not (
                 is_frozen(model) if model_init is None else args.freeze_vision_tower
@@ -180,6 +183,7 @@ class UniGDTrainer(EvaluatingTrainer):
             self.data_collator = collator_for_objective(self.data_collator, args, self.model.config.context_length)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it per batch
         self.add_callback(ClampLogitScale())
+        self.add_callback(self._keep_features)
         self._set_epoch = SetEpoch()
         self.add_callback(self._set_epoch)
         self.contrastive_loss = InfoNCELoss(self.model.config.matryoshka_dims)
@@ -190,7 +194,6 @@ class UniGDTrainer(EvaluatingTrainer):
             one_slice=args.alignment_one_slice,
             similarity=args.alignment_similarity,
         )
-        self._vision_features: VisionFeatureCache | None = None
         self._step_logs = StepLogs(self.accelerator)
         self._stream_positions = StreamPositions(args)
         if self.is_deepspeed_enabled and (self._uses_gradient_cache or args.loss_gradient_norm_steps):
@@ -218,7 +221,7 @@ class UniGDTrainer(EvaluatingTrainer):
 
     def call_model_init(self, trial=None):
         made = super().call_model_init(trial)
-        self._vision_features = None  # the features of the previous model's tower
+        self._keep_features.cache = None  # the features of the previous model's tower
         model, processor = resolve_model(made, self.processing_class, self.args, self._peft_config)
         return prepare_model(model, processor, self.args, self._peft_config)
 
@@ -327,6 +330,8 @@ class UniGDTrainer(EvaluatingTrainer):
     def _step(self, model, inputs, num_items_in_batch, scales):
         """Returns the loss to call `backward` on and, by name, the unweighted losses and the values to log."""
         inner = self.accelerator.unwrap_model(model)
+        if cache := self._open_vision_cache():
+            cache.expect_images(inputs, self.train_dataset)
         chunks = self._prepare_chunks(inner, inputs["chunks"])
 
         def forward(model, chunks):
@@ -375,15 +380,16 @@ class UniGDTrainer(EvaluatingTrainer):
         """Computes the features of a frozen vision tower, once per step, and adds idle chunks under FSDP."""
         if is_frozen(model):
             with self.accelerator.autocast():
-                chunks = [with_image_features(model, chunk, self._vision_cache(model)) for chunk in chunks]
+                chunks = [with_image_features(model, chunk, self._open_vision_cache()) for chunk in chunks]
         return add_idle_chunks(chunks) if self.is_fsdp_enabled else chunks
 
-    def _vision_cache(self, model) -> VisionFeatureCache | None:
-        if self._vision_features is None and self.args.vision_cache is not None:
-            self._vision_features = VisionFeatureCache.for_model(
-                self.args.vision_cache, model, self.processing_class, self.accelerator.mixed_precision
-            )
-        return self._vision_features
+    def _open_vision_cache(self) -> VisionFeatureCache | None:
+        """The stored features of the vision tower, if they are wanted."""
+        folder, dtype = self.args.vision_cache, self.args.vision_cache_dtype
+        if self._keep_features.cache is None and folder is not None:
+            model, precision = self.accelerator.unwrap_model(self.model), self.accelerator.mixed_precision
+            self._keep_features.cache = open_vision_cache(folder, dtype, model, self.data_collator, precision)
+        return self._keep_features.cache
 
     def batch_losses(
         self, embeddings: torch.Tensor, inverse_temperature: torch.Tensor, batch: dict
@@ -490,4 +496,5 @@ class UniGDTrainer(EvaluatingTrainer):
         if self.train_dataset is not None:
             self.train_dataset = self._prepare_dataset(self.train_dataset, self.processing_class, self.args, "train")
             self._check_batch_size()  # again, because `auto_find_batch_size` lowers it
+            self._open_vision_cache()
         return super().get_train_dataloader()

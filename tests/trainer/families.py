@@ -23,11 +23,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from hf_unigd import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.data.example import image_key
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.hub.export import export_checkpoint
 from hf_unigd.modeling.head_unigd import pool_spans
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
-from hf_unigd.trainer.vision import VisionFeatureCache, is_frozen, vision_parameters, with_image_features
+from hf_unigd.trainer.stored_images import without_pixels
+from hf_unigd.trainer.vision import is_frozen, vision_parameters, with_image_features
+from hf_unigd.trainer.vision_cache import VisionFeatureCache
 from tiny_models import make_image, make_vlm, stand_ins
 from tiny_models.building import BUILDERS
 from tiny_teachers import save_teachers
@@ -231,15 +234,22 @@ def check_vision_cache(family: Family, folder: Path) -> None:
         lengths = inputs.pop("image_lengths").tolist()
         inside = [part for each in given for part in (each if isinstance(each, list) else [each])]
         shown = [part for part in inside if not isinstance(part, str)]
-        inputs["image_keys"] = [(f"{hash(image.tobytes()):x}", n) for image, n in zip(shown, lengths, strict=True)]
+        inputs["image_keys"] = [(image_key({"image": image}), n) for image, n in zip(shown, lengths, strict=True)]
         return inputs
 
+    sizes_alone = without_pixels(family.processor)
     given = sequences()
     for part in (given, given[2:], [given[3], given[1]], [given[1]]):
         inputs = chunk(part)
         computed = with_image_features(family.model, inputs)
         stored = with_image_features(family.model, inputs, cache)
-        stored = with_image_features(family.model, inputs, cache)
+        if sizes_alone is not None:
+            cache.flush()
+            by_sizes = dict(sizes_alone.process_sequences(part, image_lengths=True))
+            lengths = by_sizes.pop("image_lengths").tolist()
+            assert lengths == [length for _, length in inputs["image_keys"]], f"other numbers of tokens: {lengths}"
+            del by_sizes["pixel_values"]
+            stored = with_image_features(family.model, {**by_sizes, "image_keys": inputs["image_keys"]}, cache)
         for features in (computed, stored):
             assert "pixel_values" not in features, "the backbone takes no image features"
             plain = {name: value for name, value in inputs.items() if name != "image_keys"}

@@ -1,23 +1,40 @@
 """Features of a frozen vision tower are computed once per step, or only once if they are kept on disk."""
 
+import logging
+import pickle
+import shutil
+from collections import namedtuple
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers.utils import ModelOutput
 
-from hf_unigd.trainer.vision import join_images, split_images
-from trainer_cases import make_rows, make_trainer
+from hf_unigd import UniGDProcessor
+from hf_unigd.trainer.image_features import join_images, split_images
+from hf_unigd.trainer.stored_images import without_pixels
+from tiny_models import make_image, make_vlm
+from trainer_cases import make_args, make_rows, make_trainer
 
 
-def train(folder, **kwargs):
-    """Returns the logged losses, and the number of forward passes of the vision tower."""
+def train(folder, pixels=None, resume=None, **kwargs):
+    """Returns the logged losses, and the number of forward passes of the vision tower. Whether each batch had the
+    pixels of its images is appended to `pixels`."""
     trainer = make_trainer(folder / "out", **kwargs)
+    if pixels is not None:
+        step = trainer.training_step
+
+        def record(model, inputs, *args):
+            pixels.append(any("pixel_values" in chunk for chunk in inputs["chunks"]))
+            return step(model, inputs, *args)
+
+        trainer.training_step = record
     base = trainer.model.vlm.model
     tower = base.vision_tower if hasattr(base, "vision_tower") else base.visual
     passes = []
     tower.register_forward_hook(lambda *_: passes.append(1))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     losses = [
         (entry["contrastive_loss"], entry["causal_lm_loss"]) for entry in trainer.state.log_history if "loss" in entry
     ]
@@ -37,16 +54,104 @@ def test_a_frozen_tower_runs_once_per_chunk_for_both_passes(tmp_path, family):
     assert passes == 4 * 2 * 2
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl", "gemma3"])
-def test_features_on_disk_replace_the_tower_without_changing_the_losses(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "by_size"), [("llava_onevision", False), ("qwen3_vl", True), ("gemma3", True), ("llava_next", True)]
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_on_disk_replace_the_tower_without_changing_the_losses(tmp_path, family, by_size, workers):
+    """16 images, 4 per step: the second epoch reads all features from disk, in other batches."""
+    pixels = []
     settings = {"family": family, "max_steps": 8, "vision_cache": str(tmp_path / "cache")}
-    losses, passes = train(tmp_path, **settings)
-    assert passes == 4  # 16 images, 4 per step: the second epoch reads all features from disk, in other batches
-    again, passes = train(tmp_path, **settings, gradient_cache_chunk_size=3)
-    assert passes == 0
-    assert torch.allclose(torch.tensor(again), torch.tensor(losses), rtol=1e-4)
+    losses, passes = train(tmp_path, pixels, dataloader_num_workers=workers, **settings)
+    assert passes == 4
+    assert pixels == [True] * 4 + [not by_size] * 4
     uncached, _ = train(tmp_path, family=family, max_steps=8)
     assert torch.equal(torch.tensor(uncached), torch.tensor(losses))
+    if not workers:
+        again, passes = train(tmp_path, **settings, gradient_cache_chunk_size=3)
+        assert passes == 0
+        assert torch.allclose(torch.tensor(again), torch.tensor(losses), rtol=1e-4)
+
+
+def test_a_resumed_run_goes_on_with_the_stored_features(tmp_path):
+    settings = {"max_steps": 8, "vision_cache": str(tmp_path / "cache"), "save_strategy": "steps", "save_steps": 3}
+    losses, _ = train(tmp_path, **settings)
+    for number in (6, 8):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{number}")
+    resumed, passes = train(tmp_path, resume=True, **settings)
+    assert passes == 2  # of the probes of the two checkpoints that follow
+    assert resumed[-5:] == losses[-5:]
+
+
+def test_features_in_a_smaller_type_are_the_same_in_every_epoch(tmp_path):
+    settings = {"max_steps": 4, "learning_rate": 1e-9, "vision_cache": str(tmp_path / "cache")}
+    whole, _ = train(tmp_path, **settings)
+    first, passes = train(tmp_path, **settings, vision_cache_dtype="bfloat16")
+    assert passes == 4 and first != whole
+    assert torch.allclose(torch.tensor(first), torch.tensor(whole), rtol=1e-2)
+    again, passes = train(tmp_path, **settings, vision_cache_dtype="bfloat16")
+    assert passes == 0 and again == first
+    sizes = sorted(sum(file.stat().st_size for file in folder.iterdir()) for folder in (tmp_path / "cache").iterdir())
+    assert sizes[0] < 0.7 * sizes[1]
+
+
+def test_the_type_of_the_features_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="`vision_cache_dtype=int8` must be one of bfloat16, float16"):
+        make_args(tmp_path, vision_cache="cache", vision_cache_dtype="int8")
+    with pytest.raises(ValueError, match="no effect without `vision_cache`"):
+        make_args(tmp_path, vision_cache_dtype="float16")
+
+
+def test_the_space_is_estimated_before_anything_is_written(tmp_path, monkeypatch, caplog):
+    """16 images of 4 tokens of 32 float32 values take 8,192 bytes."""
+    usage = namedtuple("usage", "free")
+    for free in (8191, 8192):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage(free))
+        trainer = make_trainer(tmp_path / "out", max_steps=4, vision_cache=str(tmp_path / str(free)))
+        if free < 8192:
+            with pytest.raises(OSError, match=r"(?s)for about 16 images. .* Name a folder on a larger disk"):
+                trainer.train()
+            assert not list((tmp_path / str(free)).rglob("*.safetensors"))
+        else:
+            with caplog.at_level(logging.WARNING):
+                trainer.train()
+            assert "`vision_cache` takes 0.00051 MB an image, 0.0 GB for about 16 images" in caplog.text
+
+
+def test_features_that_are_lost_while_a_batch_is_made_are_named(tmp_path):
+    settings = {"max_steps": 4, "vision_cache": str(tmp_path / "cache")}
+    train(tmp_path, **settings)
+    trainer = make_trainer(tmp_path / "out", **settings)
+    step = trainer.training_step
+
+    def lose(model, inputs, *args):
+        for file in (tmp_path / "cache").rglob("*.safetensors"):
+            file.unlink()
+        return step(model, inputs, *args)
+
+    trainer.training_step = lose
+    with pytest.raises(RuntimeError, match=r"`vision_cache` has lost features of the images \['[0-9a-f]{32}'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "internvl", "pixtral"])
+def test_inputs_without_pixels_are_those_with_them(family):
+    processor = UniGDProcessor(make_vlm(family).processor)
+    sizes_alone = without_pixels(processor)
+    if family == "llava":  # the other processors are of classes that cannot be pickled, made in the tests
+        sizes_alone = pickle.loads(pickle.dumps(sizes_alone))  # as a worker that is spawned gets it
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        sizes = torch.randint(8, 400, (4, 2), generator=generator).tolist()
+        a, b, c, d = (make_image(number, tuple(size)) for number, size in enumerate(sizes))
+        sequences, targets = [[a], ["a cat", b, "and", c], "a dog", [d, "what is it"]], ["one", None, None, "two"]
+        settings = {"sentence_ends": lambda text: [len(text)], "image_lengths": True, "padding_side": "left"}
+        expected, made = (each.process_sequences(sequences, targets, **settings) for each in (processor, sizes_alone))
+        assert expected.keys() == made.keys()
+        for name in expected.keys() - {"pixel_values"}:
+            assert torch.equal(expected[name], made[name]), name
+        if family == "llava":  # other processors pad them
+            assert made["pixel_values"].untyped_storage().nbytes() == 4
 
 
 def test_features_of_another_tower_and_incomplete_files_are_not_read(tmp_path):
