@@ -130,12 +130,19 @@ def test_rows_of_every_data_set_become_slices(folder, monkeypatch):
     ]
 
     def contents(example):
-        return [one.content for one in example.slices]
+        return [one.content if isinstance(one.content, str) else one.content.tobytes() for one in example.slices]
 
     mmc4, coyo, llava = examples
-    first = [make_image(0), "A red cat 0.", "It sleeps.", "It wakes.", make_image(100), "Two dogs."]
+    first = [
+        make_image(0).tobytes(),
+        "A red cat 0.",
+        "It sleeps.",
+        "It wakes.",
+        make_image(100).tobytes(),
+        "Two dogs.",
+    ]
     assert contents(mmc4[0]) == first and mmc4[0].target is None
-    assert contents(coyo[0]) == [open_image(jpeg(200)), "two blue dogs"] and coyo[0].target is None
+    assert contents(coyo[0]) == [open_image(jpeg(200)).tobytes(), "two blue dogs"] and coyo[0].target is None
     assert contents(llava[0]) == ["What is it?", "A cat.", "Sure?", "Yes, cat 0."]
     assert llava[0].target == "Yes, cat 0." and llava[0].label_history
-    assert contents(llava[1])[:2] == [make_image(1), "What is it?"]
+    assert contents(llava[1])[:2] == [make_image(1).tobytes(), "What is it?"]
