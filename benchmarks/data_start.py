@@ -11,6 +11,10 @@ The same is measured with a tenth of the rows, so that the growth per row is see
 - `check off`, `check text`, `check cached`: a run that starts, with the check of the rows left out, done, or done
   before.
 - `resumed`: a run that continues in the middle of an epoch.
+- `2 workers`, `4 processes` and so on: the memory that no other process shares, at the first step: of each worker of a
+  data loader, and what each process of `torchrun` has grown by.
+- `2 processes`, `4 workers` and so on: what each holds for itself at the first step of a run on many processes, or
+  with so many workers, and what it shares with others. The files of a dataset are mapped into memory, and shared.
 
 The script writes benchmarks/results/data_start.json.
 """
@@ -23,6 +27,7 @@ import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -109,25 +114,29 @@ def run_case(case: dict) -> dict:
         save_strategy="steps",
         save_steps=1,
         check_rows="text" if case["check"] == "cached" else case["check"],
+        dataloader_num_workers=case.get("workers", 0),
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
     )
-    before, start = peak_memory(), time.monotonic()
+    before, own_before, start = peak_memory(), own_memory(os.getpid()), time.monotonic()
     rows = load_rows(case["name"], streaming=case["kind"] == "stream")
     loaded = time.monotonic() - start
     reached = []
 
     class Trainer(UniGDTrainer):
         def training_step(self, *args, **kwargs):
-            reached.append((time.monotonic() - start, peak_memory() - before))
+            workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            own = [own_memory(int(worker)) for worker in workers] or [own_memory(os.getpid()) - own_before]
+            reached.append((time.monotonic() - start, peak_memory() - before, statistics.mean(own)))
             return super().training_step(*args, **kwargs)
 
     trainer = Trainer(model, args, train_dataset=rows, processing_class=UniGDProcessor(processor))
     trainer.train(resume_from_checkpoint=case.get("resumes_from"))
     if case.get("steps_to_skip"):
         move_on(trainer, Path(case["output"]), case["steps_to_skip"])
-    return {"load": loaded, "seconds": reached[0][0], "megabytes": reached[0][1]}
+    seconds, megabytes, own_megabytes = reached[0]
+    return {"load": loaded, "seconds": seconds, "megabytes": megabytes, "own_megabytes": own_megabytes}
 
 
 def move_on(trainer, output: Path, steps: int) -> None:
@@ -151,9 +160,16 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(**case) -> dict:
-    """Runs a case in a process of its own."""
-    command = [sys.executable, __file__, "--case", json.dumps(case)]
+def own_memory(process: int) -> float:
+    """Megabytes of a process that no other process shares."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def measure(processes: int = 1, **case) -> dict:
+    """Runs a case in a process of its own, or in many, and returns what one of them measured."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, __file__, "--case", json.dumps(case)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{case}: {run.stderr[-2000:]}")
@@ -184,13 +200,18 @@ def measure_rows(folder: Path, rows: int) -> dict:
                 measure(**common, check="off", max_steps=1, steps_to_skip=steps)
                 resumed = {"resumes_from": f"{output}/checkpoint-{steps}", "max_steps": steps + 1}
                 found[f"{form}, {kind}, resumed"] = measure(**common, check=checks[-1], **resumed)
+                for count_of in (2, 4):
+                    shutil.rmtree(output)
+                    start = {**common, "check": checks[-1], "max_steps": 1}
+                    found[f"{form}, {kind}, {count_of} workers"] = measure(**start, workers=count_of)
+                    shutil.rmtree(output)
+                    found[f"{form}, {kind}, {count_of} processes"] = measure(count_of, **start)
             for name, result in found.items():
                 if name.startswith(f"{form}, {kind}"):
                     result["rows"] = count
-                    print(
-                        f"{count:>9,} rows, {name:<32} {result['seconds']:7.1f} s {result['megabytes']:7.0f} MB",
-                        flush=True,
-                    )
+                    own = f", {result['own_megabytes']:.0f} MB not shared" if name.split()[-2] in ("2", "4") else ""
+                    line = f"{name:<32} {result['seconds']:7.1f} s {result['megabytes']:7.0f} MB{own}"
+                    print(f"{count:>9,} rows, {line}", flush=True)
     return found
 
 
@@ -203,6 +224,8 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(run_case(arguments.case)))
         return
+    os.environ["HF_HOME"] = str(arguments.folder.absolute() / "cache")
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)  # what earlier runs loaded and checked
     results = {
         "command": f"python benchmarks/data_start.py --rows {arguments.rows}",
         "cores": os.cpu_count(),
