@@ -16,7 +16,7 @@ The same is measured with a tenth of the rows, so that the growth per row is see
 - `2 processes`, `4 workers` and so on: what each holds for itself at the first step of a run on many processes, or
   with so many workers, and what it shares with others. The files of a dataset are mapped into memory, and shared.
 
-The script writes benchmarks/results/data_start.json.
+The script writes benchmarks/results/data_start.json, and keeps what it holds of other formats and numbers of rows.
 """
 
 import argparse
@@ -127,7 +127,8 @@ def run_case(case: dict) -> dict:
     class Trainer(UniGDTrainer):
         def training_step(self, *args, **kwargs):
             workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            own = [own_memory(int(worker)) for worker in workers] or [own_memory(os.getpid()) - own_before]
+            own = [memory for worker in workers if (memory := own_memory(int(worker)))]
+            own = own or [own_memory(os.getpid()) - own_before]
             reached.append((time.monotonic() - start, peak_memory() - before, statistics.mean(own)))
             return super().training_step(*args, **kwargs)
 
@@ -161,8 +162,11 @@ def peak_memory() -> float:
 
 
 def own_memory(process: int) -> float:
-    """Megabytes of a process that no other process shares."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    """Megabytes of a process that no other process shares; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except ProcessLookupError:
+        return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
@@ -176,9 +180,10 @@ def measure(processes: int = 1, **case) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure_rows(folder: Path, rows: int) -> dict:
+def measure_rows(folder: Path, rows: int, formats: list[str]) -> dict:
     found: dict = {}
-    for form, write in FORMATS.items():
+    for form in formats:
+        write = FORMATS[form]
         count = rows // 10 if form == "imagefolder" else rows
         data = folder / f"{form}-{count}"
         if not data.exists():
@@ -218,6 +223,7 @@ def measure_rows(folder: Path, rows: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--folder", type=Path, default=Path("runs/data"))
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -226,12 +232,17 @@ def main() -> None:
         return
     os.environ["HF_HOME"] = str(arguments.folder.absolute() / "cache")
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)  # what earlier runs loaded and checked
+    earlier = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    measured = {
+        str(count): {**earlier.get(str(count), {}), **measure_rows(arguments.folder, count, arguments.formats)}
+        for count in (arguments.rows // 10, arguments.rows)
+    }
     results = {
         "command": f"python benchmarks/data_start.py --rows {arguments.rows}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{each: version(each) for each in ("torch", "transformers", "datasets")},
-        "results": {count: measure_rows(arguments.folder, count) for count in (arguments.rows // 10, arguments.rows)},
+        "results": {**earlier, **measured},
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

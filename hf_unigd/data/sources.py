@@ -10,6 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..inputs import reading
 from .coco import coco_rows, is_coco
 from .icons import load_icons
+from .image_folder import load_image_folder, metadata_file
 from .stories import load_stories
 
 
@@ -80,6 +81,9 @@ def _load(name, config, split, streaming, data_files, data_dir):
         return _as_stream(loaded) if streaming else loaded
     if path.is_file() or (_is_pattern(name) and not path.is_dir()):
         return _load_files([name], split, streaming)
+    metadata = metadata_file(path, split) if config is None else None
+    if metadata is not None:
+        return load_image_folder(metadata, split, streaming)
     return load_dataset(name, config, split=split, streaming=streaming)
 
 

@@ -8,7 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import IterableDataset
+from datasets import IterableDataset, load_dataset
 
 from hf_unigd.data import ExampleDataset, IterableExampleDataset, RowError, RowParser, SentenceSplitter, load_rows
 from hf_unigd.data.example import iter_images, iter_parts
@@ -276,6 +276,44 @@ def test_image_folder_with_metadata(tmp_path, streaming, column):
         ([1], ["a cat 1"]),
     ]
     assert len(list(iter_images(examples[0].anchor))) == 1
+
+
+@both
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+@pytest.mark.parametrize("folder", ["", "test"])
+def test_image_folders_are_what_datasets_makes_of_them(tmp_path, streaming, name, folder):
+    split = folder or "train"
+    place = tmp_path / folder
+    (place / "inner").mkdir(parents=True)
+    columns = {"file_name": ["inner/0.jpg", "1.jpg"], "class_file_name": ["1.jpg", None], "text": ["a cat", "a dog"]}
+    if not name.endswith("csv"):
+        columns["view_file_names"] = [["1.jpg", "inner/0.jpg"], []]
+    (place / "inner" / "0.jpg").write_bytes(jpeg(0))
+    (place / "1.jpg").write_bytes(jpeg(1))
+    table = pa.table(columns)
+    write = {"jsonl": lambda: table.to_pandas().to_json(place / name, orient="records", lines=True),
+             "csv": lambda: table.to_pandas().to_csv(place / name, index=False),
+             "parquet": lambda: pq.write_table(table, place / name)}  # fmt: skip
+    write[name.partition(".")[2]]()
+    own = load_rows(str(tmp_path), split=split, streaming=streaming)
+    theirs = load_dataset(str(tmp_path), split=split)
+    order = sorted(theirs, key=lambda row: row["text"])
+    for row, expected in zip(own, order, strict=True):
+        assert row.keys() == expected.keys()
+        assert row["image"].tobytes() == expected["image"].tobytes()
+        assert (row["class"] is None) == (expected["class"] is None)
+        if "view" in row:
+            assert [view.tobytes() for view in row["view"]] == [view.tobytes() for view in expected["view"]]
+
+
+def test_image_folders_stay_in_their_folder(tmp_path):
+    for outside in ("../secret.jpg", "/etc/secret.jpg"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": outside, "text": "a cat"}))
+        with pytest.raises(ValueError, match="is outside the folder"):
+            load_rows(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"text": "a cat"}))
+    with pytest.raises(ValueError, match="has no column `file_name`, only text"):
+        load_rows(str(tmp_path))
 
 
 @both
