@@ -33,13 +33,14 @@ def load_image_folder(metadata: Path, split: str, streaming: bool) -> Dataset | 
         raise ValueError(f"{metadata} has no column `file_name`, only {', '.join(sorted(features))}.")
     made = {name: kind for name, kind in features.items() if name not in columns}
     made |= {new: List(Image()) if name.endswith("file_names") else Image() for name, new in columns.items()}
-    return rows.map(
-        _with_paths,
-        batched=True,
-        remove_columns=list(columns),
-        features=Features(made),
-        fn_kwargs={"folder": str(metadata.parent.absolute()), "columns": columns},
-    )
+    settings: dict[str, Any] = {
+        "batched": True,
+        "remove_columns": list(columns),
+        "fn_kwargs": {"folder": str(metadata.parent.absolute()), "columns": columns},
+    }
+    if streaming:  # the images of a stream are decoded if it is cast, and not if it is mapped to them
+        return rows.map(_with_paths, **settings).cast(Features(made))
+    return rows.map(_with_paths, features=Features(made), **settings)
 
 
 def _image_column(name: str) -> str | None:
