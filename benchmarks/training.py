@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.bulk.sequences import embed_sequences
 from hf_unigd.hub.export import export_checkpoint
 from hf_unigd.quickstart.small_llava import build_processor
-from hf_unigd.retrieval.embedding import embed_sequences
 from hf_unigd.trainer.losses import InfoNCELoss
 
 

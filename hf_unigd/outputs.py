@@ -128,6 +128,15 @@ class Writable:
 
 
 @dataclass(frozen=True)
+class WritableOrRemote(Writable):
+    """A folder that can be written, or the address of an object store, which is not tried beforehand."""
+
+    def check(self, name: str, value: str) -> None:
+        if "://" not in value:
+            super().check(name, value)
+
+
+@dataclass(frozen=True)
 class New(Writable):
     """A folder that can be written, and holds nothing yet."""
 

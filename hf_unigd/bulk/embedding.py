@@ -2,39 +2,36 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from accelerate.utils import broadcast_object_list
 from datasets import ClassLabel, Features, List, Value
-from transformers import BatchFeature, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data import Example, RowError, RowParser
 from ..data.example import Messages
 from ..data.formats import check_columns, format_of
-from ..data.lengths import length_batches, sequence_length
-from ..modeling import SequenceError, UniGDProcessor
+from ..modeling import UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
 from ..outputs import remove_unfinished
-from ..retrieval.embedding import embed_sequences
-from ..retrieval.probe import probe, probes_differ
 from ..settings import check_positive
+from .batches import Embedded, Embedder, RowsRead, SequenceBatches, as_fixed_size_lists, gather_results
 from .parts import PartFolder, check_same, description_of
+from .probe import probe, probes_differ
 from .processes import process_state
-from .work import OpenedRows, Row, Rows, refuse, windows, work_through
+from .sequences import embed_sequences
+from .work import OpenedRows, Rows, work_through
 
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("anchor", "positive")
 _MATCHING_CAPTIONS = ("short_caption", "caption")
-_Place = tuple[int, str]  # number of a row, and one of COLUMNS
 
 
 def embed_dataset(
@@ -138,10 +135,9 @@ def embed_dataset(
             instruction=processor.get_instruction(prompt_name),
             document_instruction=processor.get_instruction("document"),
         )
-        prepare = _Preparation(
-            processor, parser, columns, keep_columns, model.config.context_length, batch_size, skip_bad_rows
-        )
-        run = _Embedding(model.eval(), truncate_dim)
+        read = _RowReader(parser, columns, keep_columns)
+        prepare = SequenceBatches(processor, read, model.config.context_length, batch_size, skip_bad_rows)
+        run = Embedder(model.eval(), truncate_dim)
         work_through(
             opened.rows,
             parts,
@@ -227,66 +223,20 @@ def _finish(output: Path, parts: PartFolder) -> None:
     parts.merge(output)
 
 
-@dataclass(frozen=True)
-class _Sequences:
-    """A batch of sequences."""
-
-    places: list[_Place]
-    inputs: BatchFeature
-    completed: int
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    """The embeddings of a batch, float32."""
-
-    places: list[_Place]
-    embeddings: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Rows that are embedded: their numbers and the columns to keep."""
-
-    rows: list[dict[str, Any]]
-    completed: int
-
-
 @dataclass
-class _Preparation:
-    """Makes batches of the sequences of rows."""
+class _RowReader:
+    """Reads the sequences of a row, and the columns to keep beside their embeddings."""
 
-    processor: UniGDProcessor
     parser: RowParser
     columns: Sequence[str]
     keep_columns: Sequence[str]
-    max_length: int | None
-    batch_size: int
-    skip_bad_rows: bool
 
-    def __call__(self, rows: Iterator[Row]) -> Iterator[_Sequences | _Kept]:
-        for window in windows(rows, self.batch_size):
-            good: dict[int, dict[str, Any]] = {}
-            sequences: dict[_Place, Messages] = {}
-            for number, row in window:
-                try:
-                    sequences |= self._parse(number, row)
-                except RowError as error:
-                    refuse(error, self.skip_bad_rows)
-                else:
-                    good[number] = {"row": number, **{name: row.get(name) for name in self.keep_columns}}
-            parsed = len(good)
-            places = list(sequences)
-            lengths = [self._length(sequences[place]) for place in places]
-            for batch in length_batches(lengths, self.batch_size):
-                yield from self._process([places[place] for place in batch], sequences, good)
-            yield _Kept(list(good.values()), completed=len(window) - parsed)
-
-    def _parse(self, number: int, row: Mapping[str, Any]) -> dict[_Place, Messages]:
+    def __call__(self, number: int, row: Mapping[str, Any]) -> tuple[dict[str, Messages], dict[str, Any]]:
         example = self.parser(row, number)
         if "positive" in self.columns:
             self._check_match(number, row, example)
-        return {(number, column): getattr(example, column) for column in self.columns}
+        sequences = {column: getattr(example, column) for column in self.columns}
+        return sequences, {"row": number, **{name: row.get(name) for name in self.keep_columns}}
 
     def _check_match(self, number: int, row: Mapping[str, Any], example: Example) -> None:
         if example.positive is None:
@@ -303,61 +253,18 @@ class _Preparation:
                 "or leave `positive` out of `columns`.",
             )
 
-    def _length(self, sequence: Messages) -> int:
-        try:
-            return sequence_length(self.processor, sequence)
-        except Exception:  # an image processor refuses an image in its own way; `_process` will name its row
-            return 0
-
-    def _process(self, places, sequences, good) -> Iterator[_Sequences]:
-        """Removes what cannot be processed from `good`."""
-        while places := [place for place in places if place[0] in good]:
-            try:
-                batch = self.processor.process_sequences(
-                    [sequences[place] for place in places], max_length=self.max_length
-                )
-            except SequenceError as error:
-                number = places[error.index][0]
-                refuse(RowError(number, error.reason), self.skip_bad_rows)
-                del good[number]
-            else:
-                yield _Sequences(places, batch, sum(column == self.columns[0] for _, column in places))
-                return
-
 
 def _holds_several_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and sum(isinstance(text, str) for text in value) > 1
 
 
-@dataclass
-class _Embedding:
-    model: PreTrainedModel
-    truncate_dim: int | None
-
-    @torch.no_grad()
-    def __call__(self, batch: _Sequences | _Kept) -> _Embedded | _Kept:
-        if isinstance(batch, _Kept):
-            return batch
-        inputs = batch.inputs.to(self.model.device, self.model.dtype)
-        embeddings = self.model.embed(**inputs, truncate_dim=self.truncate_dim)
-        return _Embedded(batch.places, embeddings.float().cpu().numpy())
-
-
-def _make_table(results: list[_Embedded | _Kept], features: Features) -> pa.Table:
-    kept = [row for result in results if isinstance(result, _Kept) for row in result.rows]
-    embeddings = {
-        place: embedding
-        for result in results
-        if isinstance(result, _Embedded)
-        for place, embedding in zip(result.places, result.embeddings, strict=True)
-    }
+def _make_table(results: list[Embedded | RowsRead], features: Features) -> pa.Table:
+    rows, embeddings = gather_results(results)
     schema = features.arrow_schema
     arrays = []
     for name, kind in zip(schema.names, schema.types, strict=True):
         if isinstance(features[name], List):
-            column = name.removesuffix("_embedding")
-            values = np.array([embeddings[row["row"], column] for row in kept], np.float32).reshape(-1)
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind))
+            arrays.append(as_fixed_size_lists(embeddings[name.removesuffix("_embedding")], kind))
         else:
-            arrays.append(pa.array([row[name] for row in kept], kind))
+            arrays.append(pa.array([row[name] for row in rows], kind))
     return pa.Table.from_arrays(arrays, schema=schema)

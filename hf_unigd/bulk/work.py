@@ -2,11 +2,12 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,7 +18,6 @@ from tqdm.auto import tqdm
 
 from ..data import RowError
 from ..data.features import without_decoding
-from .parts import PartFolder
 from .processes import process_state
 
 
@@ -36,6 +36,16 @@ class Batch(Protocol):
     @property
     def completed(self) -> int:
         """Number of rows that are done with it, for the progress bar."""
+
+
+class Parts(Protocol):
+    """Where the parts go, such as a [`PartFolder`]."""
+
+    def finished(self) -> Iterable[int]:
+        """Numbers of the parts that are there."""
+
+    def write(self, number: int, table: pa.Table, rows_read: int) -> None:
+        """Writes a part, of `rows_read` rows, some of which may be left out of its table."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class PartReader(torch.utils.data.IterableDataset):
         share: Number of this process.
         shares: Number of processes.
         finished: Numbers of the parts that are finished.
+        wanted (`np.ndarray` of shape `(len(rows),)`): Which rows of a map-style dataset are read; None for all.
     """
 
     rows: Rows
@@ -115,6 +126,7 @@ class PartReader(torch.utils.data.IterableDataset):
     share: int
     shares: int
     finished: frozenset[int]
+    wanted: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, rows in self._parts():
@@ -138,10 +150,14 @@ class PartReader(torch.utils.data.IterableDataset):
         for number, places in list(self._ranges().items())[first::step]:
             yield number, map(self._read, places)
 
-    def _ranges(self) -> dict[int, range]:
+    def _ranges(self) -> dict[int, Sequence[int]]:
         total = len(self.rows)
         starts = enumerate(range(0, total, self.rows_per_part))
-        return {n: range(start, min(start + self.rows_per_part, total)) for n, start in starts if self._is_own(n)}
+        ranges = {n: range(start, min(start + self.rows_per_part, total)) for n, start in starts if self._is_own(n)}
+        if self.wanted is None:
+            return dict(ranges)
+        chosen = {n: [row for row in rows if self.wanted[row]] for n, rows in ranges.items()}
+        return {n: rows for n, rows in chosen.items() if rows}
 
     def _is_own(self, number: int) -> bool:
         return number % self.shares == self.share and number not in self.finished
@@ -155,13 +171,14 @@ class PartReader(torch.utils.data.IterableDataset):
 
 def work_through(
     rows: Rows,
-    parts: PartFolder,
+    parts: Parts,
     rows_per_part: int,
     prepare: Callable[[Iterator[Row]], Iterator[Batch]],
     run: Callable[[Any], T],
     make_table: Callable[[list[T]], pa.Table],
     *,
     num_workers: int = 0,
+    wanted: np.ndarray | None = None,
     title: str,
     show_progress: bool = True,
 ) -> None:
@@ -176,13 +193,14 @@ def work_through(
         run: What the device does with a batch.
         make_table: Makes the table of a part of the results of its batches.
         num_workers: Number of processes beside this one that read and prepare rows.
+        wanted: Which rows of a map-style dataset are read; None for all. Each process may know its own share alone.
         title: What the progress bar says.
         show_progress: Whether the first process draws a progress bar of its own share.
     """
     state = process_state()
     # The first process says what is finished: others go on meanwhile, or see the file system later.
     (finished,) = broadcast_object_list([frozenset(parts.finished()) if state.is_main_process else None])
-    reader = PartReader(rows, rows_per_part, prepare, state.process_index, state.num_processes, finished)
+    reader = PartReader(rows, rows_per_part, prepare, state.process_index, state.num_processes, finished, wanted)
     loader = DataLoader(reader, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
     results: dict[int, list[T]] = defaultdict(list)
     completed: dict[int, int] = defaultdict(int)

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         [args.sequence(args.question)],
         args.k,
         args.use_images,
+        where=args.where,
         instruction=args.instruction,
         **args.generate_kwargs(),
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..settings import Positive
+from ..settings import NotNegative, Positive
 from .parser import CommandParser
 from .query import QueryArguments
 
@@ -11,6 +11,10 @@ from .query import QueryArguments
 class SearchArguments(QueryArguments):
     query: str | None = field(default=None, metadata={"help": "Text to search for."})
     k: Positive = field(default=5, metadata={"help": "Number of entries to show."})
+    offset: NotNegative = field(default=0, metadata={"help": "Number of the best entries to leave out."})
+    hybrid: bool = field(
+        default=False, metadata={"help": "Rank by the texts too (BM25), and fuse both rankings by reciprocal ranks."}
+    )
 
     def __post_init__(self):
         if self.query is None and self.image is None:
@@ -20,5 +24,14 @@ class SearchArguments(QueryArguments):
 def main(argv: list[str]) -> None:
     (args,) = CommandParser("search", SearchArguments, description=__doc__).parse(argv)
     index, model, processor = args.load()
-    (hits,) = index.search(model, processor, [args.sequence(args.query)], args.k, instruction=args.instruction)
+    (hits,) = index.search(
+        model,
+        processor,
+        [args.sequence(args.query)],
+        args.k,
+        where=args.where,
+        offset=args.offset,
+        hybrid=args.hybrid,
+        instruction=args.instruction,
+    )
     args.show(hits, args.query or " ".join(args.image))

@@ -23,6 +23,7 @@ from ..outputs import writing
 from ..version import __version__
 from .check import ExampleCheck
 from .example import Example, RowError
+from .images import blank_image
 
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class _Judge(torch.utils.data.Dataset):
         examples.check = check
         examples.set_epoch(None)  # every caption that an epoch may draw is checked
         if level == "text":
-            examples.parser = dataclasses.replace(examples.parser, decode=False)
+            examples.parser = dataclasses.replace(examples.parser, read_image=blank_image)
             examples.slice_features = None  # which are compared with the pixels
         self.examples = examples
         self.length_of = length_of
@@ -161,7 +162,7 @@ def _cache_file(examples, level, check, with_lengths) -> Path | None:
     parser = {
         field.name: str(getattr(examples.parser, field.name))
         for field in dataclasses.fields(examples.parser)
-        if field.name not in ("count_tokens", "find_reserved", "left_out")  # of the processor, or not a setting
+        if field.name not in ("count_tokens", "find_reserved", "read_image", "left_out")  # of others, or not settings
     }
     features = examples.slice_features
     settings = {

@@ -219,11 +219,15 @@ def check_columns(columns: Iterable[str], requires_match: bool = True, kept: Col
             f"No accepted row format has the columns {sorted(columns)}. Rename them (`--rename_columns`) to one of:\n"
             + ACCEPTED
         )
-    known = {name for each in FORMATS for name in (*each.columns, *each.aliases, *each.refused)}
-    known |= {*INSTRUCTIONS, *_REFUSED, *kept}
-    unused = [name for name in columns if name not in known and not is_negative(name)]
+    unused = [name for name in columns if name not in kept and not is_of_format(name)]
     if unused:
         logger.warning("Columns that are not used: %s.", ", ".join(unused))
+
+
+def is_of_format(column: str) -> bool:
+    """Whether a row format has a column of this name."""
+    known = {name for each in FORMATS for name in (*each.columns, *each.aliases, *each.refused)}
+    return column in known or column in INSTRUCTIONS or column in _REFUSED or is_negative(column)
 
 
 def format_of(row: Mapping[str, object], requires_match: bool = True) -> RowFormat:

@@ -44,6 +44,26 @@ def blank_image(value: Any, folder: str | Path | None = None, max_pixels: int = 
     return _blank(read_size(_source(value, folder), max_pixels))
 
 
+def encoded_image(value: Any, folder: str | Path | None = None, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Returns the encoded bytes of an image as they are in the source, or PNG of a PIL image. Only the header is read.
+
+    Args:
+        value, folder, max_pixels: As in [`open_image`].
+
+    Raises:
+        ValueError: as [`open_image`] does, but for an image whose data is corrupt behind its header.
+    """
+    source = _source(value, folder)
+    if isinstance(source, Image.Image):
+        file = BytesIO()
+        # At Pillow's own level, compressing would take longer than embedding.
+        open_source(source, max_pixels).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+    encoded = source.read_bytes() if isinstance(source, Path) else source.getvalue()
+    read_size(BytesIO(encoded), max_pixels)
+    return encoded
+
+
 @lru_cache(maxsize=64)
 def _blank(size: tuple[int, int]) -> Image.Image:
     return Image.new("RGB", size)

@@ -14,7 +14,7 @@ from ..modeling.instructions_unigd import with_instruction
 from .chats import as_list, from_llava, only_answer, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
 from .formats import format_of, holds_many, is_negative
-from .images import blank_image, open_image
+from .images import open_image
 from .published import from_mmc4, from_mmeb
 from .slices import SentenceSplitter, slices_of
 
@@ -47,8 +47,9 @@ class RowParser:
         document_instruction: The instruction of positives and negatives, in rows without a `document_instruction`.
         seed: Seed of the choice among several captions.
         source: Name of the dataset in errors, if it is one of several.
-        decode: Whether images are decoded. If not, their headers are read, and blank images of their sizes take their
-            places.
+        read_image: Reads an image, as [`~hf_unigd.data.images.open_image`] does. What it returns takes the image's
+            place: [`~hf_unigd.data.images.blank_image`] reads the header alone, and
+            [`~hf_unigd.data.images.encoded_image`] keeps the bytes of the file.
         left_out: Number of captions that were left out, in rows of which another caption is used.
     """
 
@@ -67,7 +68,7 @@ class RowParser:
     document_instruction: str | None = None
     seed: int = 0
     source: str | None = None
-    decode: bool = True
+    read_image: Callable[[Any, str | Path | None, int], Any] = open_image
     left_out: int = field(default=0, init=False)
 
     def __call__(self, row: Mapping[str, Any], index: int, epoch: int | None = 0) -> Example:
@@ -322,8 +323,7 @@ class RowParser:
         return chats
 
     def _open_image(self, value):
-        read = open_image if self.decode else blank_image
-        return read(value, self.image_folder, self.max_image_pixels)
+        return self.read_image(value, self.image_folder, self.max_image_pixels)
 
     def _negatives(self, row) -> list[Messages]:
         negatives = []

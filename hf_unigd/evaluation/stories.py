@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..bulk.sequences import embed_sequences
 from ..data.example import image_key
 from ..modeling import UniGDProcessor
-from ..retrieval import embed_sequences
 from .retrieval import rank_candidates, recall_metric
 
 

@@ -3,13 +3,13 @@
 import time
 from pathlib import Path
 
+from ..bulk.sequences import embed_sequences
 from ..data import load_icons
 from ..data.icons import HELD_OUT
 from ..evaluation import rank_candidates
 from ..evaluation.figures import draw_retrieval
 from ..hub.cards import RETRIEVAL_NAME
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
-from ..retrieval import embed_sequences
 from ..trainer import UniGDTrainer
 from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments

@@ -1,8 +1,8 @@
-"""Embedding many sequences, searching among them, and answering with what was found."""
+"""An index of embeddings: searching it, and answering with what was found."""
 
+from ..bulk.sequences import embed_sequences
 from .answering import Answer, answer_with_retrieval
 from .building import build_index
-from .embedding import embed_sequences
 from .entries import Hit
 from .index import EmbeddingIndex
 

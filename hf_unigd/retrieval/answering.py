@@ -1,6 +1,7 @@
 """Retrieval-augmented generation with one model: what it finds by its embeddings, it reads before it answers."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ def answer_with_retrieval(
     k: int = 3,
     use_images: bool = False,
     max_new_tokens: int = 128,
+    where: str | None = None,
     instruction: str | None = None,
     **generate_kwargs: Any,
 ) -> list[Answer]:
@@ -60,6 +62,7 @@ def answer_with_retrieval(
         use_images: Put the entries' pictures into the prompt too, each at its place. An entry without any text says
             nothing otherwise; it is left out, which the log says.
         max_new_tokens: Longest answer, in tokens.
+        where: A filter of the entries, as in [`EmbeddingIndex.search`].
         instruction: The instruction that the questions are embedded with, by default the processor's `"query"`. It is
             no part of the prompt.
         generate_kwargs: For `generate`: `do_sample`, `temperature`, `num_beams`, ...
@@ -68,15 +71,16 @@ def answer_with_retrieval(
         An answer for each question.
 
     Raises:
-        ValueError: another model made the index, `k` is out of range, the index has no pictures to use, nothing that
-            was found can be put into the prompt, or the prompt and the answer are longer than the model's context.
+        ValueError: another model made the index, `k` is out of range, the index has no pictures to use, or the prompt
+            and the answer are longer than the model's context.
         SequenceError: a question is empty, or holds something that is neither text nor image.
     """
     if use_images and not index.description.store_images:
         raise ValueError("`use_images=True`, but the index was made without pictures (`store_images=False`).")
-    found = index.search(model, processor, questions, k, instruction=instruction)
-    used = [_usable(hits, use_images) for hits in found]
-    prompts = [make_prompt(question, hits, use_images) for question, hits in zip(questions, used, strict=True)]
+    found = index.search(model, processor, questions, k, where=where, instruction=instruction)
+    marks = turn_marks(processor)
+    used = [_usable(hits, use_images, processor) for hits in found]
+    prompts = [make_prompt(question, hits, use_images, marks) for question, hits in zip(questions, used, strict=True)]
     batch = processor.process_sequences(prompts, prompted=False, padding_side="left")
     lengths, longest = batch["attention_mask"].sum(1), model.config.context_length
     if longest is not None and lengths.max() + max_new_tokens > longest:
@@ -92,15 +96,36 @@ def answer_with_retrieval(
     return [Answer(text.strip(), hits) for text, hits in zip(texts, used, strict=True)]
 
 
-def make_prompt(question: Any, hits: Sequence[Hit], use_images: bool = False) -> list[Part]:
+def turn_marks(processor: UniGDProcessor) -> list[str]:
+    """
+    What the model's chat template writes between turns as plain text, such as `"ASSISTANT:"`, longest first. Special
+    tokens are not among them, because no text can hold them, and neither are names of roles without any sign, which
+    mark a turn only beside a special token.
+    """
+    said = ["\ue000", "\ue001", "\ue002"]  # of private use, so that no template writes them
+    roles = ("user", "assistant", "user")
+    chat = [
+        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in zip(roles, said, strict=True)
+    ]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    _, *between = re.split("|".join(said), text)  # what comes first may be a system's turn
+    special = map(re.escape, processor.tokenizer.added_tokens_encoder)
+    pieces = re.split("|".join([r"\s", *special]), "\n".join(between))
+    marks = {piece for piece in pieces if len(piece) > 1 and not piece.isalnum()}
+    return sorted(marks, key=len, reverse=True)
+
+
+def make_prompt(question: Any, hits: Sequence[Hit], use_images: bool = False, marks: Sequence[str] = ()) -> list[Part]:
     """The instruction, the entries (one a line), and the question.
 
     Args:
         question: A text, an image, or a list of both.
         hits: What was found.
-        use_images: Whether the pictures of `hits` are part of it.
+        use_images: Whether the images of `hits` are part of it.
+        marks: What begins and ends turns ([`turn_marks`]). Where an entry says it, a space is put into it, so that
+            the model does not take it for a turn.
     """
-    lines = [_shown(hit, use_images) for hit in hits]
+    lines = [[_one_line(part, marks) for part in _shown(hit, use_images)] for hit in hits]
     lines.append(list(question) if isinstance(question, (list, tuple)) else [question])
     parts: list[Part] = [INSTRUCTION]
     separator = " "
@@ -115,16 +140,40 @@ def make_prompt(question: Any, hits: Sequence[Hit], use_images: bool = False) ->
     return parts
 
 
+def _one_line(part: Part, marks: Sequence[str]) -> Part:
+    if not isinstance(part, str):
+        return part
+    line = " ".join(part.split())  # splits at every line break that Unicode knows
+    for mark in marks:
+        line = line.replace(mark, f"{mark[:-1]} {mark[-1]}")
+    return line
+
+
 def _shown(hit: Hit, use_images: bool) -> list[Part]:
-    return [part for part in hit.sequence + hit.answer if use_images or isinstance(part, str)]
+    if use_images:
+        return hit.sequence + hit.answer
+    return [part for part in (*hit.sequence_parts, *hit.answer_parts) if isinstance(part, str)]
 
 
-def _usable(hits: list[Hit], use_images: bool) -> list[Hit]:
-    """The hits that have something to put into the prompt."""
-    usable = [hit for hit in hits if _shown(hit, use_images)]
-    if not usable:
-        raise ValueError("None of the entries found has a text. Put their pictures into the prompt: `use_images`.")
+def _usable(hits: list[Hit], use_images: bool, processor: UniGDProcessor) -> list[Hit]:
+    """The hits that can be put into the prompt."""
+    usable = []
     for hit in hits:
-        if hit not in usable:
-            logger.warning("Left out: the entry of row %d has no text.", hit.row)
+        reason = _unusable(hit, use_images, processor)
+        if reason is None:
+            usable.append(hit)
+        else:
+            logger.warning("Left out: the entry %s %s.", hit.id, reason)
     return usable
+
+
+def _unusable(hit: Hit, use_images: bool, processor: UniGDProcessor) -> str | None:
+    try:
+        parts = _shown(hit, use_images)
+    except ValueError as error:  # an image that cannot be decoded
+        return str(error)
+    if not parts:
+        return "has no text; `use_images` puts its images into the prompt"
+    texts = [part for part in parts if isinstance(part, str)]
+    reserved = next(filter(None, map(processor.find_reserved, texts)), None)
+    return None if reserved is None else f"has the reserved token {reserved!r} in a text"

@@ -1,42 +1,58 @@
-"""Making an index: in parts, so that an interruption costs no more than one."""
+"""Making an index, and adding to it."""
 
 import logging
 import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from datasets import Dataset, IterableDataset
-from datasets.arrow_writer import ArrowWriter
-from tqdm.auto import tqdm
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, IterableDataset
 from transformers import PreTrainedModel
 
-from ..data import Example, ExampleCheck, ExampleDataset, RowError, RowParser
+from ..bulk.batches import Embedded, Embedder, RowsRead, SequenceBatches, as_fixed_size_lists, gather_results
+from ..bulk.processes import process_state
+from ..bulk.sequences import embed_sequences
+from ..bulk.work import OpenedRows, Row, Rows, work_through
+from ..data import RowError, RowParser
+from ..data.example import Messages
 from ..data.formats import check_columns
-from ..modeling import SequenceError, UniGDProcessor
+from ..data.images import encoded_image, open_image
+from ..modeling import UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
-from ..outputs import remove_unfinished, writing
 from ..settings import check_positive
-from .description import DESCRIPTION_FILE, IndexDescription, dtype_name
-from .embedding import embed_sequences
-from .entries import entry_features, make_entry
-from .index import FAISS_FILE, EmbeddingIndex
-from .nearest import make_faiss_index, write_faiss_index
-from .parts import finished_parts, part_file, read_entries, rows_done
-from .probe import probe
+from .description import IndexDescription
+from .entries import EMBEDDING, ID, entry_schema, make_entry, metadata_features
+from .index import EmbeddingIndex
+from .table import ANN_TYPES, EntryTable, quoted
 
 
 logger = logging.getLogger(__name__)
+
+# From this number of entries on, `ann="auto"` makes an approximate index.
+ANN_ROWS = 1_000_000
+ANN_DEFAULT = "IVF_HNSW_SQ"
+_SEQUENCE = "anchor"
+_SAMPLE = 16
 
 
 def build_index(
     model: PreTrainedModel,
     processor: UniGDProcessor,
-    rows: Dataset,
-    folder: str | Path,
+    rows: Rows,
+    uri: str | Path,
     *,
     model_name: str | None = None,
-    faiss: str | None = None,
+    source: str | None = None,
+    id_column: str | None = None,
+    metadata_columns: Sequence[str] | None = None,
+    replace: bool = False,
+    ann: str | None = "auto",
     truncate_dim: int | None = None,
     store_images: bool = True,
     image_folder: str | Path | None = None,
@@ -44,67 +60,66 @@ def build_index(
     skip_bad_rows: bool = False,
     batch_size: int = 32,
     rows_per_part: int = 1000,
+    num_workers: int = 0,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> EmbeddingIndex:
     """
-    Embeds the anchors of a dataset (of a chat, the questions; answers come along) into a folder to be searched. A row
-    without an `instruction` gets the processor's instruction of a `"document"`. A run that was interrupted goes on
-    with the first rows that are missing; a finished index is only loaded.
+    Embeds the anchors of a dataset (of a chat, the questions; answers come along) into an index, which is made if it
+    is missing. Rows whose ids the index has are not embedded again, so an interrupted run goes on, and other rows are
+    added. A row without an `instruction` gets the processor's instruction of a `"document"`. If a launcher started
+    several processes, each embeds its share, and all of them call this.
 
     Args:
-        model: Embeds the rows, and later the queries.
+        model: Embeds the rows, and later the queries. It is in evaluation mode afterwards.
         processor: Its processor.
-        rows: A map-style dataset of any accepted format; answers, captions and matches may be missing.
-        folder: Where to write, or to go on.
+        rows: A dataset of any accepted format; answers, captions and matches may be missing. Each process reads all of
+            a stream.
+        uri: A folder, or an address of an object store that LanceDB opens (`s3://...`, `gs://...`).
         model_name: Hub id or folder to load the model from again; that which `model` was loaded from by default.
-        faiss: FAISS's name of an index to search by (`"Flat"`, `"HNSW32"`, `"IVF1024,Flat"`); exact search by default.
-            Another one can be made of a finished index without embedding again.
+        source: Name of the dataset, which ids begin with (`"icons/17"` is row 17 of `icons`); by default the name that
+            `datasets` knows it by, otherwise `"rows"`.
+        id_column: Column of the ids, which are then those of the rows alone.
+        metadata_columns: Columns of single values to keep, for filters; by default all that belong to no row format.
+        replace: Embed all rows, and let them take the places of entries with the same ids.
+        ann: Type of an approximate index of the embeddings: `"IVF_FLAT"`, `"IVF_HNSW_SQ"`, `"IVF_SQ"`, `"IVF_RQ"`,
+            `"IVF_PQ"`, `"IVF_HNSW_PQ"`; None for exact search; `"auto"` for an `IVF_HNSW_SQ` from a million entries
+            on, and for what the index has otherwise.
         truncate_dim: Matryoshka prefix to keep.
-        store_images: Whether pictures are kept, as PNG, to be shown and put into prompts.
+        store_images: Whether images are kept, encoded as they are in the source, to be shown and put into prompts.
         image_folder: Folder that image paths start from and must not leave.
         max_image_pixels: The largest width times height of an image.
-        skip_bad_rows: Leave bad rows out, counted in the log, instead of stopping.
-        batch_size: Rows a forward pass, and in memory at once.
-        rows_per_part: Rows that an interruption can cost.
-        overwrite: Throw away the index that the folder has, instead of going on with it.
+        skip_bad_rows: Leave bad rows out, each with its reason in the log, instead of stopping.
+        batch_size: Rows a forward pass.
+        rows_per_part: Rows that are added at once. An interruption costs each process and each worker at most these.
+        num_workers: Number of processes that open and process images beside each process.
+        overwrite: Throw away the entries that the index has.
         show_progress: Whether to draw a progress bar.
 
     Raises:
-        ValueError: the rows are a stream, none, of no accepted format or all bad; the folder holds something else, or
-            an index of another model, other rows or other settings; FAISS cannot make `faiss`.
+        ValueError: there are no rows, they have no accepted format or are all bad, ids are missing or occur twice, a
+            column is unknown, or the index was made by another model, with other settings, or of other rows with the
+            same ids.
         RowError: a row is bad and `skip_bad_rows` is off. What was embedded is kept.
-        ImportError: `faiss` is given and not installed.
+        ImportError: LanceDB is not installed.
     """
-    folder = Path(folder)
     check_positive(batch_size=batch_size, rows_per_part=rows_per_part, truncate_dim=truncate_dim)
-    if isinstance(rows, IterableDataset):
-        raise ValueError("An index goes on by row numbers, which a stream does not have: load the rows without it.")
-    if len(rows) == 0:
-        raise ValueError("The dataset has no rows.")
-    if rows.format["type"] != "custom":  # a transform may make other columns than are stored
-        check_columns(rows.column_names, requires_match=False)
-    name = model_name or model.name_or_path
-    description = IndexDescription(
-        model=name,
-        # A merged adapter bears its base's name and commit, which are not its own.
-        revision=getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
-        dtype=dtype_name(model),
-        probe=probe(model, processor),
-        truncate_dim=truncate_dim,
-        store_images=store_images,
-        rows=rows._fingerprint,
-        num_rows=len(rows),
-        faiss=faiss,
-        instruction=processor.get_instruction("document"),
-    )
-    width = truncate_dim or model.config.embedding_dim
-    # Hours later would be too late to learn that a prefix was not trained, or that an index cannot be made.
-    if truncate_dim:
+    if ann not in (None, "auto", *ANN_TYPES):
+        raise ValueError(f"`ann` must be one of auto, none, {', '.join(ANN_TYPES)}, got {ann!r}.")
+    opened = OpenedRows.of(rows, num_workers)
+    metadata = metadata_features(opened.features, metadata_columns, id_column)
+    if getattr(rows, "format", {}).get("type") != "custom":  # a transform may make other columns than are stored
+        check_columns(opened.features, requires_match=False, kept=[*metadata, *([id_column] if id_column else [])])
+    if truncate_dim:  # hours later would be too late to learn that a prefix was not trained
         embed_sequences(model, processor, ["prefix"], truncate_dim=truncate_dim, show_progress=False)
-    if faiss:
-        make_faiss_index(faiss, width)
-    _open(folder, description, model, processor, overwrite)
+    state = process_state()
+    if state.is_main_process:
+        description = IndexDescription.of(model, processor, model_name, truncate_dim, store_images)
+        schema = entry_schema(truncate_dim or model.config.embedding_dim, metadata)
+        _begin(uri, schema, description, model, processor, overwrite)
+    state.wait_for_everyone()
+    table = EntryTable.open(uri)
+    _check_metadata(table.schema, metadata)
 
     parser = RowParser(
         len,
@@ -114,98 +129,248 @@ def build_index(
         max_image_pixels=max_image_pixels,
         requires_match=False,
         find_reserved=processor.find_reserved,
-        instruction=description.instruction,
+        instruction=processor.get_instruction("document"),
+        read_image=encoded_image,
     )
-    writer = _PartWriter(model, processor, rows, parser, description, width, skip_bad_rows, batch_size)
-    done = rows_done(folder)
-    if 0 < done < len(rows):
-        logger.warning("Going on at row %d of %d.", done, len(rows))
-    with tqdm(total=len(rows), initial=done, desc="Indexing", unit="row", disable=not show_progress) as progress:
-        for start in range(done, len(rows), rows_per_part):
-            stop = min(start + rows_per_part, len(rows))
-            writer.write(part_file(folder, start, stop), start, stop, progress)
+    ids = _Ids(source or _source_name(rows), id_column)
+    read = _EntryReader(parser, ids, metadata, opened.features, store_images)
+    prepare: Any = SequenceBatches(processor, read, model.config.context_length, batch_size, skip_bad_rows)
+    wanted = None
+    if not replace:
+        known = _known_ids(table)
+        if isinstance(opened.rows, IterableDataset):
+            prepare = _UnknownRows(prepare, ids, frozenset(known.to_pylist()))
+        else:
+            found = pc.is_in(ids.of_all(opened.rows), value_set=known).to_numpy(zero_copy_only=False)
+            _check_content(table, opened.rows, read, np.flatnonzero(found))
+            if found.any() and not found.all():
+                logger.warning("Going on: of %d rows, the index has %d.", len(found), found.sum())
+            wanted = ~found
+    if wanted is None or wanted.any():
+        parts = _Inserts(table, replace, upkeep=state.is_main_process)
+        work_through(
+            opened.rows,
+            parts,
+            rows_per_part,
+            prepare,
+            Embedder(model.eval(), truncate_dim),
+            lambda results: _make_table(results, table.schema),
+            num_workers=num_workers,
+            wanted=wanted,
+            title="Indexing",
+            show_progress=show_progress,
+        )
+        parts.report()
+    if state.is_main_process:
+        table.refresh()
+        _finish(table, ann)
+    state.wait_for_everyone()
+    return EmbeddingIndex.load(uri)
 
-    return _finish(folder, description)
+
+def _begin(uri, schema, description, model, processor, overwrite) -> None:
+    """Makes the table, or checks that the one that is there is of the same model and settings."""
+    if overwrite:
+        EntryTable.drop(uri)
+    if not EntryTable.exists(uri):
+        EntryTable.create(uri, schema.with_metadata(description.to_metadata()))
+        return
+    table = EntryTable.open(uri)
+    made = IndexDescription.from_metadata(table.schema.metadata, table.uri)
+    made.check_settings(description)
+    made.check_model(model, processor)
 
 
-def _open(folder, description, model, processor, overwrite) -> None:
-    """Begins an index, or checks that the one begun before is the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder, "rows-*.arrow", FAISS_FILE, DESCRIPTION_FILE)
-    made = IndexDescription.load(folder)
-    if made is None:
-        if any(folder.iterdir()):
-            raise ValueError(f"{folder} holds other files, and no index. Choose a new folder.")
-    elif overwrite:
-        for file in [folder / FAISS_FILE, *reversed(finished_parts(folder))]:  # what is left has no gap
-            file.unlink(missing_ok=True)
-    elif finished_parts(folder):
-        made.check_model(model, processor)
-        description.check_same(made)
-    if made is not None and made.faiss != description.faiss:
-        (folder / FAISS_FILE).unlink(missing_ok=True)
-    description.save(folder)
+def _check_metadata(schema: pa.Schema, metadata: Features) -> None:
+    """
+    Raises:
+        ValueError: the rows have metadata that the index does not have.
+    """
+    for name, kind in metadata.items():
+        known = schema.field(name).type if name in schema.names else None
+        if known != kind.pa_type:
+            has = "no such column" if known is None else f"one of {known}"
+            raise ValueError(
+                f"The rows have a column `{name}` of {kind.pa_type}, and the index has {has}. Name the columns to "
+                "keep with `metadata_columns`, or start anew with `overwrite`."
+            )
 
 
-def _finish(folder, description) -> EmbeddingIndex:
-    """Adds the FAISS index where one is wanted and missing."""
-    exact = EmbeddingIndex(description, read_entries(folder))
-    skipped = description.num_rows - len(exact)
-    if skipped:
-        logger.warning("Skipped %d of %d rows.", skipped, description.num_rows)
-    if len(exact) == 0:
-        raise ValueError(f"None of the {description.num_rows} rows can be used; the log has each one's reason.")
-    file = folder / FAISS_FILE
-    if description.faiss and not file.is_file():
-        write_faiss_index(description.faiss, exact.width, len(exact), exact.chunks, file)
-    return EmbeddingIndex.load(folder)
+def _source_name(rows: Rows) -> str:
+    name = rows.info.dataset_name
+    return f"{name}/{rows.split}" if name and rows.split else name or "rows"
+
+
+def _known_ids(table: EntryTable) -> pa.ChunkedArray:
+    return pa.chunked_array([batch[ID] for batch in table.batches([ID])], pa.string())
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """The ids of rows: those of a column, or the name of the dataset and the number of the row."""
+
+    source: str
+    column: str | None
+
+    def of(self, number: int, row: Mapping[str, Any]) -> str:
+        if self.column is None:
+            return f"{self.source}/{number}"
+        if row.get(self.column) is None:
+            raise RowError(number, f"has no id in the column `{self.column}`.")
+        return str(row[self.column])
+
+    def of_all(self, rows: Dataset) -> pa.ChunkedArray:
+        """
+        Raises:
+            RowError: a row has no id.
+            ValueError: two rows have the same.
+        """
+        if self.column is None:
+            return pa.chunked_array(
+                [pa.array([f"{self.source}/{number}" for number in range(len(rows))], pa.string())]
+            )
+        values = rows.select_columns([self.column])[self.column]
+        ids = [self.of(number, {self.column: value}) for number, value in enumerate(values)]
+        if len(set(ids)) < len(ids):
+            twice = next(each for each, count in Counter(ids).items() if count > 1)
+            places = [number for number, each in enumerate(ids) if each == twice]
+            raise ValueError(
+                f"Rows {places[0]} and {places[1]} have the same id {twice!r} in `{self.column}`. Choose a column "
+                "whose values are unique, or leave `id_column` out."
+            )
+        return pa.chunked_array([pa.array(ids, pa.string())])
 
 
 @dataclass
-class _PartWriter:
-    model: PreTrainedModel
-    processor: UniGDProcessor
-    rows: Dataset
+class _EntryReader:
+    """Reads what is embedded of a row, and its entry."""
+
     parser: RowParser
-    description: IndexDescription
-    width: int
-    skip_bad_rows: bool
-    batch_size: int
+    ids: _Ids
+    metadata: Features
+    features: Features
+    store_images: bool
 
-    def write(self, file: Path, start: int, stop: int, progress: tqdm) -> None:
-        """Embeds the rows `start` to `stop` into a file, one batch in memory at a time."""
-        features = entry_features(self.width)
-        check = ExampleCheck(self.processor, self.model.config.context_length, causal_lm=False, contrastive=False)
-        with (
-            writing(file) as unfinished,
-            ArrowWriter(path=str(unfinished), features=features, writer_batch_size=self.batch_size) as writer,
-        ):
-            for first in range(start, stop, self.batch_size):
-                places = range(first, min(first + self.batch_size, stop))
-                examples = list(ExampleDataset(self.rows, self.parser, places, self.skip_bad_rows, check=check))
-                for example, embedding in self._embed(examples):
-                    entry = make_entry(example, self.description.store_images)
-                    writer.write({**entry, "embedding": embedding.numpy()})
-                progress.update(len(places))
-            writer.finalize()
+    def __call__(self, number: int, row: Mapping[str, Any]) -> tuple[dict[str, Messages], dict[str, Any]]:
+        entry, anchor = self.entry(number, row)
+        try:
+            return {_SEQUENCE: self._opened(anchor)}, entry
+        except ValueError as error:
+            raise RowError(number, f"{error}.") from error
 
-    def _embed(self, examples: list[Example]) -> list[tuple[Example, torch.Tensor]]:
-        """The examples that can be embedded, and their embeddings."""
-        while examples:
-            try:
-                embeddings = embed_sequences(
-                    self.model,
-                    self.processor,
-                    [example.anchor for example in examples],
-                    self.batch_size,
-                    self.description.truncate_dim,
-                    show_progress=False,
+    def entry(self, number: int, row: Mapping[str, Any]) -> tuple[dict[str, Any], Messages]:
+        """The entry of a row without its embedding, and its anchor with encoded images."""
+        example = self.parser(row, number)
+        metadata = {name: self._value(name, row.get(name)) for name in self.metadata}
+        return {ID: self.ids.of(number, row), **make_entry(example, self.store_images), **metadata}, example.anchor
+
+    def _value(self, name: str, value: Any) -> Any:
+        kind = self.features[name]
+        return kind.int2str(value) if isinstance(kind, ClassLabel) and value is not None else value
+
+    def _opened(self, messages: Messages) -> Messages:
+        return [{**turn, "content": [self._opened_part(part) for part in turn["content"]]} for turn in messages]
+
+    def _opened_part(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        return {**part, "image": open_image(part["image"], max_pixels=self.parser.max_image_pixels)}
+
+
+@dataclass
+class _UnknownRows:
+    """Leaves out the rows of a stream that the index has."""
+
+    prepare: SequenceBatches
+    ids: _Ids
+    known: frozenset[str]
+
+    def __call__(self, rows: Iterator[Row]) -> Iterator[Any]:
+        return self.prepare((number, row) for number, row in rows if self.ids.of(number, row) not in self.known)
+
+
+def _check_content(table: EntryTable, rows: Dataset, read: _EntryReader, known: np.ndarray) -> None:
+    """
+    Raises:
+        ValueError: of a sample of the rows that the index knows, some are others by now.
+    """
+    sample = known[np.unique(np.linspace(0, max(len(known) - 1, 0), min(len(known), _SAMPLE), dtype=int))]
+    now = {}
+    for number in sample.tolist():
+        with suppress(RowError):  # it was skipped, or its file is gone, while its entry is there
+            entry, _ = read.entry(number, rows[number])
+            now[entry[ID]] = entry
+    if not now:
+        return
+    where = f"{ID} IN ({', '.join(map(quoted, now))})"
+    for batch in table.batches([ID, "sequence", "answer"], where):
+        for stored in batch.to_pylist():
+            wanted = now[stored[ID]]
+            if any(stored[name] != wanted[name] for name in ("sequence", "answer")):
+                raise ValueError(
+                    f"Row {wanted['row']} is another one than the index has with the id {stored[ID]!r}. Name these "
+                    "rows by another `source`, or `replace` the entries."
                 )
-                return list(zip(examples, embeddings, strict=True))
-            except SequenceError as error:
-                bad = RowError(examples[error.index].row, error.reason)
-                if not self.skip_bad_rows:
-                    raise bad from error
-                logger.warning("Skipped: %s", bad)
-                examples = [example for example in examples if example.row != bad.row]
+
+
+@dataclass
+class _Inserts:
+    """Adds parts to a table."""
+
+    table: EntryTable
+    replace: bool
+    upkeep: bool
+    rows_read: int = 0
+    rows_written: int = 0
+    rows_known: int = 0
+
+    def finished(self) -> list[int]:
         return []
+
+    def write(self, number: int, table: pa.Table, rows_read: int) -> None:
+        self.rows_read += rows_read
+        self.rows_written += len(table)
+        if len(table) == 0:
+            return
+        if self.replace:
+            self.table.replace(table)
+        else:
+            self.rows_known += len(table) - self.table.insert(table)
+        if self.upkeep and self.table.needs_upkeep():
+            self.table.optimize()
+
+    def report(self) -> None:
+        """
+        Raises:
+            ValueError: no row could be used.
+        """
+        if self.rows_read and not self.rows_written and len(self.table) == 0:
+            raise ValueError(f"None of the {self.rows_read} rows can be used; the log has each one's reason.")
+        if self.rows_written < self.rows_read:
+            logger.warning("Skipped %d of %d rows.", self.rows_read - self.rows_written, self.rows_read)
+        if self.rows_known:
+            logger.warning(
+                "%d entries were there already: another process has added the same rows, or ids occur twice.",
+                self.rows_known,
+            )
+
+
+def _finish(table: EntryTable, ann: str | None) -> None:
+    """Keeps the table in order, and its approximate index as it is wanted."""
+    if ann == "auto":
+        ann = table.ann or (ANN_DEFAULT if len(table) >= ANN_ROWS else None)
+    if ann != table.ann:
+        table.index_embeddings(ann)
+    elif table.needs_upkeep():
+        table.optimize()
+
+
+def _make_table(results: list[Embedded | RowsRead], schema: pa.Schema) -> pa.Table:
+    entries, embeddings = gather_results(results)
+    arrays = [
+        as_fixed_size_lists(embeddings[_SEQUENCE], field.type)
+        if field.name == EMBEDDING
+        else pa.array([entry.get(field.name) for entry in entries], field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)

@@ -1,20 +1,19 @@
-"""What an index was made of: enough to refuse another model, or other rows."""
+"""What an index was made with: enough to refuse another model."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from ..bulk.probe import probe, probes_differ
 from ..modeling import UniGDProcessor
-from ..outputs import writing
-from .probe import probe, probes_differ
 
 
-DESCRIPTION_FILE = "index.json"
+_METADATA = b"hf_unigd"
 
 
-@dataclass
+@dataclass(frozen=True)
 class IndexDescription:
     """
     Attributes:
@@ -22,13 +21,10 @@ class IndexDescription:
         revision: Its commit on the Hub; None for a folder, and for an adapter.
         dtype: Data type of its backbone.
         probe: What the model makes of a fixed input.
-        truncate_dim: The Matryoshka prefix that was kept; None for all of an embedding.
-        store_images: Whether pictures are kept.
-        rows: Fingerprint of the dataset.
-        num_rows: Its length.
-        faiss: FAISS's name of the index that it is searched by; None where the search is exact.
+        truncate_dim: The Matryoshka prefix that is kept; None for all of an embedding.
+        store_images: Whether images are kept.
         instruction: The processor's instruction of documents, with which rows without an `instruction` of their own
-            were embedded; None if it has none.
+            are embedded; None if it has none.
     """
 
     model: str
@@ -37,10 +33,34 @@ class IndexDescription:
     probe: list[float]
     truncate_dim: int | None
     store_images: bool
-    rows: str
-    num_rows: int
-    faiss: str | None
     instruction: str | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        processor: UniGDProcessor,
+        model_name: str | None = None,
+        truncate_dim: int | None = None,
+        store_images: bool = True,
+    ) -> "IndexDescription":
+        """
+        Args:
+            model, processor: What embeds the rows.
+            model_name: Hub id or folder to load the model from again; that which it was loaded from by default.
+            truncate_dim, store_images: As above.
+        """
+        name = model_name or model.name_or_path
+        return cls(
+            model=name,
+            # A merged adapter bears its base's name and commit, which are not its own.
+            revision=getattr(model.config, "_commit_hash", None) if name == model.name_or_path else None,
+            dtype=_dtype_name(model),
+            probe=probe(model, processor),
+            truncate_dim=truncate_dim,
+            store_images=store_images,
+            instruction=processor.get_instruction("document"),
+        )
 
     def check_model(self, model: PreTrainedModel, processor: UniGDProcessor) -> None:
         """
@@ -55,7 +75,7 @@ class IndexDescription:
                 f"{instruction!r}. Use the processor that made the index, or index the rows again "
                 "(`hf-unigd index --overwrite true`)."
             )
-        if probes_differ(self.probe, probe(model, processor), (self.dtype, dtype_name(model))):
+        if probes_differ(self.probe, probe(model, processor), (self.dtype, _dtype_name(model))):
             revision = f" at {self.revision}" if self.revision else ""
             raise ValueError(
                 f"The index was made by {self.model}{revision}, and {model.name_or_path or 'this model'} embeds its "
@@ -63,44 +83,40 @@ class IndexDescription:
                 "or index the rows again (`hf-unigd index --overwrite true`)."
             )
 
-    def check_same(self, made: "IndexDescription") -> None:
+    def check_settings(self, wanted: "IndexDescription") -> None:
         """
-        Args:
-            made: What the index was begun with.
-
         Raises:
-            ValueError: the index was begun with other rows or settings than these.
+            ValueError: the index was made with other settings than are wanted.
         """
         changed = [
-            f"`{name}` was {getattr(made, name)!r}, now {getattr(self, name)!r}"
-            for name in ("rows", "num_rows", "truncate_dim", "store_images")
-            if getattr(made, name) != getattr(self, name)
+            f"`{name}` was {getattr(self, name)!r}, now {getattr(wanted, name)!r}"
+            for name in ("truncate_dim", "store_images")
+            if getattr(self, name) != getattr(wanted, name)
         ]
         if changed:
             raise ValueError(
-                f"The index was begun with other rows or settings: {'; '.join(changed)} (`rows` is the fingerprint of "
-                "the dataset). Choose another folder, or start anew with `--overwrite true`."
+                f"The index was made with other settings: {'; '.join(changed)}. Use the same, choose another "
+                "`--output`, or start anew with `--overwrite true`."
             )
 
-    def save(self, folder: Path) -> None:
-        with writing(folder / DESCRIPTION_FILE) as file:
-            file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """What the schema of the table keeps."""
+        return {_METADATA: json.dumps(asdict(self)).encode()}
 
     @classmethod
-    def load(cls, folder: Path) -> "IndexDescription | None":
-        """None where the folder holds no index.
-
-        Raises:
-            ValueError: its description is damaged.
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, uri: str) -> "IndexDescription":
         """
-        file = folder / DESCRIPTION_FILE
-        if not file.is_file():
-            return None
+        Raises:
+            ValueError: the metadata of the table at `uri` describes no index.
+        """
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file} does not describe an index ({error}). Make one in another folder.") from error
+            return cls(**json.loads((metadata or {})[_METADATA]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The table in {uri} does not say which model it was made with ({type(error).__name__}: {error}). It "
+                "is no index, or one of another version: make one elsewhere."
+            ) from error
 
 
-def dtype_name(model: PreTrainedModel) -> str:
+def _dtype_name(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")

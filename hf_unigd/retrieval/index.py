@@ -1,75 +1,135 @@
-"""Rows and their embeddings in a folder, searched by the model that made them."""
+"""Entries and their embeddings, searched by the model that made them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
+from ..bulk.sequences import embed_sequences
 from ..modeling import UniGDProcessor
+from ..outputs import writing
 from .description import IndexDescription
-from .embedding import embed_sequences
-from .entries import Hit, make_hit
-from .nearest import nearest_exactly, read_faiss_index
-from .parts import read_entries, rows_done
+from .entries import EMBEDDING, ID, Hit, make_hit
+from .table import EntryTable, quoted, vectors_of
+from .vectors import PRECISIONS, VectorMatrix, are_unit
 
 
 logger = logging.getLogger(__name__)
 
-FAISS_FILE = "index.faiss"
-_ROWS_PER_CHUNK = 16384
+# Candidates for each entry that is wanted, where the search sees rounded vectors. They are scored by the stored ones.
+_CANDIDATES = 4
+_SAMPLE = 64
+# Of reciprocal rank fusion (Cormack et al., SIGIR 2009).
+_FUSION = 60
 
 
 class EmbeddingIndex:
     """
-    An index that [`build_index`] made, memory-mapped.
+    A table of entries that [`build_index`] wrote, as it was when it was opened, [`refresh`]ed, or last changed by this
+    object.
+
+    The first search reads all vectors into memory if they fit, and later ones multiply. A table whose vectors do not
+    fit, or that has an approximate index, is searched by LanceDB.
+
+    Args:
+        table: The table.
+        precision: What the vectors in memory are rounded to: `"float32"`, `"float16"`, `"int8"` or `"binary"`. The
+            entries found are always scored by the whole vectors.
+        memory_share: The share of the free memory that the vectors may take.
 
     Attributes:
-        description: The model, and what else the index was made of.
-        entries: Dataset of the columns `row`, `sequence`, `answer` and `embedding` (float32 unit vectors).
-        faiss: The FAISS index that it is searched by; None where the search is exact.
+        description: The model, and what else the index was made with.
+        table: The table.
     """
 
-    def __init__(self, description: IndexDescription, entries: Dataset, faiss: Any = None):
-        self.description = description
-        self.entries = entries
-        self.faiss = faiss
+    def __init__(self, table: EntryTable, precision: str = "float32", memory_share: float = 0.25):
+        if precision not in PRECISIONS:
+            raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+        self.table = table
+        self.description = IndexDescription.from_metadata(table.schema.metadata, table.uri)
+        self.precision = precision
+        self.memory_share = memory_share
+        self._vectors: VectorMatrix | None = None
+        self._in_memory: bool | None = None  # not decided yet
+        self._known_models: WeakSet[PreTrainedModel] = WeakSet()
+
+    @classmethod
+    def load(cls, uri: str | Path, precision: str = "float32", memory_share: float = 0.25) -> "EmbeddingIndex":
+        """
+        Opens an index. Of its vectors, a sample is read and checked.
+
+        Args:
+            uri: A folder, or an address of an object store that LanceDB opens (`s3://...`, `gs://...`).
+            precision, memory_share: As above.
+
+        Raises:
+            ValueError: there is no index, or vectors of the sample are not unit vectors.
+            ImportError: LanceDB is not installed.
+        """
+        table = EntryTable.open(uri)
+        if not are_unit(table.sample(_SAMPLE)).all():
+            raise ValueError(
+                f"The index in {uri} holds embeddings that are not unit vectors. It is damaged, or was not written by "
+                "`hf-unigd index`: make it again."
+            )
+        return cls(table, precision, memory_share)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.table)
 
     @property
     def width(self) -> int:
-        return self.entries.features["embedding"].length
+        """Size of an embedding."""
+        return self.table.width
 
-    @classmethod
-    def load(cls, folder: str | Path, faiss_parameters: str | None = None) -> "EmbeddingIndex":
+    def refresh(self) -> None:
+        """Moves on to the latest version, with what other processes have changed."""
+        self.table.refresh()
+        self._vectors = self._in_memory = None
+
+    def delete(self, ids: Iterable[str] | None = None, where: str | None = None) -> int:
         """
+        Removes entries.
+
         Args:
-            folder: What [`build_index`] wrote.
-            faiss_parameters: Of a FAISS search, in FAISS's own words: `"nprobe=16"`, `"efSearch=64"`.
+            ids: Their ids.
+            where: Or a filter, a condition of SQL on the columns of the index.
+
+        Returns:
+            Number of entries that were removed.
 
         Raises:
-            ValueError: `folder` holds no index or an unfinished one, or there are `faiss_parameters` for an exact one.
-            ImportError: the index is searched by FAISS, which is not installed.
+            ValueError: neither or both are given, or the filter cannot be read.
         """
-        folder = Path(folder)
-        description = IndexDescription.load(folder)
-        if description is None:
-            raise ValueError(f"{folder} holds no index; `hf-unigd index --output {folder}` makes one.")
-        done = rows_done(folder)
-        if done < description.num_rows or (description.faiss and not (folder / FAISS_FILE).is_file()):
-            raise ValueError(
-                f"The index in {folder} is unfinished: it has {done} of {description.num_rows} rows. Run the same "
-                "`hf-unigd index` again, which goes on where it stopped."
-            )
-        if faiss_parameters and not description.faiss:
-            raise ValueError(f"`faiss_parameters={faiss_parameters!r}` for {folder}, which is searched exactly.")
-        faiss = read_faiss_index(folder / FAISS_FILE, faiss_parameters) if description.faiss else None
-        return cls(description, read_entries(folder), faiss)
+        if (ids is None) == (where is None):
+            raise ValueError("Give the `ids` of the entries to delete, or a filter, `where`.")
+        if where is None:
+            wanted = [quoted(each) for each in ids or []]
+            if not wanted:
+                return 0
+            where = f"{ID} IN ({', '.join(wanted)})"
+        count = self.table.delete(where)
+        self.refresh()
+        return count
+
+    def check_model(self, model: PreTrainedModel, processor: UniGDProcessor) -> None:
+        """
+        Checks once that a model is the one that made the index.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if model not in self._known_models:
+            self.description.check_model(model, processor)
+            self._known_models.add(model)
 
     def search(
         self,
@@ -77,6 +137,10 @@ class EmbeddingIndex:
         processor: UniGDProcessor,
         sequences: Sequence[Any],
         k: int = 5,
+        *,
+        where: str | None = None,
+        offset: int = 0,
+        hybrid: bool = False,
         batch_size: int = 32,
         instruction: str | None = None,
     ) -> list[list[Hit]]:
@@ -87,7 +151,10 @@ class EmbeddingIndex:
             model: The model that made the index.
             processor: Its processor.
             sequences: Texts, images, or lists of both, as [`UniGDProcessor.process_sequences`] takes them.
-            k: How many to find for each.
+            k: How many to find for each, at most.
+            where: A filter, a condition of SQL on the columns of the index: `"lang = 'de' AND year > 2020"`.
+            offset: How many of the best to leave out, for the next page.
+            hybrid: Rank by the texts of queries and entries too (BM25), and fuse both rankings by reciprocal ranks.
             batch_size: Sequences a forward pass.
             instruction: The instruction of the queries, by default the processor's `"query"`.
 
@@ -95,11 +162,11 @@ class EmbeddingIndex:
             For each sequence its hits, best first.
 
         Raises:
-            ValueError: another model made the index, or `k` is out of range.
+            ValueError: another model made the index, `k` or `offset` is out of range, or the filter cannot be read.
             SequenceError: a sequence cannot be processed, or is longer than the model's context.
         """
-        self._check_k(k)
-        self.description.check_model(model, processor)
+        _check_range(k, offset)
+        self.check_model(model, processor)
         queries = embed_sequences(
             model,
             processor,
@@ -110,49 +177,125 @@ class EmbeddingIndex:
             prompt_name="query" if instruction is None else None,
             instruction=instruction,
         )
-        return self.nearest(queries, k)
+        texts = [_text_of(sequence) for sequence in sequences] if hybrid else None
+        return self.nearest(queries, k, where=where, offset=offset, texts=texts)
 
-    def nearest(self, queries: torch.Tensor, k: int = 5) -> list[list[Hit]]:
+    def nearest(
+        self,
+        queries: torch.Tensor,
+        k: int = 5,
+        *,
+        where: str | None = None,
+        offset: int = 0,
+        texts: Sequence[str] | None = None,
+    ) -> list[list[Hit]]:
         """
-        As [`search`], for embeddings. An approximate FAISS index may find fewer than `k`, which the log says.
+        As [`search`], for embeddings.
 
         Args:
             queries (`torch.FloatTensor` of shape `(n, d)`): Unit vectors.
-            k: How many to find for each.
+            k, where, offset: As in [`search`].
+            texts: Texts of the queries, to rank by them too.
 
         Raises:
-            ValueError: `queries` has another width than the embeddings, or `k` is out of range.
+            ValueError: `queries` has another width than the embeddings, `k` or `offset` is out of range, or the filter
+                cannot be read.
         """
-        self._check_k(k)
+        _check_range(k, offset)
         if queries.shape[1] != self.width:
             raise ValueError(f"Queries of width {queries.shape[1]}, but the index holds vectors of {self.width}.")
-        queries = queries.float().cpu()
-        if self.faiss is None:
-            places = nearest_exactly(queries, self.chunks(), k)
-        else:
-            places = torch.from_numpy(self.faiss.search(queries.numpy(), k)[1])
-            missing = int((places < 0).sum())
-            if missing:  # FAISS looks at a part of the vectors alone, and fills up with -1
+        vectors = queries.float().cpu().numpy()
+        wanted = k + offset
+        found = self._candidates(vectors, wanted, where)
+        entries = self._read(np.unique(np.concatenate(found)))
+        hits = []
+        for place, candidates in enumerate(found):
+            ranked = self._ranked(vectors[place], [entries[each] for each in candidates.tolist()])[:wanted]
+            if texts is not None and texts[place]:
+                ranked = self._fused(vectors[place], ranked, texts[place], wanted, where)
+            hits.append(ranked[offset:])
+        return hits
+
+    def export(self, file: str | Path) -> None:
+        """Writes all columns of all entries to a Parquet file."""
+        schema = self.table.schema.remove_metadata()
+        with writing(file) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
+            for batch in self.table.batches(schema.names):
+                writer.write_batch(batch.select(schema.names).cast(schema))
+
+    def _candidates(self, queries: np.ndarray, count: int, where: str | None) -> list[np.ndarray]:
+        """Row ids of what may be among the `count` nearest of each query."""
+        matrix = self._matrix()
+        if matrix is None:
+            return [self.table.nearest(query, _CANDIDATES * count, where) for query in queries]
+        among = None if where is None else self.table.row_ids(where)
+        return matrix.nearest(queries, count if self.precision == "float32" else _CANDIDATES * count, among)
+
+    def _matrix(self) -> VectorMatrix | None:
+        """The vectors in memory, or None if LanceDB searches."""
+        if self._in_memory is None:
+            self._in_memory = self._fits()
+        if self._vectors is None and self._in_memory:
+            batches = (
+                (batch["_rowid"].to_numpy(), vectors_of(batch[EMBEDDING])) for batch in self.table.batches([EMBEDDING])
+            )
+            self._vectors = VectorMatrix(batches, len(self), self.width, self.precision)
+            if self._vectors.left_out:
                 logger.warning(
-                    "FAISS found %d of %d entries; raise `faiss_parameters`.", places.numel() - missing, places.numel()
+                    "Left out: %d of %d entries, whose embeddings are not unit vectors.",
+                    self._vectors.left_out,
+                    len(self),
                 )
-        return [self._hits(query, row[row >= 0].tolist()) for query, row in zip(queries, places, strict=True)]
+        return self._vectors
 
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """The embeddings, `(m, d)` float32 at a time."""
-        embeddings = self.entries.with_format("arrow")
-        for start in range(0, len(self), _ROWS_PER_CHUNK):
-            column = embeddings[start : start + _ROWS_PER_CHUNK]["embedding"].combine_chunks()
-            yield torch.tensor(column.flatten().to_numpy()).reshape(-1, self.width)
+    def _fits(self) -> bool:
+        if self.table.ann is not None:
+            return False
+        needed = VectorMatrix.bytes_needed(len(self), self.width, self.precision)
+        allowed = self.memory_share * psutil.virtual_memory().available
+        if needed > allowed:
+            logger.warning(
+                "The vectors take %.1f GB, and %.1f GB are allowed, so each search reads them again. Make an "
+                "approximate index (`hf-unigd index --ann`), round them (`precision`), or raise `memory_share`.",
+                needed / 1e9,
+                allowed / 1e9,
+            )
+        return needed <= allowed
 
-    def _hits(self, query: torch.Tensor, places: list[int]) -> list[Hit]:
-        entries = [self.entries[place] for place in places]
-        hits = [make_hit(entry, float(query @ torch.tensor(entry["embedding"]))) for entry in entries]
-        # FAISS may know compressed vectors alone; these scores are those of the vectors themselves.
+    def _read(self, row_ids: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Entries by their row ids."""
+        if len(row_ids) == 0:
+            return {}
+        taken = self.table.take(row_ids)
+        vectors = vectors_of(taken[EMBEDDING])
+        rows = taken.drop_columns([EMBEDDING]).to_pylist()
+        return {row["_rowid"]: {**row, EMBEDDING: vector} for row, vector in zip(rows, vectors, strict=True)}
+
+    def _ranked(self, query: np.ndarray, entries: list[dict[str, Any]]) -> list[Hit]:
+        """Hits by the similarity of the stored vectors, best first. What is not a unit vector is none."""
+        good = [entry for entry in entries if are_unit(entry[EMBEDDING][None])[0]]
+        hits = [make_hit(entry, float(query @ entry[EMBEDDING])) for entry in good]
         return sorted(hits, key=lambda hit: -hit.score)
 
-    def _check_k(self, k: int) -> None:
-        if len(self) == 0:
-            raise ValueError("The index is empty: there is nothing to find.")
-        if not 1 <= k <= len(self):
-            raise ValueError(f"`k={k}` must lie between 1 and the number of entries in the index, {len(self)}.")
+    def _fused(self, query: np.ndarray, similar: list[Hit], text: str, count: int, where: str | None) -> list[Hit]:
+        """Hits of both rankings, by the sum of their reciprocal ranks."""
+        entries = self._read(matching := self.table.matching(text, count, where))
+        in_text = [hit for row_id in matching.tolist() for hit in self._ranked(query, [entries[row_id]])]
+        fused: dict[str, float] = defaultdict(float)
+        for ranking in (similar, in_text):
+            for rank, hit in enumerate(ranking, 1):
+                fused[hit.id] += 1 / (_FUSION + rank)
+        by_id = {hit.id: hit for hit in [*similar, *in_text]}
+        return sorted(by_id.values(), key=lambda hit: -fused[hit.id])[:count]
+
+
+def _check_range(k: int, offset: int) -> None:
+    if k < 1:
+        raise ValueError(f"`k={k}` must be at least 1.")
+    if offset < 0:
+        raise ValueError(f"`offset={offset}` must be at least 0.")
+
+
+def _text_of(sequence: Any) -> str:
+    parts = sequence if isinstance(sequence, (list, tuple)) else [sequence]
+    return " ".join(part for part in parts if isinstance(part, str))

@@ -10,6 +10,12 @@ import torch
 from bulk_cases import arguments, captioned_images, environment, files_of, read_vectors, save_checkpoint
 from hf_unigd.cli.main import main
 from hf_unigd.data import load_rows
+from hf_unigd.retrieval.table import EntryTable
+
+
+def indexed(folder):
+    """The entries of an index, in the order of their rows."""
+    return EntryTable.open(folder)._table.to_arrow().sort_by("row")
 
 
 MAP, STREAM = {"num_workers": 1}, {"dataset_streaming": "true"}
@@ -29,14 +35,27 @@ def test_two_processes_write_what_one_writes(tmp_path):
         flags = arguments(**common, kind="long", max_new_tokens=3, output=tmp_path / name / "captioned", **settings)
         return ["caption", *flags]
 
-    commands = [embed("map", **MAP), embed("stream", **STREAM), caption("map", **MAP), caption("stream", **STREAM)]
+    def index(name, **settings):
+        return [
+            "index",
+            *arguments(
+                **common, dataset_test_split="train", output=tmp_path / f"{name}_index", id_column="id", **settings
+            ),
+        ]
+
+    commands = [
+        make(name, **settings)
+        for make in (embed, caption, index)
+        for name, settings in (("map", MAP), ("stream", STREAM))
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, __file__, json.dumps(commands)], env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "process 1 of 2" in done.stderr and done.stdout.count("10 rows") == 4  # the first process speaks
-    for command in (embed("one"), caption("one")):
+    assert done.stdout.count("10 embeddings") == 2
+    for command in (embed("one"), caption("one"), index("one")):
         main(command)
 
     expected, captions = read_vectors(tmp_path / "one/vectors.parquet"), load_rows(str(tmp_path / "one/captioned"))
@@ -47,6 +66,10 @@ def test_two_processes_write_what_one_writes(tmp_path):
         captioned = load_rows(str(tmp_path / name / "captioned"))
         assert captioned["long_caption"] == captions["long_caption"] and captioned["id"] == captions["id"]
         assert files_of(tmp_path / name) == files_of(tmp_path / "one")
+    whole, *others = (indexed(tmp_path / f"{name}_index") for name in ("one", "map", "stream"))
+    for other in others:
+        assert other.drop_columns("embedding") == whole.drop_columns("embedding")
+        torch.testing.assert_close(*(torch.tensor(each["embedding"].to_pylist()) for each in (other, whole)))
 
 
 if __name__ == "__main__":

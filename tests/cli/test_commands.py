@@ -3,6 +3,7 @@
 import json
 import re
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
@@ -85,12 +86,12 @@ def test_train_then_evaluate_index_search_answer_generate(folder, tmp_path, caps
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
     index = str(tmp_path / "index")
-    main(["index", "--model", checkpoint, *data, "--output", index, "--faiss", "Flat"])
+    main(["index", "--model", checkpoint, *data, "--output", index])
     assert f"8 embeddings of width {model.config.embedding_dim} in {index}" in capsys.readouterr().out
     image = ["--image", str(folder / "image.png")]
     main(["search", index, *image, "--k", "3", "--output", str(tmp_path / "hits.png")])
     first = capsys.readouterr().out.splitlines()[0]
-    assert "1.000" in first and "row 0" in first and "cat 0" in first
+    assert "1.000" in first and f"{folder}/rows/train/0" in first and "cat 0" in first
     assert Image.open(tmp_path / "hits.png").width > 300
     main(["search", "--index", index, "--query", "cat 3"])
     assert len(capsys.readouterr().out.splitlines()) == 5
@@ -194,5 +195,28 @@ def test_an_index_is_refused_to_another_model(folder, tmp_path):
     for query in (["search", "--query", "cat"], ["answer", "--question", "cat"]):
         with pytest.raises(SystemExit, match=rf"made by {folder}/model, and {tmp_path}/other embeds its probe"):
             main([*query, *other])
-    with pytest.raises(SystemExit, match="was begun with other rows or settings"):
+    with pytest.raises(SystemExit, match="was made with other settings: `store_images` was True, now False"):
         main([*make, "--store_images", "false"])
+
+
+def test_an_index_is_filtered_changed_and_exported(folder, tmp_path, capsys):
+    rows = load_from_disk(str(folder / "rows"))
+    half = len(rows) // 2
+    parts = [rows.select(range(half)), rows.select(range(half, len(rows)))]
+    for number, part in enumerate(parts):
+        part = part.add_column("lang", ["de", "en"] * (len(part) // 2))
+        part.save_to_disk(str(tmp_path / f"part{number}"))
+    index = str(tmp_path / "index")
+    for number, model in enumerate((["--model", str(folder / "model")], [])):  # then the index knows it
+        data = ["--dataset_name", str(tmp_path / f"part{number}"), "--dataset_test_split", "train"]
+        main(["index", *model, *data, "--output", index])
+    assert f"{len(rows)} embeddings" in capsys.readouterr().out
+    main(["search", index, "--query", "cat", "--where", "lang = 'de'", "--k", "20", "--hybrid", "true"])
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) // 2
+    main(["index", "--output", index, "--delete", "lang = 'de'", "--optimize", "true", "--export", f"{index}.parquet"])
+    assert f"{len(rows) // 2} entries are deleted" in capsys.readouterr().out
+    assert pq.read_table(f"{index}.parquet")["lang"].to_pylist() == ["en"] * (len(rows) // 2)
+    with pytest.raises(SystemExit, match=r"Give a dataset to index \(`--dataset_name`\), or `--delete`"):
+        main(["index", "--output", index])
+    with pytest.raises(SystemExit, match="`--model` is needed: there is no index in"):
+        main(["index", "--output", f"{index}2", *data])

@@ -17,7 +17,7 @@ KNOWLEDGE = [
 
 
 def knowledge(repeat=1, **columns):
-    """Interleaved chats, of which one has no answer."""
+    """Interleaved chats, of which one has no answer, with other columns of texts or whole numbers."""
     rows = {
         "images": [entry["images"] for entry in KNOWLEDGE] * repeat,
         "messages": [
@@ -29,6 +29,7 @@ def knowledge(repeat=1, **columns):
         **columns,
     }  # fmt: skip
     features = {"images": List(Image()), "messages": List({"role": Value("string"), "content": Value("string")})}
+    features |= {name: Value("string" if isinstance(column[0], str) else "int64") for name, column in columns.items()}
     return Dataset.from_dict(rows, Features(features))
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hf_unigd.bulk.sequences import embed_sequences
 from hf_unigd.modeling import SequenceError
-from hf_unigd.retrieval.embedding import embed_sequences
 from tiny_models import make_image
 
 
