@@ -3,8 +3,8 @@
 `exact`: one query and 64 at once, in a process that has searched before, beside the product of the same vectors with
 torch in memory and its best ten. Both take turns. `opening` is the time to load the index, and `first search` includes
 reading the vectors.
-`approximate`: recall of the ten nearest and time of a query, beside exact search, by type of index and by rounding. The
-vectors have structure: points around 2,000 centres, and queries near them.
+`approximate`: recall of the ten nearest and time of a query, beside exact search, by type of index and by rounding.
+The vectors have structure: points around 2,000 centres, and queries near them.
 `building`: rows a second without the model, which is replaced by random vectors, from rows of text to entries.
 
 The script writes benchmarks/results/retrieval_*.json.

@@ -296,6 +296,7 @@ class Doors:
         args = UniGDTrainingArguments(
             output_dir=str(folder),
             skip_bad_rows=skip,
+            trust_caption_columns=True,
             max_steps=2,
             per_device_train_batch_size=2,
             eval_block_size=4,
