@@ -5,6 +5,14 @@ from .captioning import caption_dataset
 from .embedding import embed_dataset
 from .endpoint import EndpointCaptioner
 from .processes import process_state
+from .slice_features import write_slice_features
 
 
-__all__ = ["EndpointCaptioner", "LocalCaptioner", "caption_dataset", "embed_dataset", "process_state"]
+__all__ = [
+    "EndpointCaptioner",
+    "LocalCaptioner",
+    "caption_dataset",
+    "embed_dataset",
+    "process_state",
+    "write_slice_features",
+]

@@ -111,7 +111,8 @@ class PartReader(torch.utils.data.IterableDataset):
     Reads the parts of one process and prepares them, in the workers of a data loader if it has any.
 
     Args:
-        rows: The rows. Of a stream, the parts of other processes and those that are finished are read past.
+        rows: The rows, or examples of them. Of a stream, the parts of other processes and those that are finished are
+            read past.
         rows_per_part: Number of rows of a part.
         prepare: Makes batches of the rows of a part.
         share: Number of this process.
@@ -122,7 +123,7 @@ class PartReader(torch.utils.data.IterableDataset):
 
     rows: Rows
     rows_per_part: int
-    prepare: Callable[[Iterator[Row]], Iterator[Batch]]
+    prepare: Callable[[Iterator[tuple[int, Any]]], Iterator[Batch]]
     share: int
     shares: int
     finished: frozenset[int]
@@ -165,6 +166,8 @@ class PartReader(torch.utils.data.IterableDataset):
     def _read(self, row: int) -> Row:
         try:
             return row, self.rows[row]
+        except RowError:  # of rows that are parsed as they are read
+            raise
         except Exception as error:  # of a transform
             raise RowError(row, f"cannot be read: {error or type(error).__name__}") from error
 
@@ -173,7 +176,7 @@ def work_through(
     rows: Rows,
     parts: Parts,
     rows_per_part: int,
-    prepare: Callable[[Iterator[Row]], Iterator[Batch]],
+    prepare: Callable[[Iterator[tuple[int, Any]]], Iterator[Batch]],
     run: Callable[[Any], T],
     make_table: Callable[[list[T]], pa.Table],
     *,
@@ -186,7 +189,7 @@ def work_through(
     Writes the parts that are missing, each by one process. All processes call it, and return when all parts are there.
 
     Args:
-        rows: The rows.
+        rows: The rows, or a map-style dataset of their examples.
         parts: Where the parts are written.
         rows_per_part: Number of rows that are read for a part.
         prepare: Makes batches of the rows of a part, beside the device if there are workers.

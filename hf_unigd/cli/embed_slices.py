@@ -1,12 +1,14 @@
 """
 Embed the images and sentences of a dataset once with the frozen teachers of the structure loss, so that training with
-`--slice_features` need not run the teachers. An interrupted run continues where it stopped when it is started again.
+`--slice_features` need not run the teachers. On several devices: `accelerate launch -m hf_unigd embed-slices ...`. An
+interrupted run continues where it stopped when it is started again.
 """
 
 from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
 
+from ..bulk import process_state, write_slice_features
 from ..data import (
     DatasetMixture,
     DatasetSource,
@@ -15,14 +17,13 @@ from ..data import (
     RowParser,
     TeacherArguments,
     make_examples,
-    write_slice_features,
 )
 from ..data.lengths import TokenCounter
 from ..inputs import reading
 from ..outputs import OutputFolder
 from ..settings import NotNegative, Positive
 from ..trainer import UniGDScriptArguments
-from .arguments import ImageArguments, accelerator
+from .arguments import ImageArguments
 from .parser import CommandParser
 
 
@@ -33,10 +34,16 @@ class EmbedSlicesArguments(ImageArguments):
     )
     output: OutputFolder = field(default="slice_features", metadata={"help": "Folder to write, or to continue in."})
     batch_size: Positive = field(default=64, metadata={"help": "Number of images or sentences per forward pass."})
-    rows_per_part: Positive = field(
-        default=1000, metadata={"help": "Number of rows per file. An interrupted run loses at most these."}
+    num_workers: NotNegative = field(
+        default=0, metadata={"help": "Number of processes that open and process images beside the teachers."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Delete the features that the folder holds."})
+    rows_per_part: Positive = field(
+        default=1000,
+        metadata={"help": "Number of rows per part. An interrupted run loses at most these, per process and worker."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Delete the features that the folder holds, or what a run has begun."}
+    )
     short_caption_max_tokens: NotNegative = field(
         default=0,
         metadata={
@@ -73,13 +80,16 @@ def main(argv: list[str]) -> None:
             raise ValueError("Leave streaming out: features are stored by the number of the row.")
         parts.append(part)
     examples = MixedDataset(parts)
+    state = process_state()
     features = write_slice_features(
         examples,
         teacher_args,
         args.output,
-        accelerator(),
-        args.batch_size,
-        args.rows_per_part,
-        args.overwrite,
+        state.device,
+        batch_size=args.batch_size,
+        rows_per_part=args.rows_per_part,
+        num_workers=args.num_workers,
+        overwrite=args.overwrite,
     )
-    print(f"{len(features.features)} distinct slices of {len(features.rows)} rows in {args.output}")
+    if state.is_main_process:
+        print(f"{len(features.features)} distinct slices of {len(features.rows)} rows in {args.output}")

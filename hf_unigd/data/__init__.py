@@ -6,7 +6,6 @@ from .example import Example, RowError
 from .icons import load_icons
 from .mixture import DatasetMixture, DatasetSource, MixedDataset
 from .rows import RowParser
-from .slice_feature_writer import write_slice_features
 from .slice_features import SliceFeatures
 from .slices import SentenceSplitter
 from .sources import load_rows
@@ -35,5 +34,4 @@ __all__ = [
     "load_rows",
     "load_stories",
     "make_examples",
-    "write_slice_features",
 ]

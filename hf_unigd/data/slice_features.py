@@ -1,29 +1,32 @@
 """Teacher features of a dataset's slices, computed once and read from disk in training.
 
-A folder of features holds `teachers.json`, which names everything that the features depend on, and numbered parts. A
-part covers a fixed number of rows of the data, and it is either complete or absent. Its dataset `features` has one
-row, in half precision, for each distinct image or sentence that no earlier part has. Its dataset `rows` has one row
-for each row of the data: the places of its slices in the features of all parts together.
+A folder of features holds `teachers.json`, which names everything that the features depend on, and two Arrow files.
+`features.arrow` has one row, in half precision, for each distinct image or sentence. `rows.arrow` has one row for each
+row of the data: the places of its slices in the features. While they are made, the folder holds parts of them, and no
+`teachers.json`.
 """
 
 import json
 from pathlib import Path
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset
 
+from ..inputs import reading
 from .example import Slice
 from .teachers import TeacherArguments, slice_columns
 
 
-DESCRIPTION = "teachers.json"
+DESCRIPTION, ROWS, FEATURES = "teachers.json", "rows.arrow", "features.arrow"
+PARTS = ".parts"  # of features that are not finished
 
 
 class SliceFeatures:
     """Teacher features of every slice of every row of a dataset, memory-mapped.
 
     Attributes:
-        description: The fingerprint of the teachers, the widths `own_width` and `cross_width`, and `num_rows`.
+        description: The fingerprint of the teachers, the widths `own_width` and `cross_width`, `num_rows`, and
+            `rows_per_part`, in which they were computed.
         rows: Dataset with the column `slices`. It lists for each row of the data the places of its slices in
             `features`.
         features: Dataset with the columns `key` and `features`, one row for each distinct slice.
@@ -40,26 +43,26 @@ class SliceFeatures:
     def load(cls, folder: str | Path, args: TeacherArguments) -> "SliceFeatures":
         """
         Args:
-            folder: Folder that [`write_slice_features`] wrote.
+            folder: Folder that [`~hf_unigd.bulk.write_slice_features`] wrote.
             args: The teachers of the training run.
 
         Raises:
-            ValueError: the folder has no features or not all of them, or other teachers computed them.
+            ValueError: the folder has no features, or unfinished or damaged ones, or other teachers computed them.
         """
-        description = read_description(Path(folder))
+        folder = Path(folder)
+        description = read_description(folder)
+        if description is None and (folder / PARTS).is_dir():
+            raise ValueError(
+                f"The slice features in {folder} are not finished; run `hf-unigd embed-slices` again, which goes on "
+                "where it stopped."
+            )
         if description is None:
             raise ValueError(
                 f"{folder} holds no slice features; `hf-unigd embed-slices --output {folder}` computes them."
             )
         check_fingerprint(folder, description, args.fingerprint())
-        parts = read_parts(Path(folder))
-        written = sum(len(rows) for rows, _ in parts)
-        if written < description["num_rows"]:
-            raise ValueError(
-                f"{folder} has features of {written} of {description['num_rows']} rows; run `hf-unigd embed-slices` "
-                "again, which resumes where it stopped."
-            )
-        rows, features = (concatenate_datasets(list(column)) for column in zip(*parts, strict=True))
+        with reading(folder):
+            rows, features = (Dataset.from_file(str(folder / name)) for name in (ROWS, FEATURES))
         return cls(description, rows, features)
 
     def part(self, first: int, count: int) -> "SliceFeatures":
@@ -96,25 +99,15 @@ class SliceFeatures:
         if entry["key"].tolist() != [part.key for part in slices]:
             raise ValueError(
                 "has changed since its slice features were computed, or holds a list of captions, of which each epoch "
-                "draws one. Compute them again with `hf-unigd embed-slices --overwrite`; with a list, train without "
-                "`slice_features`"
+                "draws one. Compute them again with `hf-unigd embed-slices --overwrite true`; with a list, train "
+                "without `slice_features`"
             )
         if entry["features"].shape[1] != self.width:
             raise ValueError(
                 f"has slice features of width {entry['features'].shape[1]}, but `{DESCRIPTION}` says {self.width}; "
-                "compute them again with `hf-unigd embed-slices --overwrite`"
+                "compute them again with `hf-unigd embed-slices --overwrite true`"
             )
         return entry["features"]
-
-
-def read_parts(folder: Path) -> list[tuple[Dataset, Dataset]]:
-    """Returns the `rows` and the `features` of the finished parts, in order."""
-    return [(load_from_disk(part / "rows"), load_from_disk(part / "features")) for part in finished_parts(folder)]
-
-
-def finished_parts(folder: Path) -> list[Path]:
-    """Returns the folders of the finished parts, in order."""
-    return sorted(folder.glob("part-[0-9][0-9][0-9][0-9][0-9]"))
 
 
 def read_description(folder: Path) -> dict | None:
@@ -134,5 +127,5 @@ def check_fingerprint(folder: str | Path, description: dict, fingerprint: dict[s
         listing = "; ".join(f"{name} was {description.get(name)!r}, now {fingerprint[name]!r}" for name in changed)
         raise ValueError(
             f"The slice features in {folder} are stale: {listing}. Compute them again with `hf-unigd embed-slices "
-            "--overwrite`, or use the teachers that computed them."
+            "--overwrite true`, or use the teachers that computed them."
         )

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import torch
 from PIL import Image
 
-from .encoders import Encoder, encoder_commit
+from .encoders import Encoder, EncoderInputs, Preprocessor, encoder_commit
 from .example import IMAGE, TEXT, Slice
 from .slices import SentenceSplitter
 
@@ -66,6 +66,49 @@ class TeacherArguments:
         }
 
 
+@dataclass(frozen=True)
+class TeacherInputs:
+    """
+    What the teachers make features of.
+
+    Attributes:
+        count: Number of slices.
+        places: By modality, which of the slices have it. A modality without a slice is left out, here and below.
+        own: By modality, the inputs of its own teacher.
+        cross: By modality, the inputs of the teacher of both.
+    """
+
+    count: int
+    places: dict[int, list[int]]
+    own: dict[int, list[EncoderInputs]]
+    cross: dict[int, list[EncoderInputs]]
+
+
+@dataclass
+class TeacherPreprocessor:
+    """
+    Makes the inputs of the teachers. It holds no weights, so that workers can have it.
+
+    Attributes:
+        own: By modality, what makes the inputs of its own teacher.
+        cross: What makes the inputs of the teacher of both.
+    """
+
+    own: dict[int, Preprocessor]
+    cross: Preprocessor
+
+    def __call__(self, slices: list[Slice]) -> TeacherInputs:
+        """Processes slices, each by itself, even if some are equal."""
+        places = {modality: [n for n, one in enumerate(slices) if one.modality == modality] for modality in self.own}
+        contents = {modality: [slices[place].content for place in own] for modality, own in places.items() if own}
+        return TeacherInputs(
+            len(slices),
+            {modality: places[modality] for modality in contents},
+            {modality: self.own[modality](own) for modality, own in contents.items()},
+            {modality: self.cross(own) for modality, own in contents.items()},
+        )
+
+
 class Teachers:
     """The three encoders of the Triple Kernel.
 
@@ -78,6 +121,7 @@ class Teachers:
         device: Device that the encoders run on.
 
     Attributes:
+        preprocess: Makes the inputs of `encode`.
         own_width, cross_width: Widths of the two vectors.
 
     Raises:
@@ -90,6 +134,8 @@ class Teachers:
         self.encoders = list(encoders.values())
         self.own = {IMAGE: encoders[args.image_teacher], TEXT: encoders[args.text_teacher]}
         self.cross = encoders[args.cross_teacher]
+        own = {modality: encoder.preprocess for modality, encoder in self.own.items()}
+        self.preprocess = TeacherPreprocessor(own, self.cross.preprocess)
         images, texts = [Image.new("RGB", (32, 32))], ["a"]
         self.own_width = max(self.own[IMAGE](images).shape[1], self.own[TEXT](texts).shape[1])
         self.cross_width = self.cross(texts).shape[1]
@@ -114,16 +160,22 @@ class Teachers:
         keys = [part.key for part in slices]
         distinct = dict(zip(keys, slices, strict=True))
         places = {key: place for place, key in enumerate(distinct)}
-        features = torch.zeros(len(distinct), self.own_width + self.cross_width, device=self.cross.device)
-        for modality, own in self.own.items():
-            chosen = [key for key, part in distinct.items() if part.modality == modality]
-            if chosen:
-                contents = [distinct[key].content for key in chosen]
-                rows = torch.tensor([places[key] for key in chosen], device=features.device)
-                vectors = own(contents)
-                features[rows, : vectors.shape[1]] = vectors
-                features[rows, self.own_width :] = self.cross(contents)
+        features = self.encode(self.preprocess(list(distinct.values())))
         return features[torch.tensor([places[key] for key in keys], device=features.device)]
+
+    def encode(self, inputs: TeacherInputs) -> torch.Tensor:
+        """Returns the features of the slices that `preprocess` was given.
+
+        Returns:
+            `torch.FloatTensor` of shape `(inputs.count, own_width + cross_width)`, float32, on the encoders' device.
+        """
+        features = torch.zeros(inputs.count, self.own_width + self.cross_width, device=self.cross.device)
+        for modality, places in inputs.places.items():
+            rows = torch.tensor(places, device=features.device)
+            vectors = self.own[modality].encode(inputs.own[modality])
+            features[rows, : vectors.shape[1]] = vectors
+            features[rows, self.own_width :] = self.cross.encode(inputs.cross[modality])
+        return features
 
 
 def slice_columns(

@@ -5,7 +5,8 @@ import time
 
 from transformers import CLIPModel, CLIPProcessor, LlavaProcessor
 
-from ..data import ExampleDataset, RowParser, TeacherArguments, load_stories, write_slice_features
+from ..bulk import write_slice_features
+from ..data import ExampleDataset, RowParser, TeacherArguments, load_stories
 from ..data.icons import COLOURS, draw_icon, icon_glyphs
 from ..data.stories import captions_of, cast_of_icons, describe
 from ..evaluation.stories import last_image_recall

@@ -20,7 +20,8 @@ from PIL import Image
 
 from attack.outcomes import Outcomes
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
-from hf_unigd.data import Example, ExampleDataset, RowError, RowParser, make_examples, write_slice_features
+from hf_unigd.bulk import write_slice_features
+from hf_unigd.data import Example, ExampleDataset, RowError, RowParser, make_examples
 from hf_unigd.data import chats as chats_module
 from hf_unigd.data import rows as rows_module
 from hf_unigd.data.example import iter_parts

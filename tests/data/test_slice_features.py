@@ -17,7 +17,8 @@ from transformers import (
     SiglipModel,
 )
 
-from hf_unigd.data import ExampleDataset, RowError, RowParser, SentenceSplitter, Teachers, write_slice_features
+from hf_unigd.bulk import write_slice_features
+from hf_unigd.data import ExampleDataset, RowError, RowParser, SentenceSplitter, Teachers
 from hf_unigd.data.encoders import Encoder
 from hf_unigd.data.example import IMAGE, TEXT, Slice
 from hf_unigd.data.slice_features import SliceFeatures
@@ -122,21 +123,21 @@ def test_an_interrupted_run_resumes_without_encoding_anything_twice(teacher_args
     whole = write_slice_features(make_examples(), teacher_args, tmp_path / "whole", rows_per_part=3)
 
     calls = []
-    encode = Teachers.__call__
+    encode = Teachers.encode
 
-    def interrupted(self, slices):
+    def interrupted(self, inputs):
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(len(slices))
-        return encode(self, slices)
+        calls.append(inputs.count)
+        return encode(self, inputs)
 
-    monkeypatch.setattr(Teachers, "__call__", interrupted)
+    monkeypatch.setattr(Teachers, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_slice_features(make_examples(), teacher_args, tmp_path / "part", rows_per_part=3)
-    with pytest.raises(ValueError, match="6 of 10 rows; run `hf-unigd embed-slices` again"):
+    with pytest.raises(ValueError, match="are not finished; run `hf-unigd embed-slices` again"):
         SliceFeatures.load(tmp_path / "part", teacher_args)
     counted = []
-    monkeypatch.setattr(Teachers, "__call__", lambda self, slices: counted.append(len(slices)) or encode(self, slices))
+    monkeypatch.setattr(Teachers, "encode", lambda self, inputs: counted.append(inputs.count) or encode(self, inputs))
     resumed = write_slice_features(make_examples(), teacher_args, tmp_path / "part", rows_per_part=3)
     assert sum(calls) + sum(counted) == len(whole.features)
     assert resumed.features["key"][:].tolist() == whole.features["key"][:].tolist()
@@ -153,7 +154,7 @@ def test_other_teachers_pooling_or_language_make_features_stale(teacher_args, tm
         other = type(teacher_args)(**{**vars(teacher_args), **changed})
         with pytest.raises(ValueError, match=message):
             SliceFeatures.load(tmp_path / "f", other)
-        with pytest.raises(ValueError, match="stale"):
+        with pytest.raises(ValueError, match=r"was begun with another model.*`--overwrite true`"):
             write_slice_features(make_examples(4), other, tmp_path / "f")
     write_slice_features(make_examples(4), other, tmp_path / "f", overwrite=True)
     assert len(SliceFeatures.load(tmp_path / "f", other).rows) == 4
@@ -178,7 +179,7 @@ def test_changed_and_new_rows_raise_an_error_that_names_them(teacher_args, tmp_p
     examples.rows = examples.rows.select([3])
     with pytest.raises(RowError, match="Row 0 has changed since its slice features were computed"):
         examples.parse(0)
-    with pytest.raises(ValueError, match="a dataset of 4 rows, but this dataset has 6"):
+    with pytest.raises(ValueError, match="`num_rows` was 4, now 6"):
         write_slice_features(make_examples(6), teacher_args, tmp_path / "f")
 
 
@@ -193,6 +194,14 @@ def test_features_of_another_width_raise(teacher_args, tmp_path):
 
 def test_a_folder_without_features_raises(teacher_args, tmp_path):
     with pytest.raises(ValueError, match="holds no slice features"):
+        SliceFeatures.load(tmp_path, teacher_args)
+
+
+def test_a_file_that_is_cut_is_named(teacher_args, tmp_path):
+    write_slice_features(make_examples(4), teacher_args, tmp_path)
+    whole = (tmp_path / "rows.arrow").read_bytes()
+    (tmp_path / "rows.arrow").write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(ValueError, match=f"{tmp_path}: Expected"):
         SliceFeatures.load(tmp_path, teacher_args)
 
 

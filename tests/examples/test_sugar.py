@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 from safetensors import safe_open
 
 from hf_unigd.cli.main import main
 from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter
 from hf_unigd.data.images import open_image
-from hf_unigd.data.slice_features import read_parts
 from hf_unigd.trainer import UniGDScriptArguments
 from published_rows import jpeg, write_tar
 from tiny_models import make_image, make_vlm
@@ -108,7 +108,7 @@ def test_the_recipe_runs_with_teachers_in_training_and_with_precomputed_features
     }
     Path("slices.yaml").write_text(yaml.safe_dump({**config, "model": "vlm", "output": "features"}))
     main(["embed-slices", "--config", "slices.yaml"])
-    assert sum(len(rows) for rows, _ in read_parts(Path("features"))) == 3 * COUNT
+    assert len(Dataset.from_file("features/rows.arrow")) == 3 * COUNT
     run(monkeypatch, "--output_dir", "before", "--slice_features", "features")
 
     first, second = (logged(folder / name) for name in ("in_training", "before"))

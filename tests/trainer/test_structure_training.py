@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
-from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter, Teachers, write_slice_features
+from hf_unigd.bulk import write_slice_features
+from hf_unigd.data import ExampleDataset, RowParser, SentenceSplitter, Teachers
 from hf_unigd.data.teachers import slice_columns
 from hf_unigd.trainer import UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.trainer.losses import StructureLoss
