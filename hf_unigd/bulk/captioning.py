@@ -9,8 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, Features, LargeList, List, Value
-from datasets.features.features import require_storage_embed
+from datasets import Features, LargeList, List, Value
 from PIL import Image
 
 from ..data import RowError
@@ -20,8 +19,9 @@ from ..data.lengths import length_batches
 from ..modeling.images_unigd import MAX_PIXELS
 from ..settings import check_positive
 from .captioners import KINDS, Captioner, Preparation
-from .parts import PartFolder, check_same
+from .parts import PartFolder, begin_output
 from .processes import process_state
+from .tables import table_of_rows
 from .work import OpenedRows, Row, Rows, refuse, windows, work_through
 
 
@@ -97,7 +97,7 @@ def caption_dataset(
             "image_folder": image_folder and str(image_folder),
             "rows_per_part": rows_per_part,
         }
-        is_finished = _begin(output, parts, data, description, overwrite)
+        is_finished = begin_output(output, data, [parts], description, overwrite)
     if not broadcast_object_list([is_finished])[0]:
         work_through(
             opened.rows,
@@ -161,32 +161,6 @@ def _make_features(column: str, features: Features) -> Features:
 
 def _is_list(feature: Any) -> bool:
     return isinstance(feature, (List, LargeList))
-
-
-def _begin(output: Path, parts: PartFolder, data: PartFolder, description: dict[str, Any], overwrite: bool) -> bool:
-    """Begins, or checks that what was begun before is the same. Returns whether it is finished."""
-    made = data.description() or parts.description()
-    written = {parts.folder, *([data.folder] if data.description() else [])}
-    others = [file.name for file in sorted(output.iterdir()) if file not in written] if output.is_dir() else []
-    if others:
-        raise ValueError(
-            f"{output} holds files that no such command wrote: {', '.join(others[:5])}. Choose a new folder as "
-            "`--output`."
-        )
-    if overwrite:
-        data.remove()
-        parts.remove()
-    elif made is not None:
-        check_same(made, description, output)
-    if data.description() is not None:
-        logger.warning("%s is finished. `--overwrite true` captions the rows again.", output)
-        return True
-    if data.folder.exists():
-        raise ValueError(f"{data.folder} holds files that no such command wrote. Choose a new folder as `--output`.")
-    parts.begin(description)
-    if done := len(parts.finished()):
-        logger.warning("Going on: of the parts of %d rows, %d are there.", description["rows_per_part"], done)
-    return False
 
 
 def _finish(parts: PartFolder, data: PartFolder) -> None:
@@ -308,17 +282,5 @@ def holds_text(value: Any) -> bool:
 
 
 def _make_table(results: list[list[Row]], features: Features) -> pa.Table:
-    rows = [row for _, row in sorted((row for result in results for row in result), key=lambda row: row[0])]
-    columns = {name: [row.get(name) for row in rows] for name in features}
-    # Images were read as they are stored. `from_dict` would drop the bytes of one whose path is that of a file here.
-    stored = {name for name, feature in features.items() if require_storage_embed(feature)}
-    others = Features({name: feature for name, feature in features.items() if name not in stored})
-    encoded = Dataset.from_dict({name: columns[name] for name in others}, others).with_format("arrow")[:]
-    schema = features.arrow_schema
-    return pa.Table.from_arrays(
-        [
-            pa.array(columns[field.name], field.type) if field.name in stored else encoded[field.name]
-            for field in schema
-        ],
-        schema=schema,
-    )
+    rows = sorted((row for result in results for row in result), key=lambda row: row[0])
+    return table_of_rows([row for _, row in rows], features)

@@ -1,8 +1,9 @@
 """The parts of an output: Parquet files of some rows each, in a folder that says what they are made with."""
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 from ..inputs import reading
 from ..outputs import remove_unfinished, writing
 
+
+logger = logging.getLogger(__name__)
 
 # Hidden, so that `datasets` does not take it for data.
 DESCRIPTION = ".description.json"
@@ -89,8 +92,12 @@ class PartFolder:
             rows_read: Number of the rows that it covers, those that were left out included.
         """
         schema = table.schema.with_metadata({**(table.schema.metadata or {}), _ROWS: str(rows_read)})
-        with writing(self.folder / f"part-{number:06d}.parquet") as unfinished:
+        with writing(self._file(number)) as unfinished:
             _write(unfinished, schema, [table])
+
+    def read(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a finished part, and all of its columns by default."""
+        return pq.ParquetFile(self._file(number)).read(columns and list(columns))
 
     def counts(self) -> tuple[int, int]:
         """The number of rows that the finished parts hold, and the number of rows that were read for them."""
@@ -106,6 +113,9 @@ class PartFolder:
         with writing(file) as unfinished:
             _write(unfinished, schema, (pq.ParquetFile(part).read() for part in parts))
         self.remove()
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"part-{number:06d}.parquet"
 
 
 def _write(file: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
@@ -144,3 +154,54 @@ def check_same(made: Mapping[str, Any], now: Mapping[str, Any], output: Path) ->
             f"{output} was begun with another model, other rows or settings: {'; '.join(changed)} (`rows` is the "
             "fingerprint of the dataset). Choose another `--output`, or start anew with `--overwrite true`."
         )
+
+
+def begin_output(
+    output: Path,
+    data: PartFolder,
+    unfinished: Sequence[PartFolder],
+    description: Mapping[str, Any],
+    overwrite: bool,
+    kept: Sequence[PartFolder] = (),
+) -> bool:
+    """
+    Begins a folder, or checks that what was begun before is the same.
+
+    Args:
+        output: The folder.
+        data: Its folder of finished data, which is there once all is done.
+        unfinished: Its folders of parts that are there until then, in the order in which they are written.
+        description: What all of them depend on.
+        overwrite: Throw away what they hold.
+        kept: Its folders of parts that stay beside the data.
+
+    Returns:
+        Whether the output is finished.
+
+    Raises:
+        ValueError: the folder holds files of others, or was begun with another `description`.
+    """
+    folders = [data, *unfinished, *kept]
+    begun = [folder for folder in folders if folder.description() is not None]
+    written = {folder.folder for folder in (*begun, *unfinished, *kept)}
+    others = [file.name for file in sorted(output.iterdir()) if file not in written] if output.is_dir() else []
+    if others:
+        raise ValueError(
+            f"{output} holds files that no such command wrote: {', '.join(others[:5])}. Choose a new folder as "
+            "`--output`."
+        )
+    if overwrite:
+        for folder in begun:
+            folder.remove()
+    elif begun:
+        check_same(begun[0].description() or {}, description, output)
+    if data.description() is not None:
+        logger.warning("%s is finished. `--overwrite true` starts anew.", output)
+        return True
+    if data.folder.exists():
+        raise ValueError(f"{data.folder} holds files that no such command wrote. Choose a new folder as `--output`.")
+    for folder in (*unfinished, *kept):
+        folder.begin(description)
+        if done := len(folder.finished()):
+            logger.warning("Going on: of the parts of %d rows, %d are there.", description["rows_per_part"], done)
+    return False
