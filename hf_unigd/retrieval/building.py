@@ -132,7 +132,7 @@ def build_index(
         instruction=processor.get_instruction("document"),
         read_image=encoded_image,
     )
-    ids = _Ids(source or _source_name(rows), id_column)
+    ids = RowIds(source or source_name(rows), id_column)
     read = _EntryReader(parser, ids, metadata, opened.features, store_images)
     prepare: Any = SequenceBatches(processor, read, model.config.context_length, batch_size, skip_bad_rows)
     wanted = None
@@ -196,7 +196,8 @@ def _check_metadata(schema: pa.Schema, metadata: Features) -> None:
             )
 
 
-def _source_name(rows: Rows) -> str:
+def source_name(rows: Rows) -> str:
+    """What the ids of rows begin with: the name that `datasets` knows them by."""
     name = rows.info.dataset_name
     return f"{name}/{rows.split}" if name and rows.split else name or "rows"
 
@@ -206,7 +207,7 @@ def _known_ids(table: EntryTable) -> pa.ChunkedArray:
 
 
 @dataclass(frozen=True)
-class _Ids:
+class RowIds:
     """The ids of rows: those of a column, or the name of the dataset and the number of the row."""
 
     source: str
@@ -246,7 +247,7 @@ class _EntryReader:
     """Reads what is embedded of a row, and its entry."""
 
     parser: RowParser
-    ids: _Ids
+    ids: RowIds
     metadata: Features
     features: Features
     store_images: bool
@@ -282,7 +283,7 @@ class _UnknownRows:
     """Leaves out the rows of a stream that the index has."""
 
     prepare: SequenceBatches
-    ids: _Ids
+    ids: RowIds
     known: frozenset[str]
 
     def __call__(self, rows: Iterator[Row]) -> Iterator[Any]:

@@ -20,8 +20,8 @@ from ..modeling.instructions_unigd import without_instruction
 
 Part = str | PILImage.Image
 
-ID, EMBEDDING, TEXT = "id", "embedding", "text"
-COLUMNS = (ID, "row", "sequence", "answer", TEXT, EMBEDDING)
+ID, EMBEDDING, TEXT, MODALITY = "id", "embedding", "text", "modality"
+COLUMNS = (ID, "row", "sequence", "answer", TEXT, MODALITY, EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def entry_schema(width: int, metadata: Features) -> pa.Schema:
             ("sequence", parts),
             ("answer", parts),
             (TEXT, pa.string()),
+            (MODALITY, pa.string()),
             (EMBEDDING, pa.list_(pa.float32(), width)),
             *metadata.arrow_schema.remove_metadata(),
         ]
@@ -148,7 +149,14 @@ def make_entry(example: Example, store_images: bool) -> dict[str, Any]:
         answer.append({"text": example.target, "image": None})
     sequence = _parts(example.anchor, store_images)
     texts = [part["text"] for part in sequence + answer if part["text"] is not None]
-    return {"row": example.row, "sequence": sequence, "answer": answer, TEXT: " ".join(texts)}
+    entry = {"row": example.row, "sequence": sequence, "answer": answer, TEXT: " ".join(texts)}
+    return {**entry, MODALITY: modality_of(example.anchor)}
+
+
+def modality_of(messages: Messages) -> str:
+    """What a sequence consists of, an instruction apart: `"text"`, `"image"`, or `"mixed"` if it is of both."""
+    kinds = {part["type"] for _, part in iter_parts(without_instruction(messages))}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 def make_hit(entry: Mapping[str, Any], score: float) -> Hit:

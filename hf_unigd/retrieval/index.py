@@ -202,9 +202,7 @@ class EmbeddingIndex:
                 cannot be read.
         """
         _check_range(k, offset)
-        if queries.shape[1] != self.width:
-            raise ValueError(f"Queries of width {queries.shape[1]}, but the index holds vectors of {self.width}.")
-        vectors = queries.float().cpu().numpy()
+        vectors = self._checked(queries)
         wanted = k + offset
         found = self._candidates(vectors, wanted, where)
         entries = self._read(np.unique(np.concatenate(found)))
@@ -216,12 +214,49 @@ class EmbeddingIndex:
             hits.append(ranked[offset:])
         return hits
 
+    def rank(self, queries: torch.Tensor, k: int, where: str | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """
+        As [`nearest`], without reading what the entries hold.
+
+        Args:
+            queries (`torch.FloatTensor` of shape `(n, d)`): Unit vectors.
+            k, where: As in [`search`].
+
+        Returns:
+            For each query the row ids in the table, uint64, and the cosine similarities, float32, of its hits, best
+            first.
+
+        Raises:
+            ValueError: as [`nearest`] does.
+        """
+        _check_range(k, offset=0)
+        vectors = self._checked(queries)
+        found = self._candidates(vectors, k, where)
+        row_ids = np.unique(np.concatenate(found))
+        if len(row_ids) == 0:
+            return [(row_ids, np.empty(0, np.float32)) for _ in found]
+        stored = vectors_of(self.table.take(row_ids, [EMBEDDING])[EMBEDDING])
+        good = are_unit(stored)
+        ranked = []
+        for query, candidates in zip(vectors, found, strict=True):
+            places = np.searchsorted(row_ids, candidates)
+            places = places[good[places]]
+            scores = stored[places] @ query
+            best = np.argsort(-scores, kind="stable")[:k]
+            ranked.append((row_ids[places[best]], scores[best]))
+        return ranked
+
     def export(self, file: str | Path) -> None:
         """Writes all columns of all entries to a Parquet file."""
         schema = self.table.schema.remove_metadata()
         with writing(file) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
             for batch in self.table.batches(schema.names):
                 writer.write_batch(batch.select(schema.names).cast(schema))
+
+    def _checked(self, queries: torch.Tensor) -> np.ndarray:
+        if queries.shape[1] != self.width:
+            raise ValueError(f"Queries of width {queries.shape[1]}, but the index holds vectors of {self.width}.")
+        return queries.float().cpu().numpy()
 
     def _candidates(self, queries: np.ndarray, count: int, where: str | None) -> list[np.ndarray]:
         """Row ids of what may be among the `count` nearest of each query."""
