@@ -17,6 +17,7 @@ COMMANDS = {
     "index": "Embed a dataset into a searchable index",
     "search": "Search an index with a text, images, or both",
     "answer": "Answer a question with what an index holds about it",
+    "mine": "Add hard negatives to a dataset, from an index of what its rows are to find",
     "generate": "Generate text from images, a text, or both",
     "explain": "Plot how the alignment kernel matches the images and sentences of two rows",
     "push": "Upload a saved checkpoint to the Hub in one commit",
@@ -50,6 +51,7 @@ AFTER_INTERRUPTION = {
     "caption": " The parts that were captioned are kept: the same command goes on from there.",
     "embed": " The parts that were embedded are kept: the same command goes on from there.",
     "index": " The rows that were indexed are kept: the same command goes on from there.",
+    "mine": " The parts that were mined are kept: the same command goes on from there.",
     "embed-slices": " The features that were written are kept: the same command goes on from there.",
 }
 

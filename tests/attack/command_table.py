@@ -81,7 +81,11 @@ def workplace() -> Workplace:
     (here.folder / "bad.jsonl").write_text("\n".join(map(json.dumps, bad)))
     teachers = save_teachers(here.folder / "teachers")
     here.commands += _commands(here, {name: getattr(teachers, name) for name in _TEACHERS})
-    cli.main(next(one for one in here.commands if one.name == "index").call(here["index"]))
+    captions = [{"anchor": f"dog {place}"} for place in range(4)]
+    (here.folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    index = next(one for one in here.commands if one.name == "index")
+    cli.main(index.call(here["index"]))
+    cli.main(index.call(here["captions_index"], dataset_name=here["captions.jsonl"]))
     return here
 
 
@@ -185,6 +189,14 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             ("index", "model", "image"),
             "output",
             ".png",
+        ),
+        Command(
+            "mine",
+            "hf_unigd.cli.mine.load_checkpoint",
+            {"index": here["captions_index"], **model, **rows},
+            ("index", "model", "dataset_name"),
+            "output",
+            keeps=True,
         ),
         Command(
             "generate",
