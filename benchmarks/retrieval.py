@@ -63,6 +63,7 @@ def make_index(folder: Path, count: int, width: int) -> float:
             "sequence": parts,
             "answer": pa.array([[]] * len(vectors), schema.field(3).type),
             "text": [f"entry {number}" for number in numbers],
+            "modality": ["text"] * len(vectors),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width),
         }
         table.insert(pa.table(columns, schema=schema))

@@ -1,6 +1,7 @@
 """An index of embeddings: searching it, answering with what was found, and mining negatives from it."""
 
 from ..bulk.sequences import embed_sequences
+from .adding import RowAdder
 from .answering import Answer, answer_with_retrieval
 from .building import build_index
 from .entries import Hit
@@ -14,6 +15,7 @@ __all__ = [
     "EmbeddingIndex",
     "Hit",
     "MiningReport",
+    "RowAdder",
     "answer_with_retrieval",
     "build_index",
     "embed_sequences",

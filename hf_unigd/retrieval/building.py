@@ -1,9 +1,7 @@
 """Making an index, and adding to it."""
 
 import logging
-import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +10,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 from transformers import PreTrainedModel
 
-from ..bulk.batches import Embedded, Embedder, RowsRead, SequenceBatches, as_fixed_size_lists, gather_results
+from ..bulk.batches import Embedder, SequenceBatches
 from ..bulk.processes import process_state
 from ..bulk.sequences import embed_sequences
 from ..bulk.work import OpenedRows, Row, Rows, work_through
-from ..data import RowError, RowParser
-from ..data.example import Messages
+from ..data import RowError
 from ..data.formats import check_columns
-from ..data.images import encoded_image, open_image
 from ..modeling import UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
 from ..settings import check_positive
 from .description import IndexDescription
-from .entries import EMBEDDING, ID, entry_schema, make_entry, metadata_features
+from .entries import ID, entry_schema, metadata_features
+from .entry_reading import EntryReader, RowIds, entries_of, entry_parser
 from .index import EmbeddingIndex
 from .table import ANN_TYPES, EntryTable, quoted
 
@@ -37,7 +34,6 @@ logger = logging.getLogger(__name__)
 # From this number of entries on, `ann="auto"` makes an approximate index.
 ANN_ROWS = 1_000_000
 ANN_DEFAULT = "IVF_HNSW_SQ"
-_SEQUENCE = "anchor"
 _SAMPLE = 16
 
 
@@ -121,19 +117,9 @@ def build_index(
     table = EntryTable.open(uri)
     _check_metadata(table.schema, metadata)
 
-    parser = RowParser(
-        len,
-        long_caption_max_tokens=sys.maxsize,
-        trust_caption_columns=True,
-        image_folder=image_folder,
-        max_image_pixels=max_image_pixels,
-        requires_match=False,
-        find_reserved=processor.find_reserved,
-        instruction=processor.get_instruction("document"),
-        read_image=encoded_image,
-    )
+    parser = entry_parser(processor, image_folder, max_image_pixels)
     ids = RowIds(source or source_name(rows), id_column)
-    read = _EntryReader(parser, ids, metadata, opened.features, store_images)
+    read = EntryReader(parser, ids, metadata, opened.features, store_images)
     prepare: Any = SequenceBatches(processor, read, model.config.context_length, batch_size, skip_bad_rows)
     wanted = None
     if not replace:
@@ -154,7 +140,7 @@ def build_index(
             rows_per_part,
             prepare,
             Embedder(model.eval(), truncate_dim),
-            lambda results: _make_table(results, table.schema),
+            lambda results: entries_of(results, table.schema),
             num_workers=num_workers,
             wanted=wanted,
             title="Indexing",
@@ -206,78 +192,6 @@ def _known_ids(table: EntryTable) -> pa.ChunkedArray:
     return pa.chunked_array([batch[ID] for batch in table.batches([ID])], pa.string())
 
 
-@dataclass(frozen=True)
-class RowIds:
-    """The ids of rows: those of a column, or the name of the dataset and the number of the row."""
-
-    source: str
-    column: str | None
-
-    def of(self, number: int, row: Mapping[str, Any]) -> str:
-        if self.column is None:
-            return f"{self.source}/{number}"
-        if row.get(self.column) is None:
-            raise RowError(number, f"has no id in the column `{self.column}`.")
-        return str(row[self.column])
-
-    def of_all(self, rows: Dataset) -> pa.ChunkedArray:
-        """
-        Raises:
-            RowError: a row has no id.
-            ValueError: two rows have the same.
-        """
-        if self.column is None:
-            return pa.chunked_array(
-                [pa.array([f"{self.source}/{number}" for number in range(len(rows))], pa.string())]
-            )
-        values = rows.select_columns([self.column])[self.column]
-        ids = [self.of(number, {self.column: value}) for number, value in enumerate(values)]
-        if len(set(ids)) < len(ids):
-            twice = next(each for each, count in Counter(ids).items() if count > 1)
-            places = [number for number, each in enumerate(ids) if each == twice]
-            raise ValueError(
-                f"Rows {places[0]} and {places[1]} have the same id {twice!r} in `{self.column}`. Choose a column "
-                "whose values are unique, or leave `id_column` out."
-            )
-        return pa.chunked_array([pa.array(ids, pa.string())])
-
-
-@dataclass
-class _EntryReader:
-    """Reads what is embedded of a row, and its entry."""
-
-    parser: RowParser
-    ids: RowIds
-    metadata: Features
-    features: Features
-    store_images: bool
-
-    def __call__(self, number: int, row: Mapping[str, Any]) -> tuple[dict[str, Messages], dict[str, Any]]:
-        entry, anchor = self.entry(number, row)
-        try:
-            return {_SEQUENCE: self._opened(anchor)}, entry
-        except ValueError as error:
-            raise RowError(number, f"{error}.") from error
-
-    def entry(self, number: int, row: Mapping[str, Any]) -> tuple[dict[str, Any], Messages]:
-        """The entry of a row without its embedding, and its anchor with encoded images."""
-        example = self.parser(row, number)
-        metadata = {name: self._value(name, row.get(name)) for name in self.metadata}
-        return {ID: self.ids.of(number, row), **make_entry(example, self.store_images), **metadata}, example.anchor
-
-    def _value(self, name: str, value: Any) -> Any:
-        kind = self.features[name]
-        return kind.int2str(value) if isinstance(kind, ClassLabel) and value is not None else value
-
-    def _opened(self, messages: Messages) -> Messages:
-        return [{**turn, "content": [self._opened_part(part) for part in turn["content"]]} for turn in messages]
-
-    def _opened_part(self, part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
-            return part
-        return {**part, "image": open_image(part["image"], max_pixels=self.parser.max_image_pixels)}
-
-
 @dataclass
 class _UnknownRows:
     """Leaves out the rows of a stream that the index has."""
@@ -290,7 +204,7 @@ class _UnknownRows:
         return self.prepare((number, row) for number, row in rows if self.ids.of(number, row) not in self.known)
 
 
-def _check_content(table: EntryTable, rows: Dataset, read: _EntryReader, known: np.ndarray) -> None:
+def _check_content(table: EntryTable, rows: Dataset, read: EntryReader, known: np.ndarray) -> None:
     """
     Raises:
         ValueError: of a sample of the rows that the index knows, some are others by now.
@@ -364,14 +278,3 @@ def _finish(table: EntryTable, ann: str | None) -> None:
         table.index_embeddings(ann)
     elif table.needs_upkeep():
         table.optimize()
-
-
-def _make_table(results: list[Embedded | RowsRead], schema: pa.Schema) -> pa.Table:
-    entries, embeddings = gather_results(results)
-    arrays = [
-        as_fixed_size_lists(embeddings[_SEQUENCE], field.type)
-        if field.name == EMBEDDING
-        else pa.array([entry.get(field.name) for entry in entries], field.type)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)

@@ -25,8 +25,9 @@ from ..data.lengths import TokenCounter
 from ..modeling import UniGDProcessor
 from ..modeling.images_unigd import MAX_PIXELS
 from ..settings import check_positive
-from .building import RowIds, source_name
+from .building import source_name
 from .candidates import Candidates, MinedRow, modality_counts
+from .entry_reading import RowIds
 from .index import EmbeddingIndex
 from .mining_report import SCORES, MiningReport
 from .mining_rows import AnchorReader, Matches, anchor_table, shared_anchors

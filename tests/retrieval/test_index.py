@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.bulk.probe import probe, probes_differ
 from hf_unigd.data import RowError
-from hf_unigd.retrieval import EmbeddingIndex, build_index, embed_sequences
+from hf_unigd.retrieval import EmbeddingIndex, RowAdder, build_index, embed_sequences
 from hf_unigd.retrieval.entries import EMBEDDING
 from hf_unigd.retrieval.table import vectors_of
 from index_cases import IMAGES, build, knowledge, questions
@@ -454,6 +454,25 @@ def test_tampered_entries_open_no_file_and_win_nothing(llava, tmp_path, caplog):
     assert {hit.id for hit in on_disk.search(*llava, [questions()[2]], k=8)[0]}.isdisjoint({"bad0", "bad1"})
     with pytest.raises(ValueError, match="holds embeddings that are not unit vectors"):
         EmbeddingIndex.load(tmp_path / "index")
+
+
+def test_batches_of_an_engine_are_added_once(llava, tmp_path, monkeypatch):
+    rows = knowledge(repeat=2, name=[f"n{number}" for number in range(10)])
+    build(llava, tmp_path / "index", rows.select([3]), id_column="name")
+    adder = RowAdder(*llava, tmp_path / "index", "name", skip_bad_rows=True)
+    listed = [dict(row) for row in rows]
+    counts = count_embedded(monkeypatch, llava[0])
+    assert adder.add(listed[:6]) == 5 and adder.add([*listed[4:], {"name": "bad"}], first=4) == 4
+    assert sum(counts) == 9
+    monkeypatch.undo()
+    index, whole = EmbeddingIndex.load(tmp_path / "index"), build(llava, tmp_path / "whole", rows, id_column="name")
+    ours, expected = (dict(entries(each, "id", EMBEDDING)) for each in (index, whole))
+    assert ours.keys() == expected.keys() and len(index) == 10
+    for key, vector in ours.items():
+        assert vector == pytest.approx(expected[key], abs=1e-5)
+    assert adder.add([]) == 0
+    with pytest.raises(ValueError, match="another model"):
+        RowAdder(another_model(), llava[1], tmp_path / "index", "name")
 
 
 def test_the_description_survives_every_change(llava, tmp_path):

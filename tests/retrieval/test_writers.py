@@ -30,6 +30,7 @@ def make_entries(numbers, text="a cat"):
             "sequence": [[{"text": text, "image": None}]] * len(numbers),
             "answer": [[]] * len(numbers),
             "text": [text] * len(numbers),
+            "modality": ["text"] * len(numbers),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), WIDTH),
         },
         schema=SCHEMA,
