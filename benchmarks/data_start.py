@@ -5,16 +5,15 @@ python benchmarks/data_start.py --rows 1000000
 The rows hold small JPEG images and captions. They are written once: as Parquet, as WebDataset, and (a tenth of them)
 as a folder of images with `metadata.jsonl`. Every case is a process of its own, in which a tiny LLaVA trains. Seconds
 count from the construction of the dataset to the first step, after all imports, and megabytes are what the process has
-grown by at its peak. `datasets` has its own cache of the files by then; `first load` is how long it took to write it.
-The same is measured with a tenth of the rows, so that the growth per row is seen.
+grown by until then, apart from the files that it has mapped, which are in the page cache of the system. `datasets` has
+its own cache of the rows by then; `first load` is how long it took to write it. The same is measured with a tenth of
+the rows, so that the growth per row is seen.
 
 - `check off`, `check text`, `check cached`: a run that starts, with the check of the rows left out, done, or done
   before.
 - `resumed`: a run that continues in the middle of an epoch.
 - `2 workers`, `4 processes` and so on: the memory that no other process shares, at the first step: of each worker of a
   data loader, and what each process of `torchrun` has grown by.
-- `2 processes`, `4 workers` and so on: what each holds for itself at the first step of a run on many processes, or
-  with so many workers, and what it shares with others. The files of a dataset are mapped into memory, and shared.
 
 The script writes benchmarks/results/data_start.json, and keeps what it holds of other formats and numbers of rows.
 """
@@ -25,7 +24,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -119,7 +117,7 @@ def run_case(case: dict) -> dict:
         report_to=[],
         disable_tqdm=True,
     )
-    before, own_before, start = peak_memory(), own_memory(os.getpid()), time.monotonic()
+    before, own_before, start = memory(), own_memory(os.getpid()), time.monotonic()
     rows = load_rows(case["name"], streaming=case["kind"] == "stream")
     loaded = time.monotonic() - start
     reached = []
@@ -127,9 +125,9 @@ def run_case(case: dict) -> dict:
     class Trainer(UniGDTrainer):
         def training_step(self, *args, **kwargs):
             workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-            own = [memory for worker in workers if (memory := own_memory(int(worker)))]
+            own = [megabytes for worker in workers if (megabytes := own_memory(int(worker)))]
             own = own or [own_memory(os.getpid()) - own_before]
-            reached.append((time.monotonic() - start, peak_memory() - before, statistics.mean(own)))
+            reached.append((time.monotonic() - start, memory() - before, statistics.mean(own)))
             return super().training_step(*args, **kwargs)
 
     trainer = Trainer(model, args, train_dataset=rows, processing_class=UniGDProcessor(processor))
@@ -157,8 +155,10 @@ def move_on(trainer, output: Path, steps: int) -> None:
         positions.save(checkpoint)
 
 
-def peak_memory() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory() -> float:
+    """Megabytes of this process, without the files that it has mapped."""
+    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
 
 
 def own_memory(process: int) -> float:
@@ -180,7 +180,7 @@ def measure(processes: int = 1, **case) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def measure_rows(folder: Path, rows: int, formats: list[str]) -> dict:
+def measure_rows(folder: Path, rows: int, formats: list[str], wanted: list[str]) -> dict:
     found: dict = {}
     for form in formats:
         write = FORMATS[form]
@@ -192,9 +192,10 @@ def measure_rows(folder: Path, rows: int, formats: list[str]) -> dict:
             unfinished.mkdir(parents=True)
             write(unfinished, count)
             unfinished.rename(data)
-        for kind, checks in CHECKS.items():
+        for kind, possible in CHECKS.items():
+            checks = [check for check in possible if check in wanted]
             with tempfile.TemporaryDirectory() as output:
-                common = {"name": str(data / NAMES[form]), "kind": kind, "output": output}
+                common: dict = {"name": str(data / NAMES[form]), "kind": kind, "output": output}
                 first = measure(**common, check="off", max_steps=1)
                 found[f"{form}, {kind}, first load"] = {**first, "seconds": first["load"]}
                 shutil.rmtree(output)
@@ -224,17 +225,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument(
+        "--checks",
+        nargs="+",
+        choices=["off", "text", "cached"],
+        default=["off", "text", "cached"],
+        help="Cases of the check. Texts take about 1.1 ms a row; `cached` needs them.",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/data"))
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(run_case(arguments.case)))
         return
-    os.environ["HF_HOME"] = str(arguments.folder.absolute() / "cache")
+    os.environ["HF_HOME"] = str(arguments.folder.absolute() / f"cache-{'-'.join(arguments.formats)}")
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)  # what earlier runs loaded and checked
     earlier = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
     measured = {
-        str(count): {**earlier.get(str(count), {}), **measure_rows(arguments.folder, count, arguments.formats)}
+        str(count): {
+            **earlier.get(str(count), {}),
+            **measure_rows(arguments.folder, count, arguments.formats, arguments.checks),
+        }
         for count in (arguments.rows // 10, arguments.rows)
     }
     results = {

@@ -12,6 +12,7 @@ from typing import Annotated
 
 
 _UNFINISHED = ".unfinished"  # how the names end of what is being written
+_ATTEMPTS = 100
 
 
 @contextmanager
@@ -101,15 +102,19 @@ def check_writable(folder: str | Path, name: str = "") -> None:
     """
     folder = Path(folder)
     trial = _unfinished(folder, name)
-    try:
-        with _made(folder):
-            try:
-                trial.touch()
-            finally:
-                _remove(trial)
-    except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{folder / name} cannot be written: {reason}.") from error
+    for attempt in range(_ATTEMPTS):
+        try:
+            with _made(folder):
+                try:
+                    trial.touch()
+                    return
+                finally:
+                    _remove(trial)
+        except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
+            if isinstance(error, (FileNotFoundError, FileExistsError)) and attempt < _ATTEMPTS - 1:
+                continue  # another process has tried too, and removed the folder again
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{folder / name} cannot be written: {reason}.") from error
 
 
 @dataclass(frozen=True)

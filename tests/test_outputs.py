@@ -1,6 +1,7 @@
 """What is written is whole or absent, what cannot be written is found by trying, and what is read is named."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -106,6 +107,14 @@ def test_a_run_does_not_write_over_files_of_others(tmp_path):
     assert (tmp_path / "checkpoint-7").exists()
     (tmp_path / "config.json").write_text('{"model_type": "unigd"}')
     check_output_folder(tmp_path)
+
+
+def test_processes_may_try_the_same_missing_folder_at_once(tmp_path):
+    """Each of a launcher's processes makes it and removes it again."""
+    with ThreadPoolExecutor(8) as pool:
+        names = [f"file{number}" for number in range(400)]
+        list(pool.map(lambda name: check_writable(tmp_path / "new" / "folder", name), names))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

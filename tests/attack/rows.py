@@ -326,7 +326,7 @@ class Doors:
         index = build_index(
             self.model, self.processor, rows, folder, skip_bad_rows=skip, batch_size=4, show_progress=False
         )
-        return index.entries["row"]
+        return sorted(row for batch in index.table.batches(["row"]) for row in batch["row"].to_pylist())
 
     def evaluate(self, rows, skip, folder):
         trainer = self._trainer(folder, None, skip)

@@ -10,7 +10,7 @@ from tiny_models import make_image
 
 def test_embeddings_are_those_of_each_sequence_alone_and_padding_is_spared(llava, monkeypatch):
     model, processor = llava
-    monkeypatch.setattr("hf_unigd.retrieval.embedding.WINDOW", 3)  # 14 sequences: more than one window of batches
+    monkeypatch.setattr("hf_unigd.bulk.sequences.WINDOW", 3)  # 14 sequences: more than one window of batches
     sequences = ["a cat " * (1 + place * 5 % 9) if place % 3 else [make_image(place)] for place in range(14)]
     alone = torch.cat([model.embed(**processor.process_sequences([sequence])) for sequence in sequences])
     widths = []

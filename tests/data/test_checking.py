@@ -11,8 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, Image, Value
 
 from hf_unigd import UniGDProcessor
-from hf_unigd.data import ExampleCheck, RowError, RowParser, checking, make_examples
-from hf_unigd.data.images import blank_image, open_image
+from hf_unigd.data import ExampleCheck, RowError, RowParser, checking, images, make_examples
 from hf_unigd.data.lengths import sequence_length
 from tiny_models import make_image, make_vlm
 
@@ -67,8 +66,8 @@ def opened(monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr("hf_unigd.data.rows.open_image", count("decoded", open_image))
-    monkeypatch.setattr("hf_unigd.data.rows.blank_image", count("headers", blank_image))
+    monkeypatch.setattr(images, "open_source", count("decoded", images.open_source))
+    monkeypatch.setattr(images, "read_size", count("headers", images.read_size))
     return calls
 
 
@@ -87,7 +86,7 @@ def test_a_header_tells_the_size_of_the_opened_image(orientation):
     exif = make_image().getexif()
     exif[0x0112] = orientation
     data = encoded(make_image().resize((30, 20)), exif=exif)
-    assert blank_image(data).size == open_image(data).size
+    assert images.blank_image(data).size == images.open_image(data).size
 
 
 @pytest.mark.parametrize(
