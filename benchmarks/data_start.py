@@ -4,10 +4,10 @@ python benchmarks/data_start.py --rows 1000000
 
 The rows hold small JPEG images and captions. They are written once: as Parquet, as WebDataset, and (a tenth of them)
 as a folder of images with `metadata.jsonl`. Every case is a process of its own, in which a tiny LLaVA trains. Seconds
-count from the construction of the dataset to the first step, after all imports, and megabytes are what the process has
-grown by until then, apart from the files that it has mapped, which are in the page cache of the system. `datasets` has
-its own cache of the rows by then; `first load` is how long it took to write it. The same is measured with a tenth of
-the rows, so that the growth per row is seen.
+count from the construction of the dataset to the first step, after all imports, and megabytes are what the process
+has grown by at its peak, with what it has read of the files of the dataset, which are mapped and shared. `datasets`
+has its own cache of the rows by then; `first load` is how long it took to write it. The same is measured with a tenth
+of the rows, so that the growth per row is seen.
 
 - `check off`, `check text`, `check cached`: a run that starts, with the check of the rows left out, done, or done
   before.
@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -117,7 +118,7 @@ def run_case(case: dict) -> dict:
         report_to=[],
         disable_tqdm=True,
     )
-    before, own_before, start = memory(), own_memory(os.getpid()), time.monotonic()
+    before, own_before, start = peak_memory(), own_memory(os.getpid()), time.monotonic()
     rows = load_rows(case["name"], streaming=case["kind"] == "stream")
     loaded = time.monotonic() - start
     reached = []
@@ -127,7 +128,7 @@ def run_case(case: dict) -> dict:
             workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             own = [megabytes for worker in workers if (megabytes := own_memory(int(worker)))]
             own = own or [own_memory(os.getpid()) - own_before]
-            reached.append((time.monotonic() - start, memory() - before, statistics.mean(own)))
+            reached.append((time.monotonic() - start, peak_memory() - before, statistics.mean(own)))
             return super().training_step(*args, **kwargs)
 
     trainer = Trainer(model, args, train_dataset=rows, processing_class=UniGDProcessor(processor))
@@ -155,10 +156,9 @@ def move_on(trainer, output: Path, steps: int) -> None:
         positions.save(checkpoint)
 
 
-def memory() -> float:
-    """Megabytes of this process, without the files that it has mapped."""
-    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
+def peak_memory() -> float:
+    """Megabytes that this process has held at most, with what it has read of the files that it has mapped."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def own_memory(process: int) -> float:
