@@ -236,7 +236,9 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(run_case(arguments.case)))
+        result = run_case(arguments.case)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result))
         return
     os.environ["HF_HOME"] = str(arguments.folder.absolute() / f"cache-{'-'.join(arguments.formats)}")
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)  # what earlier runs loaded and checked
