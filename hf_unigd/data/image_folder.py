@@ -20,8 +20,8 @@ def metadata_file(folder: Path, split: str) -> Path | None:
 def load_image_folder(metadata: Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     """
     Loads the rows of a file of metadata. As in the ImageFolder of `datasets`, the column `file_name` becomes `image`,
-    `file_names` becomes `images`, and `x_file_name` or `x_file_names` becomes `x`. The folder is not listed, which
-    takes `datasets` minutes at 100,000 images, whenever they are loaded.
+    `file_names` becomes `images`, and `x_file_name` or `x_file_names` becomes `x`. The folder is not listed, as
+    `datasets` does for each of its patterns, whenever the rows are loaded.
 
     Raises:
         ValueError: there is no column of file names, or one names a file outside the folder.

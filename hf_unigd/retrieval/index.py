@@ -53,6 +53,11 @@ class EmbeddingIndex:
     def __init__(self, table: EntryTable, precision: str = "float32", memory_share: float = 0.25):
         if precision not in PRECISIONS:
             raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+        if precision != "float32" and table.ann is not None:
+            raise ValueError(
+                f"`precision={precision}` rounds vectors in memory, and {table.uri} is searched by its approximate "
+                f"index, {table.ann}. Leave it out, or remove the index (`hf-unigd index --ann none`)."
+            )
         self.table = table
         self.description = IndexDescription.from_metadata(table.schema.metadata, table.uri)
         self.precision = precision
@@ -71,7 +76,8 @@ class EmbeddingIndex:
             precision, memory_share: As above.
 
         Raises:
-            ValueError: there is no index, or vectors of the sample are not unit vectors.
+            ValueError: there is no index, vectors of the sample are not unit vectors, or `precision` is given for an
+                index that has an approximate one.
             ImportError: LanceDB is not installed.
         """
         table = EntryTable.open(uri)
@@ -203,6 +209,9 @@ class EmbeddingIndex:
         """
         _check_range(k, offset)
         vectors = self._checked(queries)
+        if texts is not None and not self.table.has_text_index:
+            self.table.index_texts()
+            self.refresh()  # the vectors in memory are those of an earlier version
         wanted = k + offset
         found = self._candidates(vectors, wanted, where)
         entries = self._read(np.unique(np.concatenate(found)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,8 @@ import pyarrow as pa
 
 from .entries import EMBEDDING, ID, TEXT
 
+
+logger = logging.getLogger(__name__)
 
 NAME = "entries"
 # Types of approximate indexes, by how LanceDB calls them.
@@ -122,6 +125,7 @@ class EntryTable:
         Raises:
             ValueError: the filter cannot be read.
         """
+        self.refresh()
         with _filter_errors(where):
             return int(self._table.delete(where).num_deleted_rows)
 
@@ -181,24 +185,31 @@ class EntryTable:
             return (search.where(where) if where else search).to_arrow()["_rowid"].to_numpy()
 
     def matching(self, text: str, count: int, where: str | None = None) -> np.ndarray:
-        """Row ids of the entries whose texts match best, by BM25. Without an index of the texts, one is made.
+        """Row ids of the entries whose texts match best, by BM25. It needs [`index_texts`].
 
         Raises:
             ValueError: the filter cannot be read.
         """
-        if not any(TEXT in index.columns for index in self._table.list_indices()):
-            self._table.create_index(TEXT, config=import_module("lancedb.index").FTS())
-            self.refresh()
         query = import_module("lancedb.query").MatchQuery(text, TEXT)
         search = self._table.search(query).limit(count).select([ID, "_score"]).with_row_id(True)
         with _filter_errors(where):
             return (search.where(where) if where else search).to_arrow()["_rowid"].to_numpy()
 
     @property
+    def has_text_index(self) -> bool:
+        return any(TEXT in index.columns for index in self._table.list_indices())
+
+    def index_texts(self) -> None:
+        """Makes an index of the texts, and moves on to the latest version."""
+        self.refresh()  # what is made of an earlier version cannot be committed
+        self._table.create_index(TEXT, config=import_module("lancedb.index").FTS())
+        self.refresh()
+
+    @property
     def ann(self) -> str | None:
-        """Type of the approximate index of the embeddings; None if there is none."""
-        found = [index for index in self._table.list_indices() if EMBEDDING in index.columns]
-        return found[0].index_type.upper() if found else None
+        """Type of the approximate index of the embeddings, as `ANN_TYPES` has it; None if there is none."""
+        found = {index.index_type.upper() for index in self._table.list_indices() if EMBEDDING in index.columns}
+        return next((name for name in ANN_TYPES if name.replace("_", "") in found), None)
 
     def index_embeddings(self, ann: str | None) -> None:
         """Makes an approximate index of the embeddings, of a type of `ANN_TYPES`, or with None removes it.
@@ -206,6 +217,7 @@ class EntryTable:
         Raises:
             ValueError: LanceDB cannot make it.
         """
+        self.refresh()
         for index in self._table.list_indices():
             if EMBEDDING in index.columns:
                 self._table.drop_index(index.name)
@@ -224,8 +236,16 @@ class EntryTable:
         return self._table.stats()["fragment_stats"]["num_small_fragments"] > _MAX_SMALL_FRAGMENTS
 
     def optimize(self, keep_days: float = 7) -> None:
-        """Joins small fragments, indexes what was appended, and removes versions older than `keep_days`."""
-        self._table.optimize(cleanup_older_than=timedelta(days=keep_days))
+        """
+        Joins small fragments, indexes what was appended, and removes versions older than `keep_days`. If other
+        processes replace or delete entries meanwhile, it is left for another time, which the log says.
+        """
+        try:
+            self._table.optimize(cleanup_older_than=timedelta(days=keep_days))
+        except RuntimeError as error:
+            if "commit conflict" not in str(error):
+                raise
+            logger.warning("%s is not optimized: other processes change its entries.", self.uri)
         self.refresh()
 
 

@@ -231,6 +231,18 @@ def test_texts_find_what_embeddings_do_not(llava, tmp_path):
     assert index.search(*llava, ["zebra"], k=1, hybrid=True, where="row > 1")[0][0].row > 1
 
 
+def test_the_first_search_of_texts_beside_a_writer_reads_the_latest_version(llava, tmp_path):
+    """It makes an index of the texts, with which the table moves on: the vectors must follow."""
+    rows = Dataset.from_dict({"anchor": [f"a {word} on the green grass" for word in ("cat", "zebra", "dog", "car")]})
+    reader = build(llava, tmp_path, rows)
+    reader.search(*llava, ["zebra"])
+    writer = EmbeddingIndex.load(tmp_path)
+    writer.delete(where="row = 1")
+    writer.table.optimize()
+    (hits,) = reader.search(*llava, ["zebra"], hybrid=True)
+    assert sorted(hit.row for hit in hits) == [0, 2, 3]
+
+
 @pytest.mark.parametrize("precision", ["float16", "int8", "binary"])
 def test_rounded_vectors_are_scored_by_the_whole_ones(llava, tmp_path, precision):
     build(llava, tmp_path, knowledge(repeat=4))
@@ -256,9 +268,13 @@ def test_what_does_not_fit_into_memory_is_searched_on_disk(llava, tmp_path, capl
 def test_an_approximate_index_is_made_kept_and_removed(llava, tmp_path):
     rows = knowledge(repeat=60)
     index = build(llava, tmp_path, rows, ann="IVF_FLAT")
-    assert index.table.ann.replace("_", "") == "IVFFLAT"
+    assert index.table.ann == "IVF_FLAT"
+    with pytest.raises(ValueError, match=r"`precision=int8` rounds vectors in memory, and .* approximate index, IVF_"):
+        EmbeddingIndex.load(tmp_path, precision="int8")
+    version = index.table._table.version
+    assert build(llava, tmp_path, rows, ann="IVF_FLAT").table._table.version == version  # it is not made again
     assert [hits[0].score for hits in index.search(*llava, questions(), k=1)] == pytest.approx([1] * 5, abs=1e-5)
-    assert build(llava, tmp_path, rows).table.ann is not None
+    assert build(llava, tmp_path, rows).table.ann == "IVF_FLAT"
     assert build(llava, tmp_path, rows, ann=None).table.ann is None
     with pytest.raises(ValueError, match="`ann` must be one of auto, none, IVF_FLAT"):
         build(llava, tmp_path, rows, ann="HNSW32")

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -131,6 +132,32 @@ def test_many_small_additions_are_joined(tmp_path):
     assert len(list(Path(tmp_path, "entries.lance", "data").iterdir())) > 1  # readers of older versions keep theirs
     table.optimize(keep_days=0)
     assert len(list(Path(tmp_path, "entries.lance", "data").iterdir())) == 1
+
+
+def replace(uri, rounds):
+    table = EntryTable.open(uri)
+    for number in range(rounds):
+        table.replace(make_entries(range(50), text=str(number)))
+
+
+def test_upkeep_beside_a_process_that_replaces_fails_neither(tmp_path, caplog):
+    table = EntryTable.create(tmp_path, SCHEMA)
+    table.insert(make_entries(range(50)))
+    writer = spawned.Process(target=replace, args=(str(tmp_path), 60))
+    writer.start()
+    while writer.is_alive():
+        table.refresh()
+        table.optimize()
+    writer.join()
+    table.refresh()
+    assert writer.exitcode == 0 and len(table) == 50 and table.count("text = '59'") == 50
+
+
+def test_another_error_of_upkeep_is_not_hidden(tmp_path):
+    table = EntryTable.create(tmp_path, SCHEMA)
+    table._table = mock.Mock(optimize=mock.Mock(side_effect=RuntimeError("the disk is full")))
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        table.optimize()
 
 
 @pytest.mark.parametrize("where", ["id = 'rows/1'", "row IN (1)"])
