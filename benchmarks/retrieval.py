@@ -191,7 +191,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.names:
         result = {
-            "command": f"python benchmarks/retrieval.py {name} --repeats {arguments.repeats} --sizes {arguments.sizes}",
+            "command": f"python benchmarks/retrieval.py {name} --repeats {arguments.repeats} "
+            f"--sizes {arguments.sizes}",
             "cores": os.cpu_count(),
             "load_average": os.getloadavg()[0],
             "python": platform.python_version(),

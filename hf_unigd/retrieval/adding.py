@@ -51,12 +51,13 @@ class RowAdder:
         self._table = EntryTable.open(uri)
         description = IndexDescription.from_metadata(self._table.schema.metadata, self._table.uri)
         description.check_model(model, processor)
-        metadata = Features.from_arrow_schema(self._table.schema.remove_metadata())
+        features = Features.from_arrow_schema(self._table.schema.remove_metadata())
+        metadata = Features({name: kind for name, kind in features.items() if name not in COLUMNS})
         read = EntryReader(
             entry_parser(processor, image_folder, max_image_pixels),
             RowIds("", id_column),
-            Features({name: kind for name, kind in metadata.items() if name not in COLUMNS}),
-            Features({}),
+            metadata,
+            metadata,
             description.store_images,
         )
         self._ids = read.ids

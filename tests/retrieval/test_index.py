@@ -473,7 +473,7 @@ def test_tampered_entries_open_no_file_and_win_nothing(llava, tmp_path, caplog):
 
 
 def test_batches_of_an_engine_are_added_once(llava, tmp_path, monkeypatch):
-    rows = knowledge(repeat=2, name=[f"n{number}" for number in range(10)])
+    rows = knowledge(repeat=2, name=[f"n{number}" for number in range(10)], year=list(range(10)))
     build(llava, tmp_path / "index", rows.select([3]), id_column="name")
     adder = RowAdder(*llava, tmp_path / "index", "name", skip_bad_rows=True)
     listed = [dict(row) for row in rows]
@@ -482,6 +482,7 @@ def test_batches_of_an_engine_are_added_once(llava, tmp_path, monkeypatch):
     assert sum(counts) == 9
     monkeypatch.undo()
     index, whole = EmbeddingIndex.load(tmp_path / "index"), build(llava, tmp_path / "whole", rows, id_column="name")
+    assert dict(entries(index, "id", "year")) == dict(entries(whole, "id", "year"))
     ours, expected = (dict(entries(each, "id", EMBEDDING)) for each in (index, whole))
     assert ours.keys() == expected.keys() and len(index) == 10
     for key, vector in ours.items():
