@@ -10,7 +10,7 @@ from ..data.images import open_image
 from ..evaluation.figures import is_figure
 from ..modeling.images_unigd import MAX_PIXELS
 from ..outputs import OutputFile
-from ..settings import AtLeast, Positive
+from ..settings import AtLeast, NotNegative, Positive
 
 
 FigureFile = Annotated[str, OutputFile(".png", is_figure)]
@@ -41,6 +41,30 @@ class ImageArguments:
 class CheckpointArguments(ImageArguments):
     model: str = field(metadata={"help": "Trained checkpoint or adapter: a Hub id or a folder."})
     dtype: str = dtype_field("Data type to load the backbone in.")
+
+
+@dataclass
+class PartArguments:
+    """Arguments of commands that work through a dataset in parts."""
+
+    num_workers: NotNegative = field(
+        default=0,
+        metadata={
+            "help": "Number of processes that open and process images beside the model. A stream takes at most one."
+        },
+        kw_only=True,
+    )
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."}, kw_only=True)
+    rows_per_part: Positive = field(
+        default=1000,
+        metadata={"help": "Number of rows per part. An interrupted run loses at most these, per process and worker."},
+        kw_only=True,
+    )
+
+    def part_settings(self) -> dict[str, Any]:
+        """Keyword arguments for what works through the dataset."""
+        names = ("num_workers", "skip_bad_rows", "rows_per_part")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

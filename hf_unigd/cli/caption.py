@@ -11,9 +11,9 @@ from ..bulk import EndpointCaptioner, LocalCaptioner, caption_dataset, process_s
 from ..bulk.captioners import KINDS
 from ..bulk.captioning import check_captionable
 from ..outputs import OutputFolder
-from ..settings import NotNegative, Positive
+from ..settings import Positive
 from ..trainer import UniGDScriptArguments
-from .arguments import ImageArguments, SamplingArguments, dtype_field
+from .arguments import ImageArguments, PartArguments, SamplingArguments, dtype_field
 from .parser import CommandParser
 
 
@@ -25,7 +25,7 @@ MAX_NEW_TOKENS = {"short": 24, "long": 400}
 
 
 @dataclass
-class CaptionArguments(SamplingArguments, ImageArguments):
+class CaptionArguments(SamplingArguments, ImageArguments, PartArguments):
     kind: str = field(
         metadata={"help": "Which captions to add: short_caption or long_caption.", "choices": list(KINDS)},
         kw_only=True,
@@ -64,17 +64,6 @@ class CaptionArguments(SamplingArguments, ImageArguments):
     batch_size: Positive = field(default=32, metadata={"help": "Number of images, or of requests, at once."})
     replace_captions: bool = field(
         default=False, metadata={"help": "Caption the rows that have such a caption, too, and replace it."}
-    )
-    num_workers: NotNegative = field(
-        default=0,
-        metadata={
-            "help": "Number of processes that open and process images beside the model. A stream takes at most one."
-        },
-    )
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
-    rows_per_part: Positive = field(
-        default=1000,
-        metadata={"help": "Number of rows per file. An interrupted run loses at most these, per process and worker."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete the captions that the folder holds."})
 
@@ -123,9 +112,7 @@ def main(argv: list[str]) -> None:
         args.kind,
         replace_captions=args.replace_captions,
         **args.image_settings(),
-        skip_bad_rows=args.skip_bad_rows,
-        rows_per_part=args.rows_per_part,
-        num_workers=args.num_workers,
+        **args.part_settings(),
         overwrite=args.overwrite,
     )
     if state.is_main_process:

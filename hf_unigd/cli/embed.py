@@ -13,9 +13,9 @@ from ..bulk.embedding import check_embeddable
 from ..bulk.parts import description_of
 from ..hub import load_checkpoint
 from ..outputs import OutputFile
-from ..settings import NotNegative, Positive
+from ..settings import Positive
 from ..trainer import UniGDScriptArguments
-from .arguments import CheckpointArguments
+from .arguments import CheckpointArguments, PartArguments
 from .parser import CommandParser
 
 
@@ -28,7 +28,7 @@ EmbeddingsFile = Annotated[str, OutputFile(".parquet", holds_embeddings)]
 
 
 @dataclass
-class EmbedArguments(CheckpointArguments):
+class EmbedArguments(CheckpointArguments, PartArguments):
     output: EmbeddingsFile = field(
         default="embeddings.parquet",
         metadata={"help": "Parquet file to write. Until it is finished, its parts are in a hidden folder beside it."},
@@ -55,17 +55,6 @@ class EmbedArguments(CheckpointArguments):
     truncate_dim: Positive | None = field(
         default=None, metadata={"help": "Matryoshka prefix of the embeddings to keep."}
     )
-    num_workers: NotNegative = field(
-        default=0,
-        metadata={
-            "help": "Number of processes that open and process images beside the model. A stream takes at most one."
-        },
-    )
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
-    rows_per_part: Positive = field(
-        default=1000,
-        metadata={"help": "Number of rows per part. An interrupted run loses at most these, per process and worker."},
-    )
     overwrite: bool = field(default=False, metadata={"help": "Delete what the file holds, or what a run has begun."})
 
     def __post_init__(self):
@@ -88,10 +77,8 @@ def main(argv: list[str]) -> None:
         prompt_name=args.prompt_name,
         truncate_dim=args.truncate_dim,
         **args.image_settings(),
-        skip_bad_rows=args.skip_bad_rows,
+        **args.part_settings(),
         batch_size=args.batch_size,
-        rows_per_part=args.rows_per_part,
-        num_workers=args.num_workers,
         overwrite=args.overwrite,
     )
     if state.is_main_process:

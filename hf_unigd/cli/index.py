@@ -14,9 +14,9 @@ from ..outputs import OutputFile, WritableOrRemote
 from ..retrieval import EmbeddingIndex, build_index
 from ..retrieval.entries import is_export
 from ..retrieval.table import ANN_TYPES, EntryTable
-from ..settings import NotNegative, Positive
+from ..settings import Positive
 from ..trainer import UniGDScriptArguments
-from .arguments import ImageArguments, dtype_field
+from .arguments import ImageArguments, PartArguments, dtype_field
 from .parser import CommandParser
 
 
@@ -31,7 +31,7 @@ class IndexedRowsArguments(UniGDScriptArguments):
 
 
 @dataclass
-class IndexArguments(ImageArguments):
+class IndexArguments(ImageArguments, PartArguments):
     model: str | None = field(
         default=None,
         metadata={
@@ -58,12 +58,6 @@ class IndexArguments(ImageArguments):
         default=False, metadata={"help": "Embed all rows, which take the places of entries with the same ids."}
     )
     batch_size: Positive = field(default=32, metadata={"help": "Number of rows per forward pass."})
-    num_workers: NotNegative = field(
-        default=0,
-        metadata={
-            "help": "Number of processes that open and process images beside the model. A stream takes at most one."
-        },
-    )
     ann: str = field(
         default="auto",
         metadata={
@@ -76,11 +70,6 @@ class IndexArguments(ImageArguments):
     )
     store_images: bool = field(
         default=True, metadata={"help": "Keep the images, which plots and `hf-unigd answer --use_images` need."}
-    )
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
-    rows_per_part: Positive = field(
-        default=1000,
-        metadata={"help": "Number of rows that are added at once. An interruption loses at most these, per process."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete the entries that the index has first."})
     delete: str | None = field(
@@ -143,9 +132,7 @@ def add_rows(args: IndexArguments, script_args: UniGDScriptArguments, device) ->
         truncate_dim=args.truncate_dim,
         store_images=args.store_images,
         **args.image_settings(),
-        skip_bad_rows=args.skip_bad_rows,
+        **args.part_settings(),
         batch_size=args.batch_size,
-        rows_per_part=args.rows_per_part,
-        num_workers=args.num_workers,
         overwrite=args.overwrite,
     )

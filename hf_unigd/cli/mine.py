@@ -14,7 +14,7 @@ from ..retrieval import EmbeddingIndex, mine_negatives
 from ..retrieval.negative_rules import STRATEGIES
 from ..settings import AtLeast, NotNegative, Positive
 from ..trainer import UniGDScriptArguments
-from .arguments import ImageArguments, dtype_field
+from .arguments import ImageArguments, PartArguments, dtype_field
 from .parser import CommandParser
 
 
@@ -23,7 +23,7 @@ Similarity = Annotated[float, AtLeast(-1)]
 
 
 @dataclass
-class MineArguments(ImageArguments):
+class MineArguments(ImageArguments, PartArguments):
     index: str = field(metadata={"help": "Folder or address that `hf-unigd index` wrote to."})
     output: OutputFolder = field(default="mined", metadata={"help": "Folder to write, or to continue in."})
     model: str | None = field(
@@ -82,17 +82,6 @@ class MineArguments(ImageArguments):
         default=False, metadata={"help": "Take captions of any length as their columns say, as in training."}
     )
     batch_size: Positive = field(default=32, metadata={"help": "Number of sequences per forward pass."})
-    num_workers: NotNegative = field(
-        default=0,
-        metadata={
-            "help": "Number of processes that open and process images beside the model. A stream takes at most one."
-        },
-    )
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Skip bad rows and log their number."})
-    rows_per_part: Positive = field(
-        default=1000,
-        metadata={"help": "Number of rows per file. An interrupted run loses at most these, per process and worker."},
-    )
     overwrite: bool = field(default=False, metadata={"help": "Delete the rows that the folder holds."})
 
 
@@ -126,10 +115,8 @@ def main(argv: list[str]) -> None:
         long_caption_max_tokens=args.long_caption_max_tokens,
         trust_caption_columns=args.trust_caption_columns,
         **args.image_settings(),
-        skip_bad_rows=args.skip_bad_rows,
+        **args.part_settings(),
         batch_size=args.batch_size,
-        rows_per_part=args.rows_per_part,
-        num_workers=args.num_workers,
         overwrite=args.overwrite,
     )
     if state.is_main_process:
