@@ -1,7 +1,7 @@
 """
 Embed a dataset into an index that `hf-unigd search` and `hf-unigd answer` query. Rows that the index has are not
 embedded again, so that an interrupted run continues where it stopped, and other rows are added. On several devices:
-`accelerate launch -m hf_unigd index ...`. Without a dataset, the command keeps an index in order: `--delete`,
+`accelerate launch -m hf_unigd index ...`. Without a dataset, the command keeps an index in order: `--delete`, `--ann`,
 `--optimize` and `--export`.
 """
 
@@ -92,15 +92,20 @@ def main(argv: list[str]) -> None:
     args, script_args = parser.parse(argv)
     state = process_state()
     has_rows = script_args.dataset_name is not None or bool(script_args.datasets)
+    ann = None if args.ann == "none" else args.ann
     if has_rows:
-        add_rows(args, script_args, state.device)
-    elif not (args.delete or args.optimize or args.export):
-        raise ValueError("Give a dataset to index (`--dataset_name`), or `--delete`, `--optimize` or `--export`.")
+        add_rows(args, script_args, ann, state.device)
+    elif not (args.delete or args.optimize or args.export or ann != "auto"):
+        raise ValueError(
+            "Give a dataset to index (`--dataset_name`), or `--delete`, `--ann`, `--optimize` or `--export`."
+        )
     if not state.is_main_process:
         return
     index = EmbeddingIndex.load(args.output)
     if args.delete:
         print(f"{index.delete(where=args.delete)} entries are deleted")
+    if not has_rows and ann not in ("auto", index.table.ann):
+        index.table.index_embeddings(ann)
     if args.optimize:
         index.table.optimize()
     if args.export:
@@ -109,7 +114,7 @@ def main(argv: list[str]) -> None:
     print(f"{len(index)} embeddings of width {index.width} in {args.output}")
 
 
-def add_rows(args: IndexArguments, script_args: UniGDScriptArguments, device) -> None:
+def add_rows(args: IndexArguments, script_args: UniGDScriptArguments, ann: str | None, device) -> None:
     name, revision = args.model, {}
     if name is None:
         if not EntryTable.exists(args.output):
@@ -128,7 +133,7 @@ def add_rows(args: IndexArguments, script_args: UniGDScriptArguments, device) ->
         id_column=args.id_column,
         metadata_columns=args.metadata_columns,
         replace=args.replace,
-        ann=None if args.ann == "none" else args.ann,
+        ann=ann,
         truncate_dim=args.truncate_dim,
         store_images=args.store_images,
         **args.image_settings(),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, load_checkpoint
 from hf_unigd.cli.main import COMMANDS, main
+from hf_unigd.retrieval.table import EntryTable
 from tiny_models import make_image, make_vlm
 
 
@@ -216,6 +217,10 @@ def test_an_index_is_filtered_changed_and_exported(folder, tmp_path, capsys):
     main(["index", "--output", index, "--delete", "lang = 'de'", "--optimize", "true", "--export", f"{index}.parquet"])
     assert f"{len(rows) // 2} entries are deleted" in capsys.readouterr().out
     assert pq.read_table(f"{index}.parquet")["lang"].to_pylist() == ["en"] * (len(rows) // 2)
+    main(["index", "--output", index, "--ann", "IVF_FLAT"])
+    assert EntryTable.open(index).ann == "IVF_FLAT"
+    main(["index", "--output", index, "--ann", "none"])
+    assert EntryTable.open(index).ann is None
     with pytest.raises(SystemExit, match=r"Give a dataset to index \(`--dataset_name`\), or `--delete`"):
         main(["index", "--output", index])
     with pytest.raises(SystemExit, match="`--model` is needed: there is no index in"):
