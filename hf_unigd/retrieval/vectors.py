@@ -30,7 +30,7 @@ class VectorMatrix:
 
     def __init__(self, batches: Iterable[tuple[np.ndarray, np.ndarray]], count: int, width: int, precision: str):
         self.precision = precision
-        rows = np.empty((count, *_rounded(np.empty((1, width), np.float32), precision).shape[1:]), _DTYPES[precision])
+        rows = np.empty((count, *_rounded(np.zeros((1, width), np.float32), precision).shape[1:]), _DTYPES[precision])
         row_ids = np.empty(count, np.uint64)
         end = 0
         for batch_ids, vectors in batches:
@@ -72,13 +72,17 @@ class VectorMatrix:
         if self.precision == "binary":
             queries = _rounded(queries, "binary")
         query = torch.from_numpy(queries)
+        # Memory that is allocated anew for each chunk would cost more than the product.
+        buffer = torch.empty(min(len(rows), _ROWS_PER_PRODUCT), rows.shape[1])
         for start in range(0, len(rows), _ROWS_PER_PRODUCT):
             chunk = rows[start : start + _ROWS_PER_PRODUCT]
             if self.precision == "binary":
                 differing = [np.bitwise_count(chunk ^ each).sum(1, dtype=np.int32) for each in queries]
                 yield start, -torch.from_numpy(np.stack(differing)).float()
+            elif self.precision == "float32":
+                yield start, query @ torch.from_numpy(chunk).T
             else:
-                yield start, query @ torch.from_numpy(chunk).float().T
+                yield start, query @ buffer[: len(chunk)].copy_(torch.from_numpy(chunk)).T
 
 
 def are_unit(vectors: np.ndarray) -> np.ndarray:
