@@ -78,11 +78,31 @@ def long_caption(icon: str, colour: str, size: str) -> str:
     return f"An icon of {parts}, drawn in {colour} at a {size} size."
 
 
+def icon_captions(rows: Dataset) -> list[str]:
+    """The short and long captions of rows of [`load_icons`], whose images are not drawn."""
+    stored = rows.with_format(None)
+    captions = [short_caption(icon) for icon in stored["icon"]]
+    for icon, attributes in zip(stored["icon"], stored["attributes"], strict=True):
+        captions.append(long_caption(icon, attributes["colour"], attributes["size"]))
+    return captions
+
+
 def draw_icon(glyph: str, colour: str, size: str, side: int) -> Image.Image:
     image = Image.new("RGB", (side, side), "white")
-    font = ImageFont.truetype(_font_file(), round(side * SIZES[size]))
-    ImageDraw.Draw(image).text((side / 2, side / 2), glyph, fill=COLOURS[colour], font=font, anchor="mm")
+    image.paste(COLOURS[colour], mask=_glyph_mask(glyph, round(side * SIZES[size]), side))
     return image
+
+
+@cache
+def _glyph_mask(glyph: str, font_size: int, side: int) -> Image.Image:
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).text((side / 2, side / 2), glyph, fill=255, font=_font(font_size), anchor="mm")
+    return mask
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_file(), size)
 
 
 def _render(rows: dict[str, list]) -> dict[str, list]:

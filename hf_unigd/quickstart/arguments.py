@@ -11,7 +11,7 @@ from ..trainer import UniGDTrainingArguments
 
 # Values of the arguments that are not given, by recipe.
 DEFAULTS = {
-    "vladva": {"output": "runs/quickstart", "max_steps": 650, "batch_size": 128},
+    "vladva": {"output": "runs/quickstart", "max_steps": 850, "batch_size": 128},
     "sugar": {"output": "runs/quickstart-sugar", "max_steps": 600, "batch_size": 32},
 }
 
@@ -26,7 +26,7 @@ class QuickstartArguments:
         default=None, metadata={"help": "Folder to write, runs/quickstart or runs/quickstart-sugar by default."}
     )
     max_steps: Positive | None = field(
-        default=None, metadata={"help": "Number of training steps, 650 (VladVA) or 600 (Sugar) by default."}
+        default=None, metadata={"help": "Number of training steps, 850 (VladVA) or 600 (Sugar) by default."}
     )
     batch_size: Positive | None = field(
         default=None, metadata={"help": "Number of rows per step, 128 (VladVA) or 32 (Sugar) by default."}
@@ -52,10 +52,7 @@ class QuickstartArguments:
             output_dir=str(self.folder),
             max_steps=self.max_steps,
             per_device_train_batch_size=self.batch_size,
-            learning_rate=2e-3,
             warmup_steps=20,
-            weight_decay=0.05,
-            adam_beta2=0.98,
             freeze_vision_tower=False,  # the projector is new and must be trained, even to a tower that is frozen
             check_rows="off",  # the rows are drawn in code
             trust_caption_columns=True,  # their long captions are short sentences

@@ -15,6 +15,7 @@ from ..trainer import UniGDTrainer
 from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
+from .muon import MuonWithAdamW
 from .results import write_card, write_metrics
 from .small_clip import build_clip, train_clip
 from .small_llava import IMAGE_SIZE, build_llava, build_processor
@@ -148,7 +149,14 @@ def make_trainer(
         **vars(teachers),
         **objective,
     )
-    return UniGDTrainer(model, training_args, train_dataset=train, eval_dataset=test, processing_class=processor)
+    return UniGDTrainer(
+        model,
+        training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=processor,
+        optimizers=(MuonWithAdamW(model), None),
+    )
 
 
 def measure(trainer: UniGDTrainer, test) -> dict[str, float]:

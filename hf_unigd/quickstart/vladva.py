@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..bulk.sequences import embed_sequences
 from ..data import load_icons
-from ..data.icons import HELD_OUT
+from ..data.icons import HELD_OUT, icon_captions
 from ..evaluation import rank_candidates
 from ..evaluation.figures import draw_retrieval
 from ..hub.cards import RETRIEVAL_NAME
@@ -14,11 +14,14 @@ from ..trainer import UniGDTrainer
 from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
+from .muon import MuonWithAdamW
 from .results import write_card, write_metrics
 from .small_llava import IMAGE_SIZE, build_llava, build_processor
 
 
 VIEWS = 12
+# Half of the tokens of a sequence would be the paper's prompts, "Summarize the provided image in one word".
+PROMPT = "In one word"
 SHOWN_QUERIES, SHOWN_RESULTS = 8, 5
 
 
@@ -45,7 +48,14 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     print(f"{len(train)} images of {len(train) // VIEWS} icons to train on, {len(test)} other icons to test on.")
 
     training_args = args.training_arguments(per_device_eval_batch_size=250, causal_lm_weight=0.5, logging_steps=25)
-    trainer = UniGDTrainer(model, training_args, train_dataset=train, eval_dataset=test, processing_class=processor)
+    trainer = UniGDTrainer(
+        model,
+        training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=processor,
+        optimizers=(MuonWithAdamW(model), None),
+    )
     before = measure(trainer)
     trainer.train()
     after = measure(trainer)
@@ -83,15 +93,9 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
 
 def build(train, seed: int) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
     """An untrained model, and a processor whose tokenizer is trained on the training captions."""
-    captions = [
-        train[place][column] for place in range(len(train) // VIEWS) for column in ("short_caption", "long_caption")
-    ]
-    prompts = [
-        "Summarize the provided image in one word",
-        "Summarize the provided text in one word",
-        "USER: ASSISTANT:",
-    ]
-    processor = UniGDProcessor(build_processor(captions + prompts * 100))
+    captions = icon_captions(train.select(range(len(train) // VIEWS)))
+    prompts = [f"USER: {PROMPT} ASSISTANT:"]
+    processor = UniGDProcessor(build_processor(captions + prompts * 100), prompts={"image": PROMPT, "text": PROMPT})
     return UniGDForConditionalGeneration.from_vlm(build_llava(processor.vlm_processor, seed=seed)), processor
 
 

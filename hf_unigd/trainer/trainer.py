@@ -13,7 +13,7 @@ from ..data.dataset import Rows
 from ..modeling import UniGDProcessor
 from .arguments import UniGDTrainingArguments
 from .batches import check_batch_size, count_targets, count_tokens, join_batches
-from .callbacks import ClampLogitScale, KeepImageFeatures, SetEpoch
+from .callbacks import ClampLogitScale, KeepImageFeatures, SetEpoch, WarnOfPlateau
 from .collator import UniGDDataCollator, collator_for_objective
 from .dataloaders import stream_loader
 from .evaluating import EvaluatingTrainer
@@ -182,10 +182,9 @@ class UniGDTrainer(EvaluatingTrainer):
         if model_init is not None:  # the length of its context is known only now
             self.data_collator = collator_for_objective(self.data_collator, args, self.model.config.context_length)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # Trainer sets it per batch
-        self.add_callback(ClampLogitScale())
-        self.add_callback(self._keep_features)
         self._set_epoch = SetEpoch()
-        self.add_callback(self._set_epoch)
+        for callback in (ClampLogitScale(), WarnOfPlateau(), self._keep_features, self._set_epoch):
+            self.add_callback(callback)
         self.contrastive_loss = InfoNCELoss(self.model.config.matryoshka_dims)
         self.structure_loss = StructureLoss(
             target=args.alignment_target,

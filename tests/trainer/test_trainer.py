@@ -13,6 +13,7 @@ from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import RowError, RowParser
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.trainer import UniGDDataCollator, UniGDTrainer
+from hf_unigd.trainer.callbacks import WarnOfPlateau
 from tiny_models import make_image, make_vlm
 from tiny_teachers import save_teachers
 from trainer_cases import make_args, make_rows, make_trainer
@@ -321,6 +322,18 @@ def test_batches_that_cannot_train_are_refused_before_training(tmp_path, rows, k
 
 def test_a_batch_of_one_trains_without_the_contrastive_loss(tmp_path):
     make_trainer(tmp_path, per_device_train_batch_size=1, contrastive_weight=0.0).train()
+
+
+@pytest.mark.parametrize(("learning_rate", "warnings"), [(0.0, 1), (1e-2, 0)])
+def test_a_contrastive_loss_that_stays_at_chance_is_reported_once(
+    tmp_path, caplog, monkeypatch, learning_rate, warnings
+):
+    monkeypatch.setattr(WarnOfPlateau, "patience", 25)
+    settings = {"causal_lm_weight": 0.0, "freeze_vision_tower": False, "learning_rate": learning_rate}
+    trainer = make_trainer(tmp_path, make_rows(8), max_steps=60, per_device_train_batch_size=8, **settings)
+    with caplog.at_level("WARNING", logger="hf_unigd"):
+        trainer.train()
+    assert caplog.text.count("has not left the level of chance") == warnings
 
 
 def test_bad_rows_are_refused_or_skipped_before_training(tmp_path, caplog):
