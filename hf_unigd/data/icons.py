@@ -78,6 +78,12 @@ def long_caption(icon: str, colour: str, size: str) -> str:
     return f"An icon of {parts}, drawn in {colour} at a {size} size."
 
 
+def named_words(caption: str) -> list[str]:
+    """The words that a caption in the form of [`long_caption`] names, in their order."""
+    parts = caption.removeprefix("An icon of ").split(", drawn in")[0]
+    return parts.replace(" and ", " ").replace(",", "").split()
+
+
 def icon_captions(rows: Dataset) -> list[str]:
     """The short and long captions of rows of [`load_icons`], whose images are not drawn."""
     stored = rows.with_format(None)

@@ -17,7 +17,9 @@ _MARK = b"tEXtSoftware\0hf-unigd"  # in a PNG file, the metadata stand before th
 Result = tuple[Image.Image | None, str, bool | None]
 
 
-def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]], output: str | Path) -> None:
+def draw_retrieval(
+    queries: Sequence[tuple[str | Image.Image, Sequence[Result]]], output: str | Path, title: str = ""
+) -> None:
     """
     Draws one row per query: the query, then its results, best first. Relevant results have a green frame, others a red
     one, and results of unknown relevance a grey one.
@@ -25,12 +27,14 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
     Args:
         queries: For each query its text or image, and its results.
         output: PNG file to write.
+        title: Title, drawn above.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     columns = 1 + max(len(results) for _, results in queries)
     figure = _figure(figsize=(1.7 * columns, 1.9 * len(queries)), layout="constrained")
+    figure.suptitle(title, fontsize=9)
     grid = figure.subplots(len(queries), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -38,7 +42,8 @@ def draw_retrieval(queries: Sequence[tuple[str | Image.Image, Sequence[Result]]]
         if isinstance(query, Image.Image):
             line[0].imshow(query)
         else:
-            wrapped = textwrap.fill(textwrap.shorten(query, 160, placeholder=" ..."), 20)
+            lines = textwrap.shorten(query, 160, placeholder=" ...") if len(query) > 160 else query
+            wrapped = "\n".join(textwrap.fill(line, 20) for line in lines.splitlines())
             size = 10 if len(query) <= 60 else 7
             line[0].text(0.5, 0.5, wrapped, ha="center", va="center", fontsize=size, weight="bold")
         for axes, (image, text, is_relevant) in zip(line[1:], results, strict=False):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..bulk.sequences import embed_sequences
 from ..data import load_icons
-from ..data.icons import HELD_OUT, icon_captions
+from ..data.icons import HELD_OUT, icon_captions, named_words
 from ..evaluation import rank_candidates
 from ..evaluation.figures import draw_retrieval
 from ..hub.cards import RETRIEVAL_NAME
@@ -64,7 +64,9 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         for direction in ("anchor_to_positive", "positive_to_anchor")
         for k in (1, 5, 10)
     }
-    metrics = {"before": before, "after": after, "chance": chance}
+    captions = generate_captions(model, processor, test)
+    accuracy = caption_accuracy(captions, test.with_format(None)["icon"])
+    metrics = {"before": before, "after": after | accuracy, "chance": chance}
     minutes = (time.perf_counter() - start) / 60
 
     trainer.save_model()
@@ -78,7 +80,7 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         objective="InfoNCE + next-token, 1 : 0.5 (VladVA)",
     )
     show_metrics(metrics)
-    show_captions(model, processor, test)
+    show_captions(captions, test, accuracy)
     similarity = check_in_fresh_process(model, processor, test[0]["image"], test[0]["short_caption"], output)
     print(f"\nReloaded in a fresh process without hf-unigd: the same similarity, {similarity:.4f}.")
 
@@ -88,6 +90,9 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         f"\n{minutes:.1f} minutes. {output} holds the checkpoint, its card (README.md), {RETRIEVAL_NAME} and "
         "metrics.json."
     )
+    print("\nNext, index the icons and search them:")
+    print(f"  hf-unigd index --model {output} --dataset_name icons --output icons_index")
+    print('  hf-unigd search icons_index --query "arrow left" --output hits.png')
     return metrics
 
 
@@ -121,15 +126,36 @@ def spread(test, count: int) -> list[int]:
     return list(range(0, len(test), len(test) // count))[:count]
 
 
-def show_captions(model, processor, test, count: int = 3) -> None:
-    """Prints captions that the model generates, each below the true one."""
-    rows = [test[place] for place in spread(test, count)]
-    batch = processor.process_sequences([[row["image"]] for row in rows], padding_side="left")
-    generated = model.generate(**batch, max_new_tokens=60, do_sample=False)
-    answers = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def generate_captions(model, processor, test, batch_size: int = 250) -> list[str]:
+    """The caption that the model generates for each image."""
+    captions: list[str] = []
+    for start in range(0, len(test), batch_size):
+        images = [[row["image"]] for row in test.select(range(start, min(start + batch_size, len(test))))]
+        batch = processor.process_sequences(images, padding_side="left")
+        generated = model.generate(**batch.to(model.device), max_new_tokens=60, do_sample=False)
+        captions += processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [caption.strip() for caption in captions]
+
+
+def caption_accuracy(captions: list[str], icons: list[str]) -> dict[str, float]:
+    """Shares of captions that name first what the name of the icon says first, and exactly the words of the name."""
+    said, names = [named_words(caption) for caption in captions], [icon.split("_") for icon in icons]
+    pairs = list(zip(said, names, strict=True))
+    return {
+        "captions_with_the_first_word": sum(a[:1] == b[:1] for a, b in pairs) / len(pairs),
+        "captions_with_all_words": sum(sorted(a) == sorted(b) for a, b in pairs) / len(pairs),
+    }
+
+
+def show_captions(captions: list[str], test, accuracy: dict[str, float], count: int = 3) -> None:
+    """Prints captions that the model generated, each below the true one, and how many of all are right."""
     print("\nGenerated captions:")
-    for row, answer in zip(rows, answers, strict=True):
-        print(f"  {row['long_caption']}\n    -> {answer.strip()}")
+    for place in spread(test, count):
+        print(f"  {test[place]['long_caption']}\n    -> {captions[place]}")
+    print(
+        f"Of all {len(captions)}, {accuracy['captions_with_the_first_word']:.1%} begin with the first word of the "
+        f"icon's name, and {accuracy['captions_with_all_words']:.1%} have exactly its words."
+    )
 
 
 def plot_retrieval(model, processor, test, file: Path) -> None:
@@ -137,11 +163,14 @@ def plot_retrieval(model, processor, test, file: Path) -> None:
     images = embed_sequences(model, processor, [[test[place]["image"]] for place in range(len(test))], batch_size=250)
     places = spread(test, SHOWN_QUERIES)
     queries = [test[place]["short_caption"] for place in places]
-    ranking = rank_candidates(embed_sequences(model, processor, queries, show_progress=False), images, SHOWN_RESULTS)
+    ranking = rank_candidates(embed_sequences(model, processor, queries, show_progress=False), images, len(test))
+    rows = []
+    for place, query, hits in zip(places, queries, ranking.tolist(), strict=True):
+        results = [(test[hit]["image"], test[hit]["short_caption"], hit == place) for hit in hits[:SHOWN_RESULTS]]
+        rows.append((f"{query}\n(found at rank {hits.index(place) + 1})", results))
     draw_retrieval(
-        [
-            (query, [(test[hit]["image"], test[hit]["short_caption"], hit == place) for hit in hits])
-            for place, query, hits in zip(places, queries, ranking.tolist(), strict=True)
-        ],
+        rows,
         file,
+        f"Texts and the {SHOWN_RESULTS} nearest of {len(test)} icons that the model was never shown. "
+        "The right one has a green frame.",
     )

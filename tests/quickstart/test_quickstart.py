@@ -19,7 +19,8 @@ def test_the_vladva_recipe_writes_what_it_promises(tmp_path, capsys, monkeypatch
     main(["quickstart", "--output", str(tmp_path), "--max_steps", "3", "--batch_size", "16"])
     printed = capsys.readouterr().out
     assert "text to image, R@1" in printed and "Reloaded in a fresh process without hf-unigd" in printed
-    assert printed.count("    -> ") == 3
+    assert printed.count("    -> ") == 3 and "Of all 1000, " in printed
+    assert f"hf-unigd index --model {tmp_path} --dataset_name icons" in printed
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["chance"]["positive_to_anchor_recall_at_10"] == 0.01
     assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
@@ -32,6 +33,17 @@ def test_the_vladva_recipe_writes_what_it_promises(tmp_path, capsys, monkeypatch
     reported = {part["type"]: part["value"] for part in metadata["model-index"][0]["results"][0]["metrics"]}
     assert reported["perplexity"] == pytest.approx(metrics["after"]["perplexity"], abs=1e-3)
     assert f'from_pretrained("{tmp_path}", trust_remote_code=True)' in card
+
+
+def test_captions_are_scored_by_the_words_that_they_name():
+    captions = [
+        "An icon of arrow, up and bold, drawn in red at a small size.",  # every word, in another order
+        "An icon of arrow, drawn in red at a small size.",
+        "An icon of bold and arrow, drawn in red.",
+        "size idd",
+    ]
+    found = vladva.caption_accuracy(captions, ["arrow_bold_up", "arrow_left", "arrow_bold_up", "size"])
+    assert found == {"captions_with_the_first_word": 0.75, "captions_with_all_words": 0.25}
 
 
 def test_a_checkpoint_that_differs_in_a_fresh_process_is_reported(tmp_path, monkeypatch, llava):
@@ -75,8 +87,8 @@ def test_the_sugar_recipe_compares_with_and_without_the_structure_loss(tmp_path,
     saved = load_file(tmp_path / "model.safetensors")
     for name, tensor in with_structure.items():
         start = same[f"projection.{name}"]
-        # Adam's steps are as long as the learning rate, 1e-4 here; without the loss there is weight decay alone.
-        assert (without[name] - start).abs().max() < 1e-5 < (tensor - start).abs().max(), name
+        # Steps are at least 1e-4 long here; without the loss there is weight decay alone.
+        assert (without[name] - start).abs().max() < 3e-5 < (tensor - start).abs().max(), name
         assert torch.equal(saved[f"embedding_head.projection.{name}"], tensor), name
     processor = json.loads((tmp_path / "processor_config.json").read_text())
     assert processor["embedding_position"] == "last_slice"
