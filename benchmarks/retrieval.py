@@ -161,8 +161,8 @@ def building(arguments) -> dict:
             print(f"building, {count:,} x 1024: {rates[str(count)]:.0f} rows/s", flush=True)
         schema_rows = EntryTable.open(Path(folder, "20000"))
         times, sizes = [], []
+        row = next(schema_rows.batches(schema_rows.schema.names, "row = 1")).select(schema_rows.schema.names)
         for number in range(1000):  # small additions, joined as `build_index` joins them
-            row = next(schema_rows.batches(schema_rows.schema.names, "row = 1")).select(schema_rows.schema.names)
             entry = pa.Table.from_batches([row]).set_column(0, schema_rows.schema.field(0), [[f"small/{number}"]])
             times.append(timed(lambda entry=entry: schema_rows.insert(entry)))
             if schema_rows.needs_upkeep():

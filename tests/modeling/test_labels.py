@@ -47,7 +47,10 @@ CHAT = [
 
 @pytest.mark.parametrize("family", BUILDERS)
 def test_every_answer_gets_the_labels_that_it_has_as_the_last(family):
-    processor = UniGDProcessor(make_vlm(family).processor)
+    try:
+        processor = UniGDProcessor(make_vlm(family).processor)
+    except ModuleNotFoundError as error:  # older versions of transformers need torchvision for more processors
+        pytest.skip(str(error))
     batch, labels = labelled(processor, CHAT, "Yes.", label_history=True, padding_side="left")
     alone = [labelled(processor, CHAT[:place], CHAT[place]["content"][0]["text"])[1] for place in (1, 3)]
     without, last = labelled(processor, CHAT, "Yes.", padding_side="left")

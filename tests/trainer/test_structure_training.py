@@ -144,7 +144,7 @@ def test_every_combination_of_losses_decreases(teacher_args, tmp_path, weights, 
         tmp_path,
         teacher_args,
         max_steps=25,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         **{f"{name}_weight": float(weight) for name, weight in zip(names, weights, strict=True)},
         **kwargs,
     )
