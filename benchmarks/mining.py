@@ -21,12 +21,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from hf_unigd import UniGDTrainer
 from hf_unigd.data import load_icons
 from hf_unigd.data.sources import load_rows
 from hf_unigd.quickstart.arguments import QuickstartArguments
 from hf_unigd.quickstart.muon import MuonWithAdamW
 from hf_unigd.quickstart.small_llava import IMAGE_SIZE
+from hf_unigd.quickstart.training import make_trainer
 from hf_unigd.quickstart.vladva import build, measure
 from hf_unigd.retrieval import build_index, mine_negatives
 
@@ -43,17 +43,18 @@ ARMS: dict[str, dict | None] = {
 }
 
 
-def train(model, processor, rows, test, seed, output: str, steps: int, **optimizer) -> tuple[dict[str, float], float]:
-    training_args = QuickstartArguments(output=output, max_steps=steps, seed=seed).training_arguments(
-        per_device_eval_batch_size=250, causal_lm_weight=0.5, logging_steps=50, disable_tqdm=True
-    )
-    trainer = UniGDTrainer(
+def train(model, processor, rows, test, seed, output: str, steps: int, **rates) -> tuple[dict[str, float], float]:
+    trainer = make_trainer(
+        QuickstartArguments(output=output, max_steps=steps, seed=seed),
         model,
-        training_args,
-        train_dataset=rows,
-        eval_dataset=test,
-        processing_class=processor,
-        optimizers=(MuonWithAdamW(model, **optimizer), None),
+        processor,
+        rows,
+        test,
+        MuonWithAdamW(model, **rates),
+        per_device_eval_batch_size=250,
+        causal_lm_weight=0.5,
+        logging_steps=50,
+        disable_tqdm=True,
     )
     start = time.perf_counter()
     trainer.train()

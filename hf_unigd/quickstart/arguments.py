@@ -3,10 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from ..settings import NotNegative, Positive
-from ..trainer import UniGDTrainingArguments
 
 
 # Values of the arguments that are not given, by recipe.
@@ -45,20 +42,3 @@ class QuickstartArguments:
         """The folder to write."""
         assert self.output is not None  # __post_init__ has set it
         return Path(self.output)
-
-    def training_arguments(self, **recipe) -> UniGDTrainingArguments:
-        """The training arguments of both recipes and, as keyword arguments, those of one."""
-        return UniGDTrainingArguments(
-            output_dir=str(self.folder),
-            max_steps=self.max_steps,
-            per_device_train_batch_size=self.batch_size,
-            warmup_steps=20,
-            freeze_vision_tower=False,  # the projector is new and must be trained, even to a tower that is frozen
-            check_rows="off",  # the rows are drawn in code
-            trust_caption_columns=True,  # their long captions are short sentences
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            seed=self.seed,
-            save_strategy="no",
-            report_to=[],
-            **recipe,
-        )

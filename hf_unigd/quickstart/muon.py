@@ -75,7 +75,10 @@ class MuonWithAdamW(torch.optim.AdamW):
                 by_shape[matrix.shape].append(matrix)
         for shape, matrices in by_shape.items():
             gradients = [matrix.grad for matrix in matrices]
-            momenta = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix)) for matrix in matrices]
+            for matrix in matrices:
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+            momenta = [self.state[matrix]["momentum"] for matrix in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])

@@ -13,9 +13,9 @@ from ..evaluation.stories import last_image_recall
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..trainer import UniGDTrainer
 from ..trainer.output_folder import check_output_folder
+from . import training
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
-from .muon import MuonWithAdamW
 from .results import write_card, write_metrics
 from .small_clip import build_clip, train_clip
 from .small_llava import IMAGE_SIZE, build_llava, build_processor
@@ -141,21 +141,18 @@ def make_trainer(
     model, processor, train, test, teachers: TeacherArguments, args: QuickstartArguments, **objective
 ) -> UniGDTrainer:
     """The trainer of one arm of the comparison; `objective` holds the training arguments in which the arms differ."""
-    training_args = args.training_arguments(
+    return training.make_trainer(
+        args,
+        model,
+        processor,
+        train,
+        test,
         per_device_eval_batch_size=100,
         contrastive_weight=0.0,
         slice_features=str(args.folder / "slice_features"),
         logging_steps=50,
         **vars(teachers),
         **objective,
-    )
-    return UniGDTrainer(
-        model,
-        training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=processor,
-        optimizers=(MuonWithAdamW(model), None),
     )
 
 

@@ -14,13 +14,13 @@ from ..trainer import UniGDTrainer
 from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
-from .muon import MuonWithAdamW
 from .results import write_card, write_metrics
 from .small_llava import IMAGE_SIZE, build_llava, build_processor
+from .training import make_trainer
 
 
 VIEWS = 12
-# Half of the tokens of a sequence would be the paper's prompts, "Summarize the provided image in one word".
+# The paper's prompt, "Summarize the provided image in one word", is longer than most captions here.
 PROMPT = "In one word"
 SHOWN_QUERIES, SHOWN_RESULTS = 8, 5
 
@@ -47,14 +47,8 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     print(f"A LLaVA of {parameters / 1e6:.1f} million parameters.")
     print(f"{len(train)} images of {len(train) // VIEWS} icons to train on, {len(test)} other icons to test on.")
 
-    training_args = args.training_arguments(per_device_eval_batch_size=250, causal_lm_weight=0.5, logging_steps=25)
-    trainer = UniGDTrainer(
-        model,
-        training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=processor,
-        optimizers=(MuonWithAdamW(model), None),
+    trainer = make_trainer(
+        args, model, processor, train, test, per_device_eval_batch_size=250, causal_lm_weight=0.5, logging_steps=25
     )
     before = measure(trainer)
     trainer.train()

@@ -1,0 +1,43 @@
+"""The trainer of both recipes."""
+
+import torch
+
+from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..trainer import UniGDTrainer, UniGDTrainingArguments
+from .arguments import QuickstartArguments
+from .muon import MuonWithAdamW
+
+
+def make_trainer(
+    args: QuickstartArguments,
+    model: UniGDForConditionalGeneration,
+    processor: UniGDProcessor,
+    train,
+    test,
+    optimizer: torch.optim.Optimizer | None = None,
+    **recipe,
+) -> UniGDTrainer:
+    """A trainer with the training arguments of both recipes and, as keyword arguments, those of one. The optimizer is
+    [`MuonWithAdamW`] by default."""
+    training_args = UniGDTrainingArguments(
+        output_dir=str(args.folder),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        warmup_steps=20,
+        freeze_vision_tower=False,  # the projector is new and must be trained, even to a tower that is frozen
+        check_rows="off",  # the rows are drawn in code
+        trust_caption_columns=True,  # their long captions are short sentences
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        seed=args.seed,
+        save_strategy="no",
+        report_to=[],
+        **recipe,
+    )
+    return UniGDTrainer(
+        model,
+        training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=processor,
+        optimizers=(optimizer or MuonWithAdamW(model), None),
+    )
