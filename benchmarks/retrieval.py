@@ -7,7 +7,7 @@ reading the vectors.
 The vectors have structure: points around 2,000 centres, and queries near them.
 `building`: rows a second without the model, which is replaced by random vectors, from rows of text to entries.
 
-The script writes benchmarks/results/retrieval_*.json.
+The script writes benchmarks/results/retrieval_*.json after each case.
 """
 
 import argparse
@@ -105,17 +105,17 @@ def measure_exact(uri: Path, width: int, repeats: int) -> dict:
     return {"opening_s": opening, "first_search_s": first, "memory_mb": memory, **by_queries}
 
 
-def exact(arguments) -> dict:
+def exact(arguments, save) -> None:
     found = {}
     for count, width in SIZES[: arguments.sizes]:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             make_index(Path(folder, "index"), count, width)
             found[f"{count} x {width}"] = measure_exact(Path(folder, "index"), width, arguments.repeats)
             print(f"{count:,} x {width}: {json.dumps(found[f'{count} x {width}'])}", flush=True)
-    return found
+            save(found)
 
 
-def approximate(arguments) -> dict:
+def approximate(arguments, save) -> None:
     count, width = SIZES[min(arguments.sizes, len(SIZES)) - 1]
     found = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -133,6 +133,7 @@ def approximate(arguments) -> dict:
             return hits, times
 
         expected, exact_times = measure(EmbeddingIndex.load(uri, memory_share=0.9))
+        found["exact"] = {"p50_ms": 1000 * statistics.median(exact_times)}
         cases = [("precision", name) for name in ("float16", "int8", "binary")] + [("ann", name) for name in ANN]
         for kind, name in cases:
             table, seconds = EntryTable.open(uri), 0.0
@@ -149,11 +150,10 @@ def approximate(arguments) -> dict:
             }
             print(f"{count:,} x {width}, {name}: {json.dumps(found[name])}", flush=True)
             del index
-        found["exact"] = {"p50_ms": 1000 * statistics.median(exact_times)}
-    return {f"{count} x {width}": found}
+            save({f"{count} x {width}": found})
 
 
-def building(arguments) -> dict:
+def building(arguments, save) -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         rates = {}
         for count in (20_000, 200_000):
@@ -176,7 +176,7 @@ def building(arguments) -> dict:
             "megabytes_by_250": sizes,
         }
         print(f"1,000 small additions: {json.dumps(small)}", flush=True)
-    return {"rows_per_second": rates, "small_additions": small}
+        save({"rows_per_second": rates, "small_additions": small})
 
 
 BENCHMARKS = {"exact": exact, "approximate": approximate, "building": building}
@@ -197,9 +197,12 @@ def main() -> None:
             "load_average": os.getloadavg()[0],
             "python": platform.python_version(),
             **{each: version(each) for each in ("torch", "lancedb", "numpy")},
-            "results": BENCHMARKS[name](arguments),
         }
-        (RESULTS / f"retrieval_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+        def save(results: dict, file=RESULTS / f"retrieval_{name}.json", result=result) -> None:
+            file.write_text(json.dumps({**result, "results": results}, indent=1) + "\n")
+
+        BENCHMARKS[name](arguments, save)
 
 
 if __name__ == "__main__":
