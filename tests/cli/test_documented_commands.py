@@ -40,8 +40,8 @@ def test_it_parses(file, command, monkeypatch, tmp_path):
 
     monkeypatch.setattr(CommandParser, "parse", parse_only)
     (tmp_path / "recipe.yaml").write_text("model_name_or_path: m\ndataset_name: d\n")
-    # What stands for a number or for a file that is read.
-    stand_ins = {"A": "0", "B": "1", "recipe.yaml": str(tmp_path / "recipe.yaml")}
+    # What stands for a number, for one of several words, or for a file that is read.
+    stand_ins = {"A": "0", "B": "1", "TYPE": "IVF_FLAT", "recipe.yaml": str(tmp_path / "recipe.yaml")}
     command = command.replace("--config FILE", "--config recipe.yaml")
     words = [stand_ins.get(word, word) for word in shlex.split(command, comments=True)]
     if words[1] == "train":
