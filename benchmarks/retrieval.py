@@ -17,6 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from hf_unigd.retrieval.table import EntryTable
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((10_000, 1024), (100_000, 1024), (100_000, 4096), (1_000_000, 1024))
 K, CENTRES, ROWS_PER_INSERT = 10, 2000, 20_000
-ANN = ("IVF_FLAT", "IVF_HNSW_SQ", "IVF_RQ")
+ANN = ("IVF_RQ", "IVF_FLAT", "IVF_SQ")
 
 
 def clustered(count: int, width: int, seed: int, noise: float) -> np.ndarray:
@@ -165,15 +166,17 @@ def building(arguments, save) -> None:
         for number in range(1000):  # small additions, joined as `build_index` joins them
             entry = pa.Table.from_batches([row]).set_column(0, schema_rows.schema.field(0), [[f"small/{number}"]])
             times.append(timed(lambda entry=entry: schema_rows.insert(entry)))
-            if schema_rows.needs_upkeep():
-                schema_rows.optimize()
+            schema_rows.keep_up()
             if number % 250 == 249:
                 files = [file for file in Path(folder, "20000").rglob("*") if file.is_file()]
                 sizes.append(sum(file.stat().st_size for file in files) / 1e6)
+        schema_rows.optimize(keep=timedelta(0))
+        sizes.append(sum(file.stat().st_size for file in Path(folder, "20000").rglob("*") if file.is_file()) / 1e6)
         small = {
             "first_100_ms": 1000 * statistics.median(times[:100]),
             "last_100_ms": 1000 * statistics.median(times[-100:]),
-            "megabytes_by_250": sizes,
+            "megabytes_by_250": sizes[:-1],
+            "megabytes_without_old_versions": sizes[-1],
         }
         print(f"1,000 small additions: {json.dumps(small)}", flush=True)
         save({"rows_per_second": rates, "small_additions": small})

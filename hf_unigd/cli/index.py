@@ -61,7 +61,7 @@ class IndexArguments(ImageArguments, PartArguments):
     ann: str = field(
         default="auto",
         metadata={
-            "help": "Approximate index of the embeddings. auto makes an IVF_HNSW_SQ from a million entries on.",
+            "help": "Approximate index of the embeddings. auto makes an IVF_RQ from a million entries on.",
             "choices": ["auto", "none", *ANN_TYPES],
         },
     )

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # From this number of entries on, `ann="auto"` makes an approximate index.
 ANN_ROWS = 1_000_000
-ANN_DEFAULT = "IVF_HNSW_SQ"
+ANN_DEFAULT = "IVF_RQ"
 _SAMPLE = 16
 
 
@@ -79,7 +79,7 @@ def build_index(
         metadata_columns: Columns of single values to keep, for filters; by default all that belong to no row format.
         replace: Embed all rows, and let them take the places of entries with the same ids.
         ann: Type of an approximate index of the embeddings: `"IVF_FLAT"`, `"IVF_HNSW_SQ"`, `"IVF_SQ"`, `"IVF_RQ"`,
-            `"IVF_PQ"`, `"IVF_HNSW_PQ"`; None for exact search; `"auto"` for an `IVF_HNSW_SQ` from a million entries
+            `"IVF_PQ"`, `"IVF_HNSW_PQ"`; None for exact search; `"auto"` for an `IVF_RQ` from a million entries
             on, and for what the index has otherwise.
         truncate_dim: Matryoshka prefix to keep.
         store_images: Whether images are kept, encoded as they are in the source, to be shown and put into prompts.
@@ -251,8 +251,8 @@ class _Inserts:
             self.table.replace(table)
         else:
             self.rows_known += len(table) - self.table.insert(table)
-        if self.upkeep and self.table.needs_upkeep():
-            self.table.optimize()
+        if self.upkeep:
+            self.table.keep_up()
 
     def report(self) -> None:
         """
@@ -276,5 +276,5 @@ def _finish(table: EntryTable, ann: str | None) -> None:
         ann = table.ann or (ANN_DEFAULT if len(table) >= ANN_ROWS else None)
     if ann != table.ann:
         table.index_embeddings(ann)
-    elif table.needs_upkeep():
-        table.optimize()
+    else:
+        table.keep_up()

@@ -2,13 +2,14 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from ..modeling import UniGDProcessor
 from ..outputs import writing
 from .description import IndexDescription
 from .entries import EMBEDDING, ID, Hit, make_hit
-from .table import EntryTable, quoted, vectors_of
+from .table import EntryTable, VersionRemovedError, quoted, vectors_of
 from .vectors import PRECISIONS, VectorMatrix, are_unit
 
 
@@ -30,11 +31,13 @@ _SAMPLE = 64
 # Of reciprocal rank fusion (Cormack et al., SIGIR 2009).
 _FUSION = 60
 
+_Found = TypeVar("_Found")
+
 
 class EmbeddingIndex:
     """
     A table of entries that [`build_index`] wrote, as it was when it was opened, [`refresh`]ed, or last changed by this
-    object.
+    object. If others have removed that version meanwhile, a search moves on to the latest one, which the log says.
 
     The first search reads all vectors into memory if they fit, and later ones multiply. A table whose vectors do not
     fit, or that has an approximate index, is searched by LanceDB.
@@ -212,9 +215,14 @@ class EmbeddingIndex:
         if texts is not None and not self.table.has_text_index:
             self.table.index_texts()
             self.refresh()  # the vectors in memory are those of an earlier version
+        return self._of_a_version(lambda: self._nearest(vectors, k, where, offset, texts))
+
+    def _nearest(
+        self, vectors: np.ndarray, k: int, where: str | None, offset: int, texts: Sequence[str] | None
+    ) -> list[list[Hit]]:
         wanted = k + offset
-        found = self._candidates(vectors, wanted, where)
-        entries = self._read(np.unique(np.concatenate(found)))
+        found, taken = self._candidates(vectors, wanted, where)
+        entries = _entries_of(taken)
         hits = []
         for place, candidates in enumerate(found):
             ranked = self._ranked(vectors[place], [entries[each] for each in candidates.tolist()])[:wanted]
@@ -240,15 +248,15 @@ class EmbeddingIndex:
         """
         _check_range(k, offset=0)
         vectors = self._checked(queries)
-        found = self._candidates(vectors, k, where)
-        row_ids = np.unique(np.concatenate(found))
-        if len(row_ids) == 0:
-            return [(row_ids, np.empty(0, np.float32)) for _ in found]
-        stored = vectors_of(self.table.take(row_ids, [EMBEDDING])[EMBEDDING])
-        good = are_unit(stored)
+        return self._of_a_version(lambda: self._rank(vectors, k, where))
+
+    def _rank(self, vectors: np.ndarray, k: int, where: str | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        found, taken = self._candidates(vectors, k, where, [EMBEDDING])
+        row_ids, stored = taken["_rowid"].to_numpy(), vectors_of(taken[EMBEDDING])
+        order, good = np.argsort(row_ids), are_unit(stored)
         ranked = []
         for query, candidates in zip(vectors, found, strict=True):
-            places = np.searchsorted(row_ids, candidates)
+            places = order[np.searchsorted(row_ids, candidates, sorter=order)]
             places = places[good[places]]
             scores = stored[places] @ query
             best = np.argsort(-scores, kind="stable")[:k]
@@ -262,18 +270,39 @@ class EmbeddingIndex:
             for batch in self.table.batches(schema.names):
                 writer.write_batch(batch.select(schema.names).cast(schema))
 
+    def _of_a_version(self, search: Callable[[], _Found]) -> _Found:
+        """Searches again in the latest version if the one that was opened is gone."""
+        try:
+            return search()
+        except VersionRemovedError as error:
+            logger.warning("%s This search sees the latest version.", error)
+            self.refresh()
+            return search()
+
     def _checked(self, queries: torch.Tensor) -> np.ndarray:
         if queries.shape[1] != self.width:
             raise ValueError(f"Queries of width {queries.shape[1]}, but the index holds vectors of {self.width}.")
         return queries.float().cpu().numpy()
 
-    def _candidates(self, queries: np.ndarray, count: int, where: str | None) -> list[np.ndarray]:
-        """Row ids of what may be among the `count` nearest of each query."""
+    def _candidates(
+        self, queries: np.ndarray, count: int, where: str | None, columns: Sequence[str] | None = None
+    ) -> tuple[list[np.ndarray], pa.Table]:
+        """Row ids of what may be among the `count` nearest of each query, and the entries of them all."""
         matrix = self._matrix()
         if matrix is None:
-            return [self.table.nearest(query, _CANDIDATES * count, where) for query in queries]
+            tables = [self._searched(query, count, where, columns) for query in queries]
+            return [table["_rowid"].to_numpy() for table in tables], pa.concat_tables(tables)
         among = None if where is None else self.table.row_ids(where)
-        return matrix.nearest(queries, count if self.precision == "float32" else _CANDIDATES * count, among)
+        found = matrix.nearest(queries, count if self.precision == "float32" else _CANDIDATES * count, among)
+        return found, self.table.take(np.unique(np.concatenate(found)), columns)
+
+    def _searched(self, query: np.ndarray, count: int, where: str | None, columns: Sequence[str] | None) -> pa.Table:
+        """The nearest entries as LanceDB finds them."""
+        found = self.table.nearest(query, count, where, columns, _CANDIDATES)
+        if are_unit(vectors_of(found[EMBEDDING])).all():
+            return found
+        # Vectors that are not unit take the places of others.
+        return self.table.nearest(query, _CANDIDATES * count, where, columns, _CANDIDATES)
 
     def _matrix(self) -> VectorMatrix | None:
         """The vectors in memory, or None if LanceDB searches."""
@@ -306,15 +335,6 @@ class EmbeddingIndex:
             )
         return needed <= allowed
 
-    def _read(self, row_ids: np.ndarray) -> dict[int, dict[str, Any]]:
-        """Entries by their row ids."""
-        if len(row_ids) == 0:
-            return {}
-        taken = self.table.take(row_ids)
-        vectors = vectors_of(taken[EMBEDDING])
-        rows = taken.drop_columns([EMBEDDING]).to_pylist()
-        return {row["_rowid"]: {**row, EMBEDDING: vector} for row, vector in zip(rows, vectors, strict=True)}
-
     def _ranked(self, query: np.ndarray, entries: list[dict[str, Any]]) -> list[Hit]:
         """Hits by the similarity of the stored vectors, best first. What is not a unit vector is none."""
         good = [entry for entry in entries if are_unit(entry[EMBEDDING][None])[0]]
@@ -323,7 +343,8 @@ class EmbeddingIndex:
 
     def _fused(self, query: np.ndarray, similar: list[Hit], text: str, count: int, where: str | None) -> list[Hit]:
         """Hits of both rankings, by the sum of their reciprocal ranks."""
-        entries = self._read(matching := self.table.matching(text, count, where))
+        matching = self.table.matching(text, count, where)
+        entries = _entries_of(self.table.take(matching))
         in_text = [hit for row_id in matching.tolist() for hit in self._ranked(query, [entries[row_id]])]
         fused: dict[str, float] = defaultdict(float)
         for ranking in (similar, in_text):
@@ -331,6 +352,15 @@ class EmbeddingIndex:
                 fused[hit.id] += 1 / (_FUSION + rank)
         by_id = {hit.id: hit for hit in [*similar, *in_text]}
         return sorted(by_id.values(), key=lambda hit: -fused[hit.id])[:count]
+
+
+def _entries_of(taken: pa.Table) -> dict[int, dict[str, Any]]:
+    """Entries by their row ids."""
+    rows = taken.drop_columns([EMBEDDING]).to_pylist()
+    return {
+        row["_rowid"]: {**row, EMBEDDING: vector}
+        for row, vector in zip(rows, vectors_of(taken[EMBEDDING]), strict=True)
+    }
 
 
 def _check_range(k: int, offset: int) -> None:

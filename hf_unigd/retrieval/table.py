@@ -14,29 +14,34 @@ import numpy as np
 import pyarrow as pa
 
 from .entries import EMBEDDING, ID, TEXT
+from .upkeep import ENOUGH, KEPT, TIERS, tier_to_join
 
 
 logger = logging.getLogger(__name__)
 
 NAME = "entries"
-# Types of approximate indexes, by how LanceDB calls them.
-ANN_TYPES = {
-    "IVF_FLAT": "IvfFlat",
-    "IVF_SQ": "IvfSq",
-    "IVF_PQ": "IvfPq",
-    "IVF_RQ": "IvfRq",
-    "IVF_HNSW_SQ": "HnswSq",
-    "IVF_HNSW_PQ": "HnswPq",
+# Types of approximate indexes, by how LanceDB calls them, and what differs from its defaults. With one bit, RaBitQ
+# finds half of the ten nearest of a million vectors, with four all of them (docs/performance.md).
+ANN_TYPES: dict[str, tuple[str, dict[str, int]]] = {
+    "IVF_FLAT": ("IvfFlat", {}),
+    "IVF_SQ": ("IvfSq", {}),
+    "IVF_PQ": ("IvfPq", {}),
+    "IVF_RQ": ("IvfRq", {"num_bits": 4}),
+    "IVF_HNSW_SQ": ("HnswSq", {}),
+    "IVF_HNSW_PQ": ("HnswPq", {}),
 }
 _ROWS_PER_BATCH = 8192
-# Of the fragments that appends leave behind. Merging finds ids by reading them all, so they are kept few.
-_MAX_SMALL_FRAGMENTS = 64
+
+
+class VersionRemovedError(RuntimeError):
+    """The version of a table that was opened is not there any more, because others have changed the table since."""
 
 
 class EntryTable:
     """
     A table of entries, as it was when it was opened or last written to. Writes are transactions: others see all of one
-    or nothing, and those of several processes at once all succeed.
+    or nothing, and those of several processes at once all succeed. Reading raises [`VersionRemovedError`] if the
+    version has been removed meanwhile, which others do to versions older than an hour.
 
     Attributes:
         uri: Where it is: a folder, or the address of an object store.
@@ -110,12 +115,14 @@ class EntryTable:
 
     def insert(self, entries: pa.Table) -> int:
         """Adds the entries whose ids are new, and returns their number."""
+        self.refresh()  # a version that was removed meanwhile cannot be added to
         # By its key LanceDB recognises that another process has inserted the same ids meanwhile.
         result = self._table.merge_insert(ID).when_not_matched_insert_all().execute(entries)
         return int(result.num_inserted_rows)
 
     def replace(self, entries: pa.Table) -> None:
         """Adds entries. They take the places of those with the same ids."""
+        self.refresh()
         merge = self._table.merge_insert(ID).when_matched_update_all().when_not_matched_insert_all()
         merge.execute(entries)
 
@@ -126,7 +133,7 @@ class EntryTable:
             ValueError: the filter cannot be read.
         """
         self.refresh()
-        with _filter_errors(where):
+        with self._errors(where):
             return int(self._table.delete(where).num_deleted_rows)
 
     def count(self, where: str | None = None) -> int:
@@ -135,7 +142,7 @@ class EntryTable:
         Raises:
             ValueError: the filter cannot be read.
         """
-        with _filter_errors(where):
+        with self._errors(where):
             return int(self._table.count_rows(where))
 
     def batches(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
@@ -145,7 +152,7 @@ class EntryTable:
             ValueError: the filter cannot be read.
         """
         query = self._table.search().select(list(columns)).with_row_id(True)
-        with _filter_errors(where):
+        with self._errors(where):
             reader = (query.where(where) if where else query).to_batches(batch_size=_ROWS_PER_BATCH)
             yield from reader
 
@@ -158,11 +165,12 @@ class EntryTable:
         return _concatenated([batch["_rowid"].to_numpy() for batch in self.batches([ID], where)], np.uint64)
 
     def take(self, row_ids: np.ndarray, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads entries by their row ids, in their order."""
+        """Reads entries by their row ids, in their order, with these as `_rowid`."""
         query = self._table.take_row_ids([int(each) for each in row_ids]).with_row_id()
-        found = (query.select([*columns]) if columns else query).to_arrow()
+        with self._errors():
+            found = (query.select([*columns]) if columns else query).to_arrow()
         place = {row_id: place for place, row_id in enumerate(found["_rowid"].to_pylist())}
-        return found.take([place[int(each)] for each in row_ids])
+        return found.take(pa.array([place[int(each)] for each in row_ids], pa.int64()))
 
     def sample(self, count: int) -> np.ndarray:
         """Embeddings `(m, width)` of at most `count` entries from all over the table."""
@@ -170,19 +178,37 @@ class EntryTable:
         offsets = np.unique(np.linspace(0, max(total - 1, 0), min(count, total), dtype=int))
         if not len(offsets):
             return np.empty((0, self.width), np.float32)
-        return vectors_of(self._table.take_offsets(offsets.tolist()).select([EMBEDDING]).to_arrow()[EMBEDDING])
+        with self._errors():
+            found = self._table.take_offsets(offsets.tolist()).select([EMBEDDING]).to_arrow()
+        return vectors_of(found[EMBEDDING])
 
-    def nearest(self, query: np.ndarray, count: int, where: str | None = None) -> np.ndarray:
-        """Row ids of about the `count` nearest embeddings: by an approximate index if there is one, else by reading
-        all of them.
+    def nearest(
+        self,
+        query: np.ndarray,
+        count: int,
+        where: str | None = None,
+        columns: Sequence[str] | None = None,
+        refine_factor: int = 1,
+    ) -> pa.Table:
+        """
+        The entries with about the nearest embeddings, best first, with their row ids as `_rowid`: by an approximate
+        index if there is one, else by reading all embeddings.
+
+        Args:
+            query (`np.ndarray` of shape `(width,)`): A unit vector.
+            count: How many to find, at most.
+            where: A filter, a condition of SQL.
+            columns: Columns to read, by default all.
+            refine_factor: How many candidates of the index, for each that is wanted, are compared by their whole
+                embeddings.
 
         Raises:
             ValueError: the filter cannot be read.
         """
         search = self._table.search(query, vector_column_name=EMBEDDING).distance_type("dot").limit(count)
-        search = search.select([ID, "_distance"]).with_row_id(True)
-        with _filter_errors(where):
-            return (search.where(where) if where else search).to_arrow()["_rowid"].to_numpy()
+        search = search.refine_factor(refine_factor).select([*(columns or self.schema.names), "_distance"])
+        with self._errors(where):
+            return (search.where(where) if where else search).with_row_id(True).to_arrow().drop_columns(["_distance"])
 
     def matching(self, text: str, count: int, where: str | None = None) -> np.ndarray:
         """Row ids of the entries whose texts match best, by BM25. It needs [`index_texts`].
@@ -192,7 +218,7 @@ class EntryTable:
         """
         query = import_module("lancedb.query").MatchQuery(text, TEXT)
         search = self._table.search(query).limit(count).select([ID, "_score"]).with_row_id(True)
-        with _filter_errors(where):
+        with self._errors(where):
             return (search.where(where) if where else search).to_arrow()["_rowid"].to_numpy()
 
     @property
@@ -222,7 +248,8 @@ class EntryTable:
             if EMBEDDING in index.columns:
                 self._table.drop_index(index.name)
         if ann is not None:
-            config = getattr(import_module("lancedb.index"), ANN_TYPES[ann])(distance_type="dot")
+            name, settings = ANN_TYPES[ann]
+            config = getattr(import_module("lancedb.index"), name)(distance_type="dot", **settings)
             try:
                 self._table.create_index(EMBEDDING, config=config)
             except (RuntimeError, ValueError) as error:
@@ -231,28 +258,58 @@ class EntryTable:
                 ) from error
         self.refresh()
 
-    def needs_upkeep(self) -> bool:
-        """Whether many small appends have been made since the last upkeep."""
-        return self._table.stats()["fragment_stats"]["num_small_fragments"] > _MAX_SMALL_FRAGMENTS
+    def keep_up(self) -> None:
+        """Does [`optimize`] for the small fragments, if additions have left many of them."""
+        # The number of all fragments is known without opening them.
+        if self._table.stats()["fragment_stats"]["num_fragments"] > ENOUGH:
+            sizes = [fragment.metadata.num_rows for fragment in self._table.to_lance().get_fragments()]
+            tier = tier_to_join(sizes)
+            if tier is not None:
+                self.optimize(tier)
 
-    def optimize(self, keep_days: float = 7) -> None:
+    def optimize(self, below: int = TIERS[-1], keep: timedelta = KEPT) -> None:
         """
-        Joins small fragments, indexes what was appended, and removes versions older than `keep_days`. If other
-        processes replace or delete entries meanwhile, it is left for another time, which the log says.
+        Joins fragments that lie side by side, indexes what was added, and removes old versions. If other processes
+        replace or delete entries meanwhile, it is left for another time, which the log says.
+
+        Args:
+            below: The fragments to join are those of fewer entries.
+            keep: Age of the versions to remove.
         """
+        dataset = self._table.to_lance()
         try:
-            self._table.optimize(cleanup_older_than=timedelta(days=keep_days))
-        except RuntimeError as error:
-            if "commit conflict" not in str(error):
+            dataset.optimize.compact_files(target_rows_per_fragment=below)
+            dataset.optimize.optimize_indices()
+            dataset.cleanup_old_versions(older_than=keep)
+        except (OSError, RuntimeError) as error:
+            if "conflict" not in str(error):
                 raise
             logger.warning("%s is not optimized: other processes change its entries.", self.uri)
         self.refresh()
+
+    @contextmanager
+    def _errors(self, where: str | None = None) -> Iterator[None]:
+        """Turns LanceDB's errors into those of a version that is gone, or of a filter that cannot be used."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if "Not found" in str(error) and f"{NAME}.lance" in str(error):
+                raise VersionRemovedError(
+                    f"{self.uri} has been changed by others, and the version that was opened here is removed: call "
+                    "`refresh()` to see the latest one."
+                ) from error
+            if where is None:
+                raise
+            raise ValueError(
+                f"The filter {where!r} cannot be used: {error}. It is a condition of SQL on columns of the index, "
+                "such as \"lang = 'de' AND year > 2020\"."
+            ) from error
 
 
 def vectors_of(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """The vectors `(n, width)` of a column of lists of a fixed size."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
 def quoted(value: str) -> str:
@@ -266,20 +323,6 @@ def _concatenated(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
 
 def _has_key(schema: pa.Schema) -> bool:
     return any(b"primary-key" in name for name in schema.field(ID).metadata or {})
-
-
-@contextmanager
-def _filter_errors(where: str | None) -> Iterator[None]:
-    """Turns an error of LanceDB about a filter into one that names the filter."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if where is None:
-            raise
-        raise ValueError(
-            f"The filter {where!r} cannot be used: {error}. It is a condition of SQL on columns of the index, such "
-            "as \"lang = 'de' AND year > 2020\"."
-        ) from error
 
 
 def _check_folder(uri: str | Path) -> None:

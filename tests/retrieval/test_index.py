@@ -496,6 +496,6 @@ def test_the_description_survives_every_change(llava, tmp_path):
     index = build(llava, tmp_path)
     before = json.dumps(index.description.probe)
     index.delete(where="row = 1")
-    index.table.optimize(keep_days=7)
+    index.table.optimize()
     build(llava, tmp_path, knowledge(repeat=2), source="more")
     assert json.dumps(EmbeddingIndex.load(tmp_path).description.probe) == before

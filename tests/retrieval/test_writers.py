@@ -1,53 +1,14 @@
 """Several processes at one index: writers, readers beside them, and writers that die."""
 
-import multiprocessing
 import resource
 import signal
 import sys
 import time
-from pathlib import Path
-from unittest import mock
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from datasets import Features
 
-from hf_unigd.retrieval.entries import entry_schema
 from hf_unigd.retrieval.table import EntryTable, vectors_of
-
-
-WIDTH = 32
-SCHEMA = entry_schema(WIDTH, Features({}))
-spawned = multiprocessing.get_context("spawn")  # LanceDB does not survive a fork
-
-
-def make_entries(numbers, text="a cat"):
-    vectors = np.eye(WIDTH, dtype=np.float32)[np.array(numbers) % WIDTH]
-    return pa.table(
-        {
-            "id": [f"rows/{number}" for number in numbers],
-            "row": list(numbers),
-            "sequence": [[{"text": text, "image": None}]] * len(numbers),
-            "answer": [[]] * len(numbers),
-            "text": [text] * len(numbers),
-            "modality": ["text"] * len(numbers),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), WIDTH),
-        },
-        schema=SCHEMA,
-    )
-
-
-def ids_of(table):
-    return [value for batch in table.batches(["id"]) for value in batch["id"].to_pylist()]
-
-
-def insert(uri, numbers, size, started=None):
-    table = EntryTable.open(uri)
-    for start in range(0, len(numbers), size):
-        table.insert(make_entries(numbers[start : start + size]))
-        if started is not None:
-            started.set()
+from retrieval.table_cases import SCHEMA, WIDTH, ids_of, insert, make_entries, spawned
 
 
 def insert_until_full(uri):
@@ -120,44 +81,6 @@ def test_a_full_disk_leaves_the_last_version(tmp_path):
     assert sorted(ids_of(reopened)) == sorted(f"rows/{number}" for number in range(100))
     assert vectors_of(next(reopened.batches(["embedding"]))["embedding"]).shape == (100, WIDTH)
     assert reopened.insert(make_entries(range(110))) == 10
-
-
-def test_many_small_additions_are_joined(tmp_path):
-    table = EntryTable.create(tmp_path, SCHEMA)
-    for number in range(70):
-        table.insert(make_entries([number]))
-    assert table.needs_upkeep()
-    table.optimize()
-    assert not table.needs_upkeep() and len(table) == 70
-    assert len(list(Path(tmp_path, "entries.lance", "data").iterdir())) > 1  # readers of older versions keep theirs
-    table.optimize(keep_days=0)
-    assert len(list(Path(tmp_path, "entries.lance", "data").iterdir())) == 1
-
-
-def replace(uri, rounds):
-    table = EntryTable.open(uri)
-    for number in range(rounds):
-        table.replace(make_entries(range(50), text=str(number)))
-
-
-def test_upkeep_beside_a_process_that_replaces_fails_neither(tmp_path, caplog):
-    table = EntryTable.create(tmp_path, SCHEMA)
-    table.insert(make_entries(range(50)))
-    writer = spawned.Process(target=replace, args=(str(tmp_path), 60))
-    writer.start()
-    while writer.is_alive():
-        table.refresh()
-        table.optimize()
-    writer.join()
-    table.refresh()
-    assert writer.exitcode == 0 and len(table) == 50 and table.count("text = '59'") == 50
-
-
-def test_another_error_of_upkeep_is_not_hidden(tmp_path):
-    table = EntryTable.create(tmp_path, SCHEMA)
-    table._table = mock.Mock(optimize=mock.Mock(side_effect=RuntimeError("the disk is full")))
-    with pytest.raises(RuntimeError, match="the disk is full"):
-        table.optimize()
 
 
 @pytest.mark.parametrize("where", ["id = 'rows/1'", "row IN (1)"])
