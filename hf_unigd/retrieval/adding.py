@@ -86,4 +86,8 @@ class RowAdder:
                 del numbered[known]
         results = [self._embed(batch) for batch in self._prepare(iter(numbered.values()))]
         entries = entries_of(results, self._table.schema)
-        return self._table.insert(entries) if len(entries) else 0
+        if len(entries) == 0:
+            return 0
+        added = self._table.insert(entries)
+        self._table.keep_up()
+        return added

@@ -1,17 +1,22 @@
-"""Upkeep: small additions are joined, old versions go, and neither readers nor writers notice."""
+"""Upkeep: small additions are joined and indexed, old versions go, and neither readers nor writers notice."""
 
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from datasets import Features
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_unigd.retrieval import EmbeddingIndex
+from hf_unigd.retrieval.building import ANN_DEFAULT
 from hf_unigd.retrieval.description import IndexDescription
+from hf_unigd.retrieval.entries import entry_schema
 from hf_unigd.retrieval.table import EntryTable, VersionRemovedError
 from hf_unigd.retrieval.upkeep import ENOUGH, TIERS, tier_to_join
 from retrieval.table_cases import SCHEMA, WIDTH, ids_of, insert, make_entries, spawned
@@ -161,3 +166,43 @@ def test_another_error_of_upkeep_is_not_hidden(tmp_path):
     table._table = mock.Mock(to_lance=mock.Mock(return_value=dataset))
     with pytest.raises(OSError, match="the disk is full"):
         table.optimize()
+
+
+def clustered(count, seed):
+    """Unit vectors around a few points, so that the nearest of one are hard to tell from the others of its point."""
+    generator = np.random.default_rng(seed)
+    vectors = np.random.default_rng(0).standard_normal((8, 256))[generator.integers(0, 8, count)]
+    vectors = (vectors + 0.8 * generator.standard_normal((count, 256))).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_the_default_approximate_index_finds_the_nearest_and_takes_additions(tmp_path):
+    vectors, queries = clustered(4000, 1), clustered(20, 2)
+    schema = entry_schema(256, Features({}))
+    description = IndexDescription("model", None, "float32", [1.0], None, True, None)
+    table = EntryTable.create(tmp_path, schema.with_metadata(description.to_metadata()))
+
+    def add(numbers):
+        entries = make_entries(numbers).set_column(
+            schema.get_field_index("embedding"),
+            schema.field("embedding"),
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors[numbers].reshape(-1)), 256),
+        )
+        table.insert(entries)
+
+    add(np.arange(3000))
+    table.index_embeddings(ANN_DEFAULT)
+    assert table.ann == ANN_DEFAULT
+    add(np.arange(3000, 4000))
+    table.optimize()  # the additions are in the index then
+    index = EmbeddingIndex.load(tmp_path)
+    found = index.nearest(torch.from_numpy(queries), 10)
+    expected = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    recall = np.mean(
+        [len({hit.row for hit in hits} & set(rows)) / 10 for hits, rows in zip(found, expected, strict=True)]
+    )
+    assert recall >= 0.95
+    ranked = index.rank(torch.from_numpy(queries), 10)
+    for hits, (row_ids, scores) in zip(found, ranked, strict=True):
+        assert index.table.take(row_ids, ["row"])["row"].to_pylist() == [hit.row for hit in hits]
+        assert scores.tolist() == pytest.approx([hit.score for hit in hits], abs=1e-6)
