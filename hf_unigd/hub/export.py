@@ -90,10 +90,7 @@ def check_exportable(model: UniGDForConditionalGeneration, processor: UniGDProce
 def embedding_template(processor: UniGDProcessor) -> str:
     """A chat template that adds the embedding prompt to a sequence, as [`UniGDProcessor.process_sequences`] does.
     sentence-transformers makes an instruction the system's turn, from which it is moved to its place."""
-    prompts = {
-        modality: "".join(processor.soft_prompts[modality]) if processor.soft_prompts else prompt
-        for modality, prompt in processor.prompts.items()
-    }
+    prompts = processor.embedding_prompts
     constants = {
         "KEEPS_ORDER": processor.chat_template_keeps_order,
         "IMAGE_PLACEHOLDER": processor.image_placeholder,

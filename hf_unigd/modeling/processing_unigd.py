@@ -25,18 +25,13 @@ from .loading_info_unigd import errors_name
 from .pipeline_unigd import UniGDFeatureExtractionPipeline  # saved with the processor, for `pipeline` to load
 from .plausible_unigd import MAX_PROCESSOR_SIZE, check_sizes
 from .probe_unigd import PROBE_NAME, load_probe, processor_differences
+from .prompts_unigd import check_prompts
 from .rendering_unigd import SequenceError, SequenceRenderer
 from .soft_prompts_unigd import SoftPromptMixin
 from .tokenizing_unigd import SequenceTokenizer, check_vlm_processor
 
 
 logger = logging.getLogger(__name__)
-
-# The image prompt is VladVA's (figure 4); the paper does not give its text prompt, and ours is made like it.
-DEFAULT_PROMPTS = {
-    "image": "Summarize the provided image in one word",
-    "text": "Summarize the provided text in one word",
-}
 
 
 class UniGDProcessor(SoftPromptMixin, ProcessorMixin):
@@ -63,8 +58,8 @@ class UniGDProcessor(SoftPromptMixin, ProcessorMixin):
 
     Raises:
         ValueError: if the chat template or the padding token is missing, a prompt is for an unknown modality,
-            `embedding_position` or `image_pooling` has an unknown value, or an instruction is empty or holds a
-            reserved token.
+            `embedding_position` or `image_pooling` has an unknown value, or a prompt or an instruction is empty or
+            holds a reserved token.
     """
 
     def __init__(
@@ -85,20 +80,17 @@ class UniGDProcessor(SoftPromptMixin, ProcessorMixin):
             raise ValueError(
                 "The tokenizer has no padding token. Set `tokenizer.pad_token`, for example to the EOS token."
             )
-        prompts = {**DEFAULT_PROMPTS, **(prompts or {})}
-        if prompts.keys() != DEFAULT_PROMPTS.keys():
-            raise ValueError(f"`prompts` takes the keys {sorted(DEFAULT_PROMPTS)}, got {sorted(prompts)}.")
         check_choice("embedding_position", embedding_position, ("prompt", "last_slice"))
         check_choice("image_pooling", image_pooling, ("mean", "last"))
         check_vlm_processor(vlm_processor)
         vlm_processor.chat_template = freeze_dates(vlm_processor.chat_template)
         self.vlm_processor = vlm_processor
-        self.prompts = prompts
         self.soft_prompts = soft_prompts
         self.embedding_position = embedding_position
         self.image_pooling = image_pooling
         self._renderer = SequenceRenderer(vlm_processor)
         self._tokenize = SequenceTokenizer(vlm_processor, image_pooling)
+        self.prompts = check_prompts(prompts, self.find_reserved)
         self.instructions = check_instructions(instructions, self.find_reserved)
 
     # What `ProcessorMixin` and its users expect of a processor comes from the backbone's.
@@ -231,7 +223,7 @@ class UniGDProcessor(SoftPromptMixin, ProcessorMixin):
         if len(set(counts)) > 1:
             raise ValueError(f"The numbers of sequences, targets, `prompted` and `label_history` differ: {counts}.")
         sequences = self._instructed(sequences, flags, prompt_name, instruction)
-        prompts = self._embedding_prompts if self.embedding_position == "prompt" else None
+        prompts = self.embedding_prompts if self.embedding_position == "prompt" else None
         given = zip(sequences, targets, flags, histories, strict=True)
         rows = [
             self._renderer.render(index, sequence, target, prompts if flag else None, sentence_ends, history)
@@ -293,7 +285,7 @@ class UniGDProcessor(SoftPromptMixin, ProcessorMixin):
         Raises:
             SequenceError: as [`process_sequences`] does.
         """
-        prompts = self._embedding_prompts if prompted and self.embedding_position == "prompt" else None
+        prompts = self.embedding_prompts if prompted and self.embedding_position == "prompt" else None
         rendered = sequence if prompted else without_instruction(sequence)
         row = self._renderer.render(0, rendered, target, prompts, label_history=label_history)
         try:

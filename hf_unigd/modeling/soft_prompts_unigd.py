@@ -72,7 +72,7 @@ class SoftPromptMixin:
         return self.tokenizer.convert_tokens_to_ids(tokens)
 
     @property
-    def _embedding_prompts(self) -> dict[str, str]:
+    def embedding_prompts(self) -> dict[str, str]:
         """The prompts that are in use, by modality: the soft ones if there are any."""
         if not self.soft_prompts:
             return self.prompts

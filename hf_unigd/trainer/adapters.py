@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -30,12 +31,13 @@ def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor,
             (`add_soft_prompts`).
         peft_config: The settings, usually a `LoraConfig`. If `target_modules` is a list of names, they are matched in
             the language model only. If it is `None` (without `target_parameters`) or `"all-linear"`, it becomes all
-            linear layers of the language model. Any other string is a regular expression and is kept.
+            linear layers of the language model. An empty list is no layer: the soft prompts and the head are trained
+            without LoRA (VladVA, table 4, row 2). Any other string is a regular expression and is kept.
             `modules_to_save` and `trainable_token_indices` are extended by the head and the soft prompts.
 
     Raises:
-        ValueError: the settings cannot hold the head or the soft prompts, name layers that do not exist, or are for
-            inference.
+        ValueError: the settings cannot hold the head or the soft prompts, name layers that do not exist, are for
+            inference, or would train nothing but the temperature.
     """
     config = copy.deepcopy(peft_config)
     needed = {"target_modules": True, "modules_to_save": True, "trainable_token_indices": bool(processor.soft_prompts)}
@@ -43,12 +45,22 @@ def add_adapter(model: UniGDForConditionalGeneration, processor: UniGDProcessor,
         if is_needed and not hasattr(config, name):
             raise ValueError(
                 f"`peft_config` is a {type(config).__name__}, which has no `{name}`, so the adapter cannot hold the "
-                "embedding head and the soft prompts. Use a `LoraConfig`."
+                "embedding head and the soft prompts. Use a `LoraConfig`; with `target_modules=[]`, it trains these "
+                "without LoRA."
             )
     if config.inference_mode:
         raise ValueError("`peft_config` has `inference_mode=True`, so nothing would be trained. Leave it out.")
     if not isinstance(config.target_modules, str) or config.target_modules == "all-linear":
         config.target_modules = _target_modules(model, config)
+    if (
+        config.target_modules == DUMMY_TARGET_MODULES
+        and model.config.head_type == "none"
+        and not processor.soft_prompts
+    ):
+        raise ValueError(
+            "`peft_config` adapts no layer, and the model has neither soft prompts nor a head, so nothing but the "
+            "temperature would be trained. Add soft prompts (`soft_prompts_only`), a head, or layers."
+        )
     config.modules_to_save = sorted({*(config.modules_to_save or []), HEAD_NAME})
     if processor.soft_prompts:
         name = _embedding_name(model)
@@ -130,7 +142,9 @@ def save_adapter_companions(model: PeftModel, folder: str | Path) -> None:
 
 def _target_modules(model: UniGDForConditionalGeneration, config: PeftConfig) -> str | list[str] | None:
     """Returns the `target_modules` for the linear layers of the language model that the settings name, or for all of
-    them if they name none."""
+    them if they do not say."""
+    if config.target_modules is not None and not config.target_modules:
+        return DUMMY_TARGET_MODULES  # PEFT's name of no layer
     if config.target_modules is None and getattr(config, "target_parameters", None):
         return None
     names = None if isinstance(config.target_modules, str) else config.target_modules

@@ -1,7 +1,7 @@
 """Arguments of scripts and commands. TRL's `TrlParser` reads them from YAML files and flags."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from transformers import TrainingArguments
@@ -80,6 +80,8 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
             DeepSpeed.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Whether to freeze the vision tower and its projector.
+        freeze_temperature (`bool`, *optional*, defaults to `False`):
+            Whether the temperature stays as it is. By default it is trained.
         vision_cache (`str`, *optional*):
             Folder that keeps the features of a frozen vision tower for later epochs and runs, by image and tower. The
             space that they will take is compared with what is free before the first is stored.
@@ -216,6 +218,9 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Whether to freeze the vision tower and its projector."}
     )
+    freeze_temperature: bool = field(
+        default=False, metadata={"help": "Whether the temperature stays as it is. By default it is trained."}
+    )
     vision_cache: str | None = field(
         default=None, metadata={"help": "Folder that keeps the features of a frozen vision tower for later runs."}
     )
@@ -293,6 +298,11 @@ class UniGDTrainingArguments(TeacherArguments, TrainingArguments):
         if not any(weights.values()):
             listing = ", ".join(f"`{name}={value}`" for name, value in weights.items())
             raise ValueError(f"Every loss weight is 0: {listing}.")
+        if self.freeze_temperature and not self.contrastive_weight:
+            raise ValueError(
+                "`freeze_temperature` would have no effect: the contrastive loss alone trains the temperature, and "
+                "`contrastive_weight` is 0. Leave it out."
+            )
         if self.alignment_weight and self.dataloader_persistent_workers:
             raise ValueError(
                 "`dataloader_persistent_workers=True` would keep the positions of the first epoch, but the structure "
@@ -386,6 +396,15 @@ class UniGDModelConfig(ModelConfig):
             Prefix sizes that a new model is trained for, besides the full size.
         soft_prompts (`bool`, *optional*, defaults to `False`):
             Whether to replace the hand-written prompts by trained tokens (VladVA, section 3.3).
+        soft_prompts_only (`bool`, *optional*, defaults to `False`):
+            Whether to train nothing but the soft prompts and the head, without LoRA (VladVA, table 4, row 2), and save
+            them as an adapter.
+        image_prompt, text_prompt (`str`, *optional*):
+            The hand-written embedding prompts of sequences with an image, and of all others. Soft prompts start from
+            them. They default to those of the checkpoint, or VladVA's.
+        initial_temperature (`float`, *optional*):
+            The temperature of the contrastive loss at the start. It defaults to that of the checkpoint, or to CLIP's
+            0.07.
         embedding_position (`str`, *optional*, defaults to `"prompt"`):
             Where a new model embeds a sequence: at the end of a `"prompt"` (VladVA) or at its `"last_slice"` (Sugar).
         image_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -411,6 +430,20 @@ class UniGDModelConfig(ModelConfig):
     soft_prompts: bool = field(
         default=False, metadata={"help": "Whether to replace the hand-written prompts by trained tokens."}
     )
+    soft_prompts_only: bool = field(
+        default=False,
+        metadata={"help": "Whether to train nothing but the soft prompts and the head, without LoRA, as an adapter."},
+    )
+    image_prompt: str | None = field(
+        default=None, metadata={"help": "Embedding prompt of sequences with an image. Soft prompts start from it."}
+    )
+    text_prompt: str | None = field(
+        default=None, metadata={"help": "Embedding prompt of all other sequences. Soft prompts start from it."}
+    )
+    initial_temperature: Annotated[float, AtLeast(0, exclusive=True)] | None = field(
+        default=None,
+        metadata={"help": "Temperature at the start: by default the checkpoint's, or 0.07 for a new model."},
+    )
     embedding_position: str = field(
         default="prompt",
         metadata={"help": "Where a new model embeds a sequence.", "choices": ["prompt", "last_slice"]},
@@ -432,5 +465,13 @@ class UniGDModelConfig(ModelConfig):
         super().__post_init__()
         check_settings(self)
         check_least(self, {"lora_r": 1, "lora_alpha": 1, "lora_dropout": 0})
+        if self.soft_prompts_only:
+            lora = [each for each in fields(self) if each.name.startswith(("lora_", "use_rslora", "use_dora"))]
+            if given := [each.name for each in lora if getattr(self, each.name) != each.default]:
+                raise ValueError(
+                    f"`soft_prompts_only` trains without LoRA, so {', '.join(f'`{name}`' for name in given)} would "
+                    "have no effect. Leave one of them out."
+                )
+            self.soft_prompts = True
         if self.model_name_or_path is None:
             raise ValueError("`model_name_or_path` is required: the Hub id or the folder of the model to train.")

@@ -1,15 +1,18 @@
 """Loads the model and processor to train from parsed arguments, and prepares those that a trainer is given."""
 
+import math
 from os import PathLike
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 from trl import get_peft_config, get_quantization_config
 
-from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
+from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDHead, UniGDProcessor
 from ..modeling.hub_files_unigd import is_adapter
 from ..modeling.instructions_unigd import check_instructions
+from ..modeling.prompts_unigd import check_prompts
 from .adapters import add_adapter, check_adapter
 from .arguments import UniGDModelConfig, UniGDTrainingArguments
 from .vision import is_frozen, vision_parameters
@@ -27,11 +30,13 @@ def load_for_training(
         seed: Seed of the weights of a new head.
 
     Returns:
-        The model, its processor, and the settings of the adapter if `model_args.use_peft` is set.
+        The model, its processor, and the settings of the adapter if `model_args.use_peft` or
+        `model_args.soft_prompts_only` is set.
 
     Raises:
-        ValueError: the name is that of an adapter, or a UniGD checkpoint has another head, `embedding_position` or
-            `image_pooling` than the arguments say.
+        ValueError: the name is that of an adapter; a UniGD checkpoint has another head, `embedding_position` or
+            `image_pooling` than the arguments say; an argument about prompts would have no effect; or the temperature
+            is lower than the model allows.
     """
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if is_adapter(name, {"revision": revision}):
@@ -80,9 +85,47 @@ def load_for_training(
     sides = {"query": model_args.instruction, "document": model_args.document_instruction}
     instructions = processor.instructions | {side: text for side, text in sides.items() if text is not None}
     processor.instructions = check_instructions(instructions, processor.find_reserved)
+    _set_prompts(processor, model_args)
+    _set_temperature(model, model_args.initial_temperature)
     if model_args.soft_prompts and processor.soft_prompts is None:
         model.add_soft_prompts(**processor.add_soft_prompts())
+    if model_args.soft_prompts_only:
+        return model, processor, LoraConfig(target_modules=[], task_type=model_args.lora_task_type)
     return model, processor, get_peft_config(model_args)
+
+
+def _set_prompts(processor: UniGDProcessor, model_args: UniGDModelConfig) -> None:
+    """Gives a processor the hand-written prompts of the arguments."""
+    arguments = (("image", model_args.image_prompt), ("text", model_args.text_prompt))
+    prompts = {modality: prompt for modality, prompt in arguments if prompt is not None}
+    given = [f"{modality}_prompt" for modality in prompts]
+    if processor.embedding_position != "prompt" and (given or model_args.soft_prompts):
+        names = given or ["soft_prompts"]
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in names)} would have no effect with "
+            f"`embedding_position={processor.embedding_position!r}`, which embeds without a prompt. Leave it out."
+        )
+    if processor.soft_prompts and given:
+        raise ValueError(
+            f"{model_args.model_name_or_path} has soft prompts, which replace the hand-written ones, so "
+            f"{' and '.join(f'`{name}`' for name in given)} would have no effect. Leave it out."
+        )
+    processor.prompts = check_prompts(processor.prompts | prompts, processor.find_reserved)
+
+
+def _set_temperature(model: UniGDForConditionalGeneration, temperature: float | None) -> None:
+    """Sets the temperature from which training starts, unless it is None."""
+    if temperature is None:
+        return
+    scale, limit = -math.log(temperature), model.config.logit_scale_max_value
+    if scale > limit + 1e-6:
+        raise ValueError(
+            f"`initial_temperature={temperature}` is below {math.exp(-limit):g}, to which the model clamps its "
+            "temperature (`logit_scale_max_value` of its config). Raise it."
+        )
+    model.config.logit_scale_init_value = scale
+    with torch.no_grad():
+        model.embedding_head.logit_scale.fill_(scale)
 
 
 def resolve_model(
@@ -137,7 +180,8 @@ def prepare_model(
     peft_config: PeftConfig | None,
 ) -> PreTrainedModel | PeftModel:
     """
-    Freezes the vision tower if `args.freeze_vision_tower` is set, and adds the adapter if there is a `peft_config`.
+    Freezes the vision tower if `args.freeze_vision_tower` is set and the temperature if `args.freeze_temperature` is,
+    and adds the adapter if there is a `peft_config`.
 
     Args:
         model, processor: The results of [`resolve_model`].
@@ -156,6 +200,10 @@ def prepare_model(
     if peft_config is not None:
         set_seed(args.seed)  # of the adapter's weights
         model = add_adapter(model, processor, peft_config)
+    if args.freeze_temperature:
+        for module in model.modules():  # an adapter has a head of its own
+            if isinstance(module, UniGDHead):
+                module.logit_scale.requires_grad_(False)
     if args.vision_cache is not None and not is_frozen(model):
         raise ValueError(
             "`vision_cache` keeps the features of a frozen vision tower, but this one is trained. Set "

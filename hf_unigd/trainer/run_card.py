@@ -11,6 +11,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import Trainer
 
 from ..hub.cards import CURVES_NAME, RETRIEVAL_NAME, is_hub_id, make_model_card
@@ -116,7 +117,8 @@ def _settings(trainer: Trainer) -> dict[str, object]:
     settings |= {f"instruction of {name}": text for name, text in processor.instructions.items()}
     if isinstance(model, PeftModel):
         lora = model.peft_config[model.active_adapter]
-        settings["LoRA"] = f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
+        adapts = lora.target_modules != DUMMY_TARGET_MODULES
+        settings["LoRA"] = f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}" if adapts else "none"
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
