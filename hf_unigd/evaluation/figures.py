@@ -33,7 +33,7 @@ def draw_retrieval(
         ImportError: matplotlib is not installed.
     """
     columns = 1 + max(len(results) for _, results in queries)
-    figure = _figure(figsize=(1.7 * columns, 1.9 * len(queries)), layout="constrained")
+    figure = make_figure(figsize=(1.7 * columns, 1.9 * len(queries)), layout="constrained")
     figure.suptitle(title, fontsize=9)
     grid = figure.subplots(len(queries), columns, squeeze=False)
     for axes in grid.flat:
@@ -55,7 +55,7 @@ def draw_retrieval(
                 spine.set(color=colour, linewidth=4)
             if image is not None:
                 axes.imshow(image)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def draw_alignment(
@@ -86,7 +86,7 @@ def draw_alignment(
             f"{tuple(posterior.shape)}."
         )
     cell = 0.6  # side of a cell in inches; three lines of a sentence, or an image, fit
-    figure = _figure(figsize=(cell * len(b), cell * len(a)))
+    figure = make_figure(figsize=(cell * len(b), cell * len(a)))
     axes = figure.add_axes((0, 0, 1, 1))
     heat = axes.pcolormesh(posterior.cpu(), cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
     axes.set(xticks=[], yticks=[], ylim=(len(a), 0))
@@ -98,7 +98,7 @@ def draw_alignment(
         _draw_slice(axes, content, cell, (place + 0.5, 1), ("data", "axes fraction"), (0, 6))
     bar = axes.inset_axes((1 + 0.25 / len(b), 0, 0.2 / len(b), 1))
     figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
-    _save(figure, output, bbox_inches="tight", pad_inches=0.15)
+    save_figure(figure, output, bbox_inches="tight", pad_inches=0.15)
 
 
 def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:
@@ -143,12 +143,19 @@ def is_figure(file: Path) -> bool:
         return _MARK in content.read(1024)
 
 
-def _save(figure, output: str | Path, **kwargs) -> None:
+def save_figure(figure, output: str | Path, **kwargs) -> None:
+    """Writes a figure to a PNG file, which [`is_figure`] recognises. `kwargs` are matplotlib's."""
     with writing(output) as file:
         figure.savefig(file, dpi=110, format="png", metadata={"Software": "hf-unigd"}, **kwargs)
 
 
-def _figure(**kwargs):
+def make_figure(**kwargs):
+    """
+    A new figure of matplotlib, which has the arguments `kwargs`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

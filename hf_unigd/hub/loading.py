@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..inputs import reading
-from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.adapter_unigd import load_with_adapter
 from ..modeling.hub_files_unigd import hub_arguments, is_adapter
 
@@ -26,6 +26,30 @@ def load_checkpoint(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration,
     """
     with reading(name):
         return _load(name, kwargs)
+
+
+def load_checkpoint_or_vlm(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
+    """
+    Loads a checkpoint as [`load_checkpoint`] does, or else a plain vision-language model, which embeds without a head,
+    at the default prompts.
+
+    Args:
+        name: A Hub id or folder.
+        kwargs: As in [`load_checkpoint`].
+
+    Raises:
+        ValueError, RuntimeError: as in [`load_checkpoint`]; or a tensor of the plain model is missing.
+    """
+    with reading(name):
+        is_plain = not is_adapter(name, kwargs) and (
+            UniGDConfig.get_config_dict(name, **hub_arguments(kwargs))[0].get("model_type") != UniGDConfig.model_type
+        )
+        if not is_plain:
+            return _load(name, kwargs)
+        kwargs.pop("verify", None)  # a plain model has no probe
+        model = UniGDForConditionalGeneration.from_vlm_pretrained(name, **kwargs)
+        model.processor = UniGDProcessor.from_vlm_pretrained(name, **hub_arguments(kwargs))
+        return model, model.processor
 
 
 def _load(name: str, kwargs: dict[str, Any]) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:

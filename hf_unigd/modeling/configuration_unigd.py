@@ -112,7 +112,7 @@ class UniGDConfig(PreTrainedConfig):
         holder = vlm_config if hasattr(vlm_config, "tie_word_embeddings") else text_config
         kwargs["tie_word_embeddings"] = getattr(holder, "tie_word_embeddings", False)
         # The base class sets the attention implementation of sub-configs. This keeps the one that the backbone has.
-        kwargs.setdefault("attn_implementation", {"": None, "vlm_config": _attention_implementations(vlm_config)})
+        kwargs.setdefault("attn_implementation", {"": None, "vlm_config": attention_implementations(vlm_config)})
         super().__init__(**kwargs)
         # `register_for_auto_class` would only name the class that is saved, and the other class could not be loaded.
         self.auto_map = {
@@ -211,13 +211,13 @@ def check_choice(name: str, value, choices: Iterable) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def _attention_implementations(config) -> dict:
+def attention_implementations(config) -> dict:
     """The attention implementations of a config and, nested by name, of its sub-configs."""
     nested = {name: getattr(config, name, None) for name in config.sub_configs}
     return {
         "": config._attn_implementation,
         **{
-            name: _attention_implementations(sub_config)
+            name: attention_implementations(sub_config)
             for name, sub_config in nested.items()
             if sub_config is not None
         },

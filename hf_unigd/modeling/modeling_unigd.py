@@ -187,6 +187,27 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
         embeddings = self._pool(outputs.last_hidden_state, attention_mask, spans)
         return embeddings if truncate_dim is None else F.normalize(embeddings[:, :truncate_dim], dim=-1)
 
+    def embed_and_predict(self, *, spans, attention_mask=None, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Computes embeddings, and what the model would say where each span ends: for an embedding prompt, the next-token
+        distribution at the summary token (VladVA, section 3.4).
+
+        Args:
+            spans (`torch.LongTensor` of shape `(num_spans, 3)`): row, start and end (exclusive) of each span.
+            attention_mask, inputs: As in [`embed`].
+
+        Returns:
+            The embeddings, a `torch.FloatTensor` of shape `(num_spans, embedding_dim)`, and the next-token scores, of
+            shape `(num_spans, vocab_size)`.
+
+        Raises:
+            ValueError: if a row has more tokens than `config.context_length`.
+        """
+        self._check_length(attention_mask, **inputs)
+        hidden_states = self._decode(attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
+        rows, _, ends = spans.to(hidden_states.device).unbind(1)
+        return self._pool(hidden_states, attention_mask, spans), self.logits(hidden_states[rows, ends - 1])
+
     def _check_length(self, attention_mask=None, input_ids=None, **inputs) -> None:
         limit = self.config.context_length
         if limit is None or input_ids is None or input_ids.shape[1] <= limit:

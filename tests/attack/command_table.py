@@ -79,6 +79,7 @@ def workplace() -> Workplace:
     (here.folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     bad = [*rows[:2], {**rows[2], "short_caption": " "}, rows[3]]
     (here.folder / "bad.jsonl").write_text("\n".join(map(json.dumps, bad)))
+    (here.folder / "prompts.yaml").write_text("image: [In one word]\ntext: [In one word]\n")
     teachers = save_teachers(here.folder / "teachers")
     here.commands += _commands(here, {name: getattr(teachers, name) for name in _TEACHERS})
     captions = [{"anchor": f"dog {place}"} for place in range(4)]
@@ -148,6 +149,14 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             ("model", "dataset_name"),
             "output",
             ".json",
+        ),
+        Command(
+            "prompts",
+            "hf_unigd.trainer.UniGDScriptArguments.load_rows",
+            {**model, **data, "prompts": here["prompts.yaml"], "before": here["vlm"]},
+            ("model", "dataset_name", "prompts", "before"),
+            "output",
+            keeps=True,
         ),
         Command(
             "embed",
