@@ -15,6 +15,7 @@ from hf_unigd.cli.main import main
 from hf_unigd.data import RowError
 from hf_unigd.evaluation.prompts import (
     PROMPTS_FILE,
+    PromptComparison,
     cumulative_variance,
     image_attention,
     load_prompts,
@@ -174,7 +175,7 @@ def test_the_command_agrees_with_plain_transformers_and_numpy(folder, tmp_path, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]  # no parts are left
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5"])  # some layers of Qwen3.5 have no attention
 def test_attention_is_that_of_the_eager_backbone_over_the_image_tokens(family):
     tiny = make_vlm(family)
     model = UniGDForConditionalGeneration.from_vlm(tiny.model)
@@ -230,6 +231,15 @@ def test_before_and_after_are_compared_at_the_best_pair(folder, tmp_path):
     assert [row["model"] for row in attention] == ["before"] * 2 + ["after"] * 2
     assert len({row["share_of_attention"] for row in attention}) == 4
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_soft_prompt_is_compared_with_the_prompt_that_it_started_from(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(PromptComparison, "best", lambda self, hand_written=False: (int(hand_written),) * 2)
+    prompts(folder, tmp_path / "out", model=folder / "soft", before=folder / "plain", attention_images=0)
+    tokens = table(tmp_path / "out" / "top_tokens.csv")
+    mean = Oracle(folder).run("image", "Summarize the provided image in one word")[2]
+    found = [float(row["probability"]) for row in tokens if (row["model"], row["modality"]) == ("before", "image")]
+    np.testing.assert_allclose(found, np.sort(mean)[::-1][:10], rtol=1e-4)
 
 
 def test_an_interrupted_run_goes_on_and_refuses_another_model(folder, tmp_path, monkeypatch):

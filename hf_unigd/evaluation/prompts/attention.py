@@ -17,8 +17,9 @@ from ...modeling.configuration_unigd import attention_implementations
 class ImageAttention:
     """
     Attributes:
-        weights (`torch.FloatTensor` of shape `(num_image_tokens,)`): Attention from the summary token to each position
-            of the image, the mean over layers and heads.
+        weights (`torch.FloatTensor` of shape `(num_positions,)`): Attention from the summary token to each position
+            from the first token of the image to its last, marks of rows and tiles included; the mean over layers and
+            heads.
         grid: Rows and columns of the positions, or None if they are not one grid, as of an image that is cut into
             tiles.
     """

@@ -84,7 +84,8 @@ def draw_variances(
 
 def draw_top_tokens(tokens: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]], output: Path) -> None:
     """
-    Draws the likeliest tokens at the summary token, by modality (rows) and model (columns) (VladVA, figure 4).
+    Draws the likeliest tokens at the summary token, by modality (rows) and model (columns) (VladVA, figure 4). Spaces
+    are drawn as a mark.
 
     Args:
         tokens: By modality and model, tokens and their mean probabilities, the likeliest first.
@@ -96,10 +97,11 @@ def draw_top_tokens(tokens: Mapping[str, Mapping[str, Sequence[tuple[str, float]
     for line, (modality, by_model) in zip(grid, tokens.items(), strict=True):
         for axes, (name, found) in zip(line, by_model.items(), strict=True):
             axes.barh(range(len(found)), [probability for _, probability in found], color="tab:blue")
-            axes.set_yticks(range(len(found)), [token for token, _ in found], fontsize=8, parse_math=False)
+            tokens_shown = [token.replace(" ", "␣") for token, _ in found]
+            axes.set_yticks(range(len(found)), tokens_shown, fontsize=8, parse_math=False)
             axes.invert_yaxis()
             axes.set_xlabel("mean probability", fontsize=8)
-            axes.set_title(f"{name}: after the {modality} prompt", fontsize=9, parse_math=False)
+            axes.set_title(f"{modality} prompt ({name})", fontsize=9, parse_math=False)
     save_figure(figure, output)
 
 
@@ -148,6 +150,7 @@ def draw_attention(
             weights = np.asarray(found[place].weights)
             weights = weights.reshape(found[place].grid or (1, -1))
             axes.imshow(weights, cmap="magma", vmin=0, aspect="equal" if found[place].grid else "auto")
-            title = f"{name}\n{found[place].density:.0%} of the positions, {found[place].share:.0%} of the attention"
+            share, density = found[place].share, found[place].density
+            title = f"{name}: {share:.0%} of all attention,\nspread over {density:.0%} of the positions"
             axes.set_title(title, fontsize=7, parse_math=False)
     save_figure(figure, output)

@@ -47,7 +47,7 @@ def compare_prompts(
             ([`load_prompts`]).
         dtype: Type to load the models in.
         max_rows, image_folder, max_image_pixels: As in [`read_captioned_images`].
-        attention_images: Number of images to draw attention over.
+        attention_images: Number of images to draw attention over, at equal distances.
         batch_size: Images or captions per forward pass.
         overwrite: Throw away what an interrupted run has left.
         show_progress: Whether to draw progress bars.
@@ -73,7 +73,8 @@ def compare_prompts(
     names = {modality: list(by_name) for modality, by_name in processors.items()}
     comparison = PromptComparison.of(names, summaries, items, model, show_progress)
     best = comparison.pair(comparison.best())
-    shown, numbers = items.read("image", range(min(attention_images, items.count("image"))))
+    count = min(attention_images, items.count("image"))
+    shown, numbers = items.read("image", [place * items.count("image") // count for place in range(count)])
     views = {
         "after" if before else "model": ModelView(
             {each: top_tokens(processor, comparison.probabilities[each][name]) for each, name in best.items()},
