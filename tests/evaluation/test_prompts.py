@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from PIL import Image
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
@@ -22,7 +23,9 @@ from hf_unigd.evaluation.prompts import (
     pair_recalls,
     passes,
     study,
+    summarize,
 )
+from hf_unigd.evaluation.prompts.items import read_captioned_images
 from hf_unigd.evaluation.prompts.lists import SOFT_PROMPT, candidates, with_prompt
 from hf_unigd.hub import load_checkpoint
 from hf_unigd.trainer.arguments import UniGDModelConfig
@@ -286,6 +289,38 @@ def test_soft_prompts_are_compared_as_they_are_and_not_recommended(folder, tmp_p
     assert {SOFT_PROMPT} < {row["text_prompt"] for row in pairs}
     best = yaml.safe_load(capsys.readouterr().out.split("`hf-unigd train`:")[1])
     assert best["image_prompt"] in PROMPTS["image"] and best["text_prompt"] in PROMPTS["text"]
+
+
+def test_rows_are_read_at_equal_distances_and_streams_from_their_beginning():
+    rows = [{"image": make_image(place), "short_caption": f"a cat {place}"} for place in range(10)]
+    rows[4]["long_caption"] = "A cat on the grass."
+    processor = UniGDProcessor(make_vlm().processor)
+    items = read_captioned_images(rows, processor, 5, show_progress=False)
+    assert items.images == items.text_rows == [0, 2, 4, 6, 8]
+    captions = [sequence[0]["content"][0]["text"] for sequence in items.read("text", range(5))[0]]
+    assert captions == [f"a cat {place}" for place in items.images]
+    assert items.read("image", [1])[0][0][0]["content"][0]["image"].tobytes() == make_image(2).tobytes()
+    assert torch.equal(items.matches, torch.eye(5, dtype=torch.bool))
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    items = read_captioned_images(stream, processor, 5, show_progress=False)
+    assert items.images == [0, 1, 2, 3, 4]
+    assert items.read("image", [3])[0][0][0]["content"][0]["image"].tobytes() == make_image(3).tobytes()
+
+
+def test_the_instructions_of_a_model_precede_what_is_compared():
+    tiny = make_vlm()
+    tiny.model.lm_head.weight.data *= 30
+    model = UniGDForConditionalGeneration.from_vlm(tiny.model)
+    instructions = {"query": "Find a caption.", "document": "Find an image."}
+    processor = with_prompt(UniGDProcessor(tiny.processor, instructions=instructions), "text", "In one word")
+    for name in instructions:
+        sequence = [{"role": "user", "content": [{"type": "text", "text": "a red cat"}]}]
+        found = summarize(model, [processor], [sequence], [0], name)
+        text = f"USER: {instructions[name]} a red cat\nIn one word ASSISTANT:"
+        with torch.no_grad():
+            logits = tiny.model(**tiny.processor(text=text, return_tensors="pt")).logits[0, -1].double()
+        entropy = torch.distributions.Categorical(logits=logits).entropy().item()
+        assert found.entropies.item() == pytest.approx(entropy, rel=1e-4)
 
 
 # Hand-computed numbers.
