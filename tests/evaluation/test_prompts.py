@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -359,6 +360,13 @@ def test_the_file_that_we_ship_has_fifty_of_each():
     assert "Summarize the provided image in one word" in found["image"] and PROMPTS_FILE.is_file()
 
 
+def test_the_file_in_the_documentation_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text()
+    example = next(block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if block.startswith("image:"))
+    (tmp_path / "prompts.yaml").write_text(example)
+    assert load_prompts(tmp_path / "prompts.yaml")["image"][0] == "What is in the image?"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -367,7 +375,7 @@ def test_the_file_that_we_ship_has_fifty_of_each():
         ("image: []\ntext: [a]", r"`image` must be a list of prompts that is not empty"),
         ("image: [a]\ntext: [b, c: d]", r"prompt 1 of `text` must be a text, got {'c': 'd'}.*quotation marks"),
         ("image: [a, b, a]\ntext: [a]", r"`image` has the prompt 'a' twice"),
-        ("image: [a\n", r"prompts\.yaml: while parsing"),
+        ("image: [a?, b]", r"prompts\.yaml is not valid YAML: while parsing.*on a line of its own"),
         ("image: [a <image>]\ntext: [a]", r"holds the reserved token '<image>'"),
     ],
 )

@@ -29,7 +29,14 @@ def load_prompts(file: str | Path | None = None) -> dict[str, list[str]]:
     """
     file = Path(PROMPTS_FILE if file is None else file)
     with reading(file):
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{file} is not valid YAML: {error}. Write each prompt on a line of its own, after `- `, and put "
+            "quotation marks around one with a colon."
+        ) from error
     if not isinstance(found, dict) or found.keys() != set(MODALITIES):
         keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{file} must have the keys `image` and `text`, each with a list of prompts, got {keys}.")
