@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from seeded_llava import DEVICE, SEEDS, VOCABULARY, Model, Setting
 
-from hf_unigd.data.icons import COLOURS, SIZES, _glyph_mask, _held_out, icon_glyphs, long_caption, short_caption
+from hf_unigd.data.icons import COLOURS, SIZES, _held_out, glyph_mask, icon_glyphs, long_caption, short_caption
 from hf_unigd.quickstart.muon import orthogonalize
 from hf_unigd.quickstart.small_llava import build_processor
 
@@ -119,7 +119,7 @@ def load() -> Icons:
     ids = {word: place + 1 for place, word in enumerate(sorted({word for name in names for word in name.split("_")}))}
     masks = {
         (side, place): torch.stack(
-            [torch.from_numpy(np.array(_glyph_mask(glyphs[name], round(side * SIZES[size]), side))) for name in names]
+            [torch.from_numpy(np.array(glyph_mask(glyphs[name], round(side * SIZES[size]), side))) for name in names]
         ).to(DEVICE)
         for side in (24, 48)
         for place, size in enumerate(sizes)

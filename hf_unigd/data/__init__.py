@@ -6,6 +6,7 @@ from .example import Example, RowError
 from .icons import load_icons
 from .mixture import DatasetMixture, DatasetSource, MixedDataset
 from .rows import RowParser
+from .scenes import load_scenes
 from .slice_features import SliceFeatures
 from .slices import SentenceSplitter
 from .sources import load_rows
@@ -32,6 +33,7 @@ __all__ = [
     "Teachers",
     "load_icons",
     "load_rows",
+    "load_scenes",
     "load_stories",
     "make_examples",
 ]

@@ -95,12 +95,13 @@ def icon_captions(rows: Dataset) -> list[str]:
 
 def draw_icon(glyph: str, colour: str, size: str, side: int) -> Image.Image:
     image = Image.new("RGB", (side, side), "white")
-    image.paste(COLOURS[colour], mask=_glyph_mask(glyph, round(side * SIZES[size]), side))
+    image.paste(COLOURS[colour], mask=glyph_mask(glyph, round(side * SIZES[size]), side))
     return image
 
 
 @cache
-def _glyph_mask(glyph: str, font_size: int, side: int) -> Image.Image:
+def glyph_mask(glyph: str, font_size: int, side: int) -> Image.Image:
+    """A square mask with the font character in its middle. Sizes are in pixels."""
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).text((side / 2, side / 2), glyph, fill=255, font=_font(font_size), anchor="mm")
     return mask
@@ -146,9 +147,17 @@ def icon_glyphs() -> dict[str, str]:
     icons: dict[bytes, tuple[str, str]] = {}
     for name in sorted(vars(MDI7), key=lambda name: (len(name), name), reverse=True):
         if not name.startswith("_"):
-            glyph = getattr(MDI7, name).split(".", 1)[1]
+            glyph = font_character(name)
             icons[draw_icon(glyph, "black", "large", 64).tobytes()] = (name, glyph)
     return dict(icons.values())
+
+
+def font_character(name: str) -> str:
+    """The font character of one icon by name."""
+    _font_file()
+    from fonticon_mdi7 import MDI7
+
+    return getattr(MDI7, name).split(".", 1)[1]
 
 
 def _font_file() -> str:

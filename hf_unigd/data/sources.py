@@ -1,7 +1,8 @@
 """Loads rows from the Hub, from files, or from the offline sources."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
@@ -11,6 +12,7 @@ from ..inputs import reading
 from .coco import coco_rows, is_coco
 from .icons import load_icons
 from .image_folder import load_image_folder, metadata_file
+from .scenes import CONFIGURATIONS, load_scenes
 from .stories import load_stories
 
 
@@ -22,6 +24,13 @@ BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".tar": "webdataset",
+}
+# Each is called with the name of the split.
+OFFLINE: dict[str, Callable[[str], Dataset]] = {
+    "icons": load_icons,
+    "stories": load_stories,
+    "scenes": load_scenes,
+    **{f"scenes/{each}": partial(load_scenes, configuration=each) for each in CONFIGURATIONS},
 }
 # Streams of rows that are on disk are cut into as many parts, for processes and data loader workers to share.
 _SHARDS = 64
@@ -41,7 +50,8 @@ def load_rows(
     Loads one split of a dataset.
 
     Args:
-        name: `"icons"` or `"stories"` for the offline sources, a folder written by `save_to_disk`, anything that
+        name: `"icons"`, `"stories"`, `"scenes"` or `"scenes/CONFIGURATION"` for the offline sources
+            ([`~hf_unigd.data.load_scenes`]), a folder written by `save_to_disk`, anything that
             `datasets.load_dataset` takes (a Hub id or a folder), or files: one, several in a list, or all of a pattern
             such as `data/*.tar` or `data/cc3m-{000..331}.tar`. Files are `.json` (COCO's captions among them),
             `.jsonl`, `.csv`, `.parquet`, `.arrow`, or `.tar` in the format of WebDataset.
@@ -68,10 +78,8 @@ def _load(name, config, split, streaming, data_files, data_dir):
     path = Path(name)
     if data_files is not None or data_dir is not None:
         return load_dataset(name, config, data_dir=data_dir, data_files=data_files, split=split, streaming=streaming)
-    if name == "icons":
-        return load_icons(split)
-    if name == "stories":
-        return load_stories(split)
+    if name in OFFLINE:
+        return OFFLINE[name](split)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         loaded = load_from_disk(name)
         if isinstance(loaded, DatasetDict):

@@ -81,7 +81,7 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
     Args:
         dataset_name (`str`, *optional*):
             Rows to read: a Hub id, a folder, a file, a pattern of files such as `data/*.tar`, or one of the offline
-            sources `icons` and `stories`.
+            sources `icons`, `stories` and `scenes`.
         rename_columns (`list[str]`, *optional*):
             Columns of `dataset_name` to rename, as pairs `old:new`, for example `photo:image title:caption`.
         datasets (`list[DatasetConfig]`, *optional*):
@@ -98,8 +98,8 @@ class UniGDScriptArguments(DatasetMixtureConfig, ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Rows to read: a Hub id, a folder, a file, a pattern of files, or the offline sources `icons` and "
-            "`stories`."
+            "help": "Rows to read: a Hub id, a folder, a file, a pattern of files, or the offline sources `icons`, "
+            "`stories` and `scenes`."
         },
     )
     rename_columns: list[str] | None = field(

@@ -1,0 +1,283 @@
+"""An offline benchmark: scenes of two to four drawn icons, with what retrieval and the compositional benchmarks ask.
+
+A configuration has the columns of the data set that it stands for:
+
+| configuration | after | columns |
+|---|---|---|
+| `scenes` | captioned images | `image`, `short_caption`, `long_caption`, in training also `negatives` |
+| `scenes/sugarcrepe` | SugarCrepe | `image`, `caption`, `negative_caption`, `kind` (its seven kinds) |
+| `scenes/sugarcrepe_pp` | SugarCrepe++ | `image`, `caption`, `caption2`, `negative_caption`, `kind` (its five kinds) |
+| `scenes/winoground` | Winoground | `image_0`, `image_1`, `caption_0`, `caption_1`, `kind` |
+| `scenes/pope` | POPE | `image`, `question`, `answer`, `category` |
+| `scenes/chats` | the questions of `scenes/pope`, to train on | `image`, `messages` |
+
+All have a column `icons` (`icons_0` and `icons_1` for pairs of images) too: what the picture holds, and where.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import accumulate, islice, product
+from typing import Any
+
+from datasets import Dataset
+
+from .scene_pictures import COLOURS, POPULAR, RELATIONS, SHAPES, SIZES, Scene, Thing, draw_picture, place_icons
+
+
+SIDE = 64
+KINDS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+SWAPS = ("swap_obj", "swap_att")
+NEGATIVES = 2  # of a training row
+TRAIN_COUNT = 16_000
+# The combinations that the test split alone shows and names. Four shapes share their two colours.
+HELD_OUT = {
+    (shape, colour)
+    for (row, shape), (column, colour) in product(enumerate(SHAPES), enumerate(COLOURS))
+    if (row - column) % 4 == 0
+}
+
+
+def load_scenes(
+    split: str = "train", configuration: str = "retrieval", count: int | None = None, size: int = SIDE, seed: int = 0
+) -> Dataset:
+    """
+    Loads rows of a configuration. The pictures are drawn when rows are read.
+
+    A shape in a colour is a combination, and a quarter of them are held out: the pictures and texts of the test split,
+    the wrong ones among them, name no combination that those of the training split name.
+
+    In the rows for retrieval, a short caption is true of one picture alone. Those of the training split have two wrong
+    captions too.
+
+    Args:
+        split: `"train"` or `"test"`.
+        configuration: `"retrieval"`, `"sugarcrepe"`, `"sugarcrepe_pp"`, `"winoground"`, `"pope"` or `"chats"`.
+        count: Number of rows: by default 16,000 for training, and for testing 500, or 210 of each kind of hard
+            negatives, or 600 questions.
+        size: Side of the pictures, in pixels.
+        seed: Seed of the scenes, their places and their captions.
+
+    Raises:
+        ImportError: the icon font is not installed.
+        ValueError: the split or the configuration is unknown, or there are not so many scenes with different captions.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"The scenes have the splits 'train' and 'test', not {split!r}.")
+    if configuration not in CONFIGURATIONS:
+        raise ValueError(f"The scenes have the configurations {', '.join(CONFIGURATIONS)}, not {configuration!r}.")
+    make_rows, test_count = CONFIGURATIONS[configuration]
+    if count is None:
+        count = TRAIN_COUNT if split == "train" else test_count
+    draw = random.Random(f"{seed}-{configuration}-{split}")
+    rows = list(islice(make_rows(split, size, draw), count))
+    if len(rows) < count:
+        raise ValueError(f"There are {len(rows)} rows of the {configuration} configuration, fewer than {count}.")
+    return Dataset.from_list([{**row, "side": size} for row in rows]).with_transform(_render)
+
+
+def write_negative(kind: str, scene: Scene, said: Scene, split: str, draw: random.Random) -> tuple[Scene, str]:
+    """
+    Writes a wrong caption of one of SugarCrepe's kinds, which differs from a right one in what the kind names.
+
+    Args:
+        kind: One of `KINDS`.
+        scene: The whole scene.
+        said: What the right caption says: the scene with some sizes left out.
+        split: Whose combinations of shapes and colours the caption may name.
+        draw: Draws the place and the wrong value.
+
+    Returns:
+        What the right caption says, which for `replace_att` and `add_att` differs from `said` in the attribute that is
+        replaced or added, and the wrong caption.
+    """
+    if kind in SWAPS:
+        return said, str(swap(kind, said))
+    if kind == "replace_rel":
+        return said, str(replace(said, relation=draw.choice([each for each in RELATIONS if each != said.relation])))
+    shown = {thing.shape for thing in scene.things}
+    if kind == "add_obj":
+        colour = draw.choice(list(COLOURS))
+        return said, f"{said} and {Thing(draw.choice(_others(_shapes(colour, split), shown)), colour)}"
+    place = draw.randrange(2)
+    thing = scene.things[place]
+    if kind == "replace_obj":
+        shape = draw.choice(_others(_shapes(thing.colour, split), shown))
+        return said, str(said.with_thing(place, shape=shape))
+    attribute = draw.choice(["colour", "size"])
+    values = _colours(thing.shape, split) if attribute == "colour" else list(SIZES)
+    right = getattr(thing, attribute)
+    wrong = draw.choice(_others(values, {right}))
+    positive = said.with_thing(place, **{attribute: right if kind == "replace_att" else None})
+    return positive, str(said.with_thing(place, **{attribute: wrong}))
+
+
+def swap(kind: str, scene: Scene) -> Scene:
+    """The scene of the same words in another order: its things change places (`swap_obj`) or colours (`swap_att`)."""
+    if kind == "swap_obj":
+        return Scene(scene.second, scene.relation, scene.first)
+    return scene.with_thing(0, colour=scene.second.colour).with_thing(1, colour=scene.first.colour)
+
+
+def _retrieval_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    told: set[Scene] = set()
+    # The two orders of a pair of things tell the same scenes.
+    count = len(_pairs(split)[0]) * len(RELATIONS) * 4 // 2
+    for scene in _scenes(split, draw):
+        plain = scene.with_thing(0, size=None).with_thing(1, size=None)
+        if plain not in told:
+            told |= {plain, plain.converse}
+            said = _with_some_sizes(scene, draw)
+            row = {
+                "icons": place_icons(scene, size, draw),
+                "short_caption": str(said),
+                "long_caption": scene.long_caption(),
+            }
+            if split == "train":
+                kinds = draw.sample(KINDS, NEGATIVES)
+                row["negatives"] = [write_negative(kind, scene, said, split, draw)[1] for kind in kinds]
+            yield row
+        if len(told) == 2 * count:
+            return
+
+
+def _negative_rows(kinds: tuple[str, ...], two_positives: bool, split: str, size: int, draw: random.Random):
+    for place, scene in enumerate(_scenes(split, draw)):
+        kind = kinds[place % len(kinds)]
+        positive, negative = write_negative(kind, scene, _with_some_sizes(scene, draw), split, draw)
+        row = {"icons": place_icons(scene, size, draw), "caption": str(positive)}
+        if two_positives:
+            row["caption2"] = str(positive.converse)
+        yield {**row, "negative_caption": negative, "kind": kind}
+
+
+def _sugarcrepe_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    return _negative_rows(KINDS, False, split, size, draw)
+
+
+def _sugarcrepe_pp_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    return _negative_rows(KINDS[:5], True, split, size, draw)
+
+
+def _winoground_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    for place, scene in enumerate(_scenes(split, draw)):
+        kind = SWAPS[place % len(SWAPS)]
+        said = [each.with_thing(0, size=None).with_thing(1, size=None) for each in (scene, swap(kind, scene))]
+        yield {
+            "icons_0": place_icons(scene, size, draw),
+            "icons_1": place_icons(swap(kind, scene), size, draw),
+            "caption_0": str(said[0]),
+            "caption_1": str(said[1]),
+            "kind": kind,
+        }
+
+
+def _pope_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Six questions about each scene with a popular shape: for each category, what it shows and what it does not."""
+    number = 0
+    for scene in _scenes(split, draw):
+        shown = {thing.shape for thing in scene.things}
+        popular = [thing for thing in scene.things if thing.shape in POPULAR]
+        if not popular:
+            continue
+        icons = place_icons(scene, size, draw)
+        one, other = draw.sample(scene.things, 2)
+        absent = _others(SHAPES, shown)
+        questions = {
+            # Absent shapes are drawn as often as those that are shown, so that a question does not give its answer.
+            "random": (one.shape, draw.choices(absent, [_weight(each) for each in absent])[0]),
+            "popular": (draw.choice(popular).shape, draw.choice(_others(POPULAR, shown))),
+            "adversarial": (f"{one.colour} {one.shape}", f"{other.colour} {one.shape}"),
+        }
+        for category, things in questions.items():
+            for answer, thing in zip(("yes", "no"), things, strict=True):
+                question = f"Is there a {thing} in the image?"
+                yield {
+                    "icons": icons,
+                    "question_id": number,
+                    "question": question,
+                    "answer": answer,
+                    "category": category,
+                }
+                number += 1
+
+
+def _chat_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    for row in _pope_rows(split, size, draw):
+        content = f"<image>{row['question']}"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": row["answer"]}]
+        yield {"icons": row["icons"], "messages": messages}
+
+
+# What makes the rows of a configuration, and how many the test split has.
+CONFIGURATIONS: dict[str, tuple[Callable[[str, int, random.Random], Iterator[dict[str, Any]]], int]] = {
+    "retrieval": (_retrieval_rows, 500),
+    "sugarcrepe": (_sugarcrepe_rows, 210 * len(KINDS)),
+    "sugarcrepe_pp": (_sugarcrepe_pp_rows, 210 * 5),
+    "winoground": (_winoground_rows, 400),
+    "pope": (_pope_rows, 600),
+    "chats": (_chat_rows, 600),
+}
+
+
+def _scenes(split: str, draw: random.Random) -> Iterator[Scene]:
+    """Scenes without end. Of a pair of things, each in the other's colour is of the split too."""
+    pairs, weights = _pairs(split)
+    while True:
+        (things,) = draw.choices(pairs, cum_weights=weights)
+        first, second = (
+            Thing(shape, colour, draw.choice(list(SIZES)), draw.choice((1, 2))) for shape, colour in things
+        )
+        yield Scene(first, draw.choice(list(RELATIONS)), second)
+
+
+@cache
+def _pairs(split: str) -> tuple[list[tuple[tuple[str, str], tuple[str, str]]], list[int]]:
+    """The pairs of things that scenes of a split may have, as shapes and colours, and their cumulative weights."""
+    pairs = [
+        ((shape, colour), (other_shape, other_colour))
+        for shape, other_shape in product(SHAPES, repeat=2)
+        for colour, other_colour in product(COLOURS, repeat=2)
+        if shape != other_shape
+        and colour != other_colour
+        and {colour, other_colour} <= set(_colours(shape, split)) & set(_colours(other_shape, split))
+    ]
+    return pairs, list(accumulate(_weight(one) * _weight(other) for (one, _), (other, _) in pairs))
+
+
+def _weight(shape: str) -> int:
+    return 3 if shape in POPULAR else 1
+
+
+def _colours(shape: str, split: str) -> list[str]:
+    return [colour for colour in COLOURS if ((shape, colour) in HELD_OUT) == (split == "test")]
+
+
+def _shapes(colour: str | None, split: str) -> list[str]:
+    return [shape for shape in SHAPES if ((shape, colour) in HELD_OUT) == (split == "test")]
+
+
+def _others(values: Iterable[str], taken: set[str]) -> list[str]:
+    return [value for value in values if value not in taken]
+
+
+def _with_some_sizes(scene: Scene, draw: random.Random) -> Scene:
+    """The scene, in which each size is said or not, with equal chances."""
+    for place in range(2):
+        if draw.random() < 0.5:
+            scene = scene.with_thing(place, size=None)
+    return scene
+
+
+def _render(rows: dict[str, list]) -> dict[str, list]:
+    """Draws the pictures: `image` of `icons`, `image_0` of `icons_0`, `image_1` of `icons_1`."""
+    sides = rows.pop("side")
+    pictures = {
+        name.replace("icons", "image"): [
+            draw_picture(icons, side) for icons, side in zip(rows[name], sides, strict=True)
+        ]
+        for name in rows
+        if name.startswith("icons")
+    }
+    return pictures | rows
