@@ -73,10 +73,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two things of different shapes and colours; `str` of it is a caption."""
+    """Two things of different shapes and colours; `str` of it is a caption. A relation that the caption does not say,
+    as in "a red star and two blue cars", is None."""
 
     first: Thing
-    relation: str
+    relation: str | None
     second: Thing
 
     @property
@@ -84,12 +85,12 @@ class Scene:
         return self.first, self.second
 
     def __str__(self) -> str:
-        return f"{self.first} {self.relation} {self.second}"
+        return f"{self.first} {self.relation or 'and'} {self.second}"
 
     @property
     def converse(self) -> "Scene":
         """The same scene, seen from its second thing."""
-        return Scene(self.second, CONVERSE[self.relation], self.first)
+        return Scene(self.second, self.relation and CONVERSE[self.relation], self.first)
 
     def with_thing(self, place: int, **changes) -> "Scene":
         """The scene with other values of its thing at `place`, 0 or 1."""
@@ -98,7 +99,8 @@ class Scene:
         return Scene(things[0], self.relation, things[1])
 
     def long_caption(self) -> str:
-        """Three sentences of some forty words about the scene."""
+        """Three sentences of some forty words about the scene, whose relation is not None."""
+        assert self.relation is not None
         is_plural = self.first.count > 1
         number = ("two", "three", "four")[self.first.count + self.second.count - 2]
         return (
@@ -114,7 +116,7 @@ def place_icons(scene: Scene, side: int, draw: random.Random) -> list[dict]:
     Places the icons of a scene, each within 1/32 of the side around its place.
 
     Args:
-        scene: The scene. Colours and sizes are not None.
+        scene: The scene, in which nothing is None.
         side: Side of the picture, in pixels.
         draw: Draws the shifts.
 
@@ -122,6 +124,7 @@ def place_icons(scene: Scene, side: int, draw: random.Random) -> list[dict]:
         A dict for each icon: `shape`, `colour`, `size`, and the pixels `x` and `y` of its centre from the top left.
     """
     cell, jitter = side // 2, side // 32
+    assert scene.relation is not None
     across, down = RELATIONS[scene.relation]
     icons = []
     for thing, sign in zip(scene.things, (1, -1), strict=True):

@@ -15,7 +15,7 @@ All have a column `icons` (`icons_0` and `icons_1` for pairs of images) too: wha
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate, islice, product
@@ -28,6 +28,7 @@ from .scene_pictures import COLOURS, POPULAR, RELATIONS, SHAPES, SIZES, Scene, T
 
 SIDE = 64
 KINDS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+PLUS_PLUS = 5  # of the kinds are those of SugarCrepe++
 SWAPS = ("swap_obj", "swap_att")
 NEGATIVES = 2  # of a training row
 TRAIN_COUNT = 16_000
@@ -77,31 +78,33 @@ def load_scenes(
     return Dataset.from_list([{**row, "side": size} for row in rows]).with_transform(_render)
 
 
-def write_negative(kind: str, scene: Scene, said: Scene, split: str, draw: random.Random) -> tuple[Scene, str]:
+def write_negative(kind: str, scene: Scene, said: Scene, split: str, draw: random.Random) -> tuple[Scene | Thing, str]:
     """
     Writes a wrong caption of one of SugarCrepe's kinds, which differs from a right one in what the kind names.
 
     Args:
         kind: One of `KINDS`.
         scene: The whole scene.
-        said: What the right caption says: the scene with some sizes left out.
+        said: What a caption says: the scene with some values left out.
         split: Whose combinations of shapes and colours the caption may name.
         draw: Draws the place and the wrong value.
 
     Returns:
-        What the right caption says, which for `replace_att` and `add_att` differs from `said` in the attribute that is
-        replaced or added, and the wrong caption.
+        What the right caption says, and the wrong caption. The right caption of `add_obj` says one thing alone. That
+        of `replace_att` says the attribute that is replaced, and that of `add_att` does not say the one that is added.
     """
     if kind in SWAPS:
         return said, str(swap(kind, said))
     if kind == "replace_rel":
-        return said, str(replace(said, relation=draw.choice([each for each in RELATIONS if each != said.relation])))
-    shown = {thing.shape for thing in scene.things}
-    if kind == "add_obj":
-        colour = draw.choice(list(COLOURS))
-        return said, f"{said} and {Thing(draw.choice(_others(_shapes(colour, split), shown)), colour)}"
+        return said, str(replace(said, relation=draw.choice(_others(RELATIONS, {said.relation}))))
     place = draw.randrange(2)
     thing = scene.things[place]
+    shown = {each.shape for each in scene.things}
+    if kind == "add_obj":
+        colour = draw.choice(list(COLOURS))
+        count = draw.choice((1, 2))
+        added = Thing(draw.choice(_others(_shapes(colour, split), shown)), colour, count=count)
+        return said.things[place], f"{said.things[place]} and {added}"
     if kind == "replace_obj":
         shape = draw.choice(_others(_shapes(thing.colour, split), shown))
         return said, str(said.with_thing(place, shape=shape))
@@ -129,35 +132,39 @@ def _retrieval_rows(split: str, size: int, draw: random.Random) -> Iterator[dict
         if plain not in told:
             told |= {plain, plain.converse}
             said = _with_some_sizes(scene, draw)
+            kinds = list(KINDS)
+            # Without such captions, "and" would give the wrong captions of `add_obj` away.
+            if split == "train" and draw.random() < 0.25:
+                said = replace(said, relation=None)
+                kinds = _others(KINDS, {"replace_rel", "swap_obj"})  # there is no relation to be wrong
             row = {
                 "icons": place_icons(scene, size, draw),
                 "short_caption": str(said),
                 "long_caption": scene.long_caption(),
             }
             if split == "train":
-                kinds = draw.sample(KINDS, NEGATIVES)
-                row["negatives"] = [write_negative(kind, scene, said, split, draw)[1] for kind in kinds]
+                chosen = draw.sample(kinds, NEGATIVES)
+                row["negatives"] = [write_negative(kind, scene, said, split, draw)[1] for kind in chosen]
             yield row
         if len(told) == 2 * count:
             return
 
 
-def _negative_rows(kinds: tuple[str, ...], two_positives: bool, split: str, size: int, draw: random.Random):
-    for place, scene in enumerate(_scenes(split, draw)):
-        kind = kinds[place % len(kinds)]
-        positive, negative = write_negative(kind, scene, _with_some_sizes(scene, draw), split, draw)
-        row = {"icons": place_icons(scene, size, draw), "caption": str(positive)}
-        if two_positives:
-            row["caption2"] = str(positive.converse)
-        yield {**row, "negative_caption": negative, "kind": kind}
-
-
 def _sugarcrepe_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    return _negative_rows(KINDS, False, split, size, draw)
+    for place, scene in enumerate(_scenes(split, draw)):
+        kind = KINDS[place % len(KINDS)]
+        right, wrong = write_negative(kind, scene, _with_some_sizes(scene, draw), split, draw)
+        icons = place_icons(scene, size, draw)
+        yield {"icons": icons, "caption": str(right), "negative_caption": wrong, "kind": kind}
 
 
 def _sugarcrepe_pp_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    return _negative_rows(KINDS[:5], True, split, size, draw)
+    for place, scene in enumerate(_scenes(split, draw)):
+        kind = KINDS[place % PLUS_PLUS]
+        right, wrong = write_negative(kind, scene, _with_some_sizes(scene, draw), split, draw)
+        assert isinstance(right, Scene)
+        captions = {"caption": str(right), "caption2": str(right.converse), "negative_caption": wrong}
+        yield {"icons": place_icons(scene, size, draw), **captions, "kind": kind}
 
 
 def _winoground_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
@@ -214,7 +221,7 @@ def _chat_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str,
 CONFIGURATIONS: dict[str, tuple[Callable[[str, int, random.Random], Iterator[dict[str, Any]]], int]] = {
     "retrieval": (_retrieval_rows, 500),
     "sugarcrepe": (_sugarcrepe_rows, 210 * len(KINDS)),
-    "sugarcrepe_pp": (_sugarcrepe_pp_rows, 210 * 5),
+    "sugarcrepe_pp": (_sugarcrepe_pp_rows, 210 * PLUS_PLUS),
     "winoground": (_winoground_rows, 400),
     "pope": (_pope_rows, 600),
     "chats": (_chat_rows, 600),
@@ -258,7 +265,7 @@ def _shapes(colour: str | None, split: str) -> list[str]:
     return [shape for shape in SHAPES if ((shape, colour) in HELD_OUT) == (split == "test")]
 
 
-def _others(values: Iterable[str], taken: set[str]) -> list[str]:
+def _others(values: Iterable[str], taken: Collection[str | None]) -> list[str]:
     return [value for value in values if value not in taken]
 
 

@@ -10,6 +10,7 @@ from ..settings import NotNegative, Positive
 DEFAULTS = {
     "vladva": {"output": "runs/quickstart", "max_steps": 850, "batch_size": 128},
     "sugar": {"output": "runs/quickstart-sugar", "max_steps": 600, "batch_size": 32},
+    "scenes": {"output": "runs/scenes", "max_steps": 800, "batch_size": 128},
 }
 
 
@@ -17,16 +18,21 @@ DEFAULTS = {
 class QuickstartArguments:
     recipe: str = field(
         default="vladva",
-        metadata={"help": "Paper whose objective to train with: VladVA or Sugar.", "choices": list(DEFAULTS)},
+        metadata={
+            "help": "What to train: VladVA on icons, Sugar on stories, or VladVA on scenes with hard negatives.",
+            "choices": list(DEFAULTS),
+        },
     )
     output: str | None = field(
-        default=None, metadata={"help": "Folder to write, runs/quickstart or runs/quickstart-sugar by default."}
+        default=None,
+        metadata={"help": "Folder to write, runs/quickstart, runs/quickstart-sugar or runs/scenes by default."},
     )
     max_steps: Positive | None = field(
-        default=None, metadata={"help": "Number of training steps, 850 (VladVA) or 600 (Sugar) by default."}
+        default=None,
+        metadata={"help": "Number of training steps, 850 (VladVA), 600 (Sugar) or 800 (scenes) by default."},
     )
     batch_size: Positive | None = field(
-        default=None, metadata={"help": "Number of rows per step, 128 (VladVA) or 32 (Sugar) by default."}
+        default=None, metadata={"help": "Number of rows per step, 128 (VladVA, scenes) or 32 (Sugar) by default."}
     )
     seed: NotNegative = field(
         default=0, metadata={"help": "Seed of the data, the initial weights and the order of the rows."}

@@ -1,4 +1,4 @@
-"""Files that both recipes write beside the checkpoint."""
+"""Files that all recipes write beside the checkpoint."""
 
 import json
 
@@ -11,7 +11,13 @@ from .arguments import QuickstartArguments
 
 
 def write_card(
-    args: QuickstartArguments, metrics: dict[str, float], minutes: float, summary: str, dataset: str, objective: str
+    args: QuickstartArguments,
+    metrics: dict[str, float],
+    minutes: float,
+    summary: str,
+    dataset: str,
+    objective: str,
+    methods: list[str],
 ) -> None:
     """Writes the model card, `README.md`."""
     card = make_model_card(
@@ -29,7 +35,7 @@ def write_card(
         },
         limits="It knows icons alone. It shows that training, saving and loading work, and has no other use.",
         license="apache-2.0",
-        methods=[args.recipe],
+        methods=methods,
         retrieval_picture=RETRIEVAL_NAME if (args.folder / RETRIEVAL_NAME).is_file() else None,
     )
     with writing(args.folder / "README.md") as file:

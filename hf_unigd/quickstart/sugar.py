@@ -67,6 +67,7 @@ def run_sugar(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         "--recipe sugar`.",
         dataset="Stories told with Material Design icons, held out",
         objective=f"structure + next-token, {ALIGNMENT_WEIGHT:g} : 1 (Sugar)",
+        methods=["sugar"],
     )
     similarity = check_in_fresh_process(trained, processor, test[0]["images"][0], test[0]["captions"][0], args.folder)
     print(f"\nReloaded in a fresh process without hf-unigd: the same similarity, {similarity:.4f}.")

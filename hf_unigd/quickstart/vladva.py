@@ -72,6 +72,7 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         summary="a small LLaVA built in code, trained from scratch on drawn icons by `hf-unigd quickstart`.",
         dataset="Material Design icons, held out",
         objective="InfoNCE + next-token, 1 : 0.5 (VladVA)",
+        methods=["vladva"],
     )
     show_metrics(metrics)
     show_captions(captions, test, accuracy)

@@ -126,6 +126,14 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             is_quick=False,
         ),
         Command(
+            "quickstart",
+            "hf_unigd.quickstart.scenes.load_scenes",
+            {"recipe": "scenes", "max_steps": "1"},
+            output="output",
+            writes=checkpoint,
+            is_quick=False,
+        ),
+        Command(
             "train",
             "hf_unigd.cli.train.load_for_training",
             train,

@@ -29,11 +29,17 @@ def found(phrase: str, icons: list[dict]) -> np.ndarray | None:
 
 def holds(caption: str, icons: list[dict]) -> bool:
     """Whether a caption is true of the icons."""
-    caption, *added = caption.split(" and ")
-    first, relation, second = re.fullmatch(r"(.+) (to the left of|to the right of|above|below) (.+)", caption).groups()
-    places = [found(phrase, icons) for phrase in (first, second, *added)]
+    return all(_part_holds(part, icons) for part in caption.split(" and "))
+
+
+def _part_holds(caption: str, icons: list[dict]) -> bool:
+    phrases = re.split(r" (to the left of|to the right of|above|below) ", caption)
+    places = [found(phrase, icons) for phrase in phrases[::2]]
     if any(place is None for place in places):
         return False
+    if len(phrases) == 1:
+        return True
+    _, relation, _ = phrases
     right, down = places[1] - places[0]
     # Eight pixels are a fourth of the distance of two things, and twice as much as they are shifted.
     beside, aslant = {"to the left of": (right, down), "to the right of": (-right, down)}.get(relation, (down, right))

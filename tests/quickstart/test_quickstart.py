@@ -2,15 +2,17 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import BatchFeature
 
 from hf_unigd.cli.main import main
-from hf_unigd.data import load_icons
-from hf_unigd.quickstart import sugar, vladva
+from hf_unigd.data import load_icons, load_scenes
+from hf_unigd.quickstart import scenes, sugar, vladva
 from hf_unigd.quickstart.fresh_process import check_in_fresh_process
 
 
@@ -95,6 +97,56 @@ def test_the_sugar_recipe_compares_with_and_without_the_structure_loss(tmp_path,
     processor = json.loads((tmp_path / "processor_config.json").read_text())
     assert processor["embedding_position"] == "last_slice"
     assert "(Sugar)" in (tmp_path / "README.md").read_text()
+
+
+def test_the_scenes_recipe_measures_hard_negatives_and_answers(tmp_path, capsys, monkeypatch):
+    def load_few(split, configuration="retrieval", count=84, **settings):
+        return load_scenes(split, configuration, min(count, 84), **settings)
+
+    monkeypatch.setattr(scenes, "load_scenes", load_few)
+    main(["quickstart", "--recipe", "scenes", "--output", str(tmp_path), "--max_steps", "3", "--batch_size", "16"])
+    printed = capsys.readouterr().out
+    assert "sugarcrepe swap att" in printed and "pope adversarial" in printed
+    assert "Reloaded in a fresh process without hf-unigd" in printed
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["chance"]) == set(metrics["after"]) - {"perplexity"} == set(metrics["before"]) - {"perplexity"}
+    assert len([name for name in metrics["chance"] if name.startswith("sugarcrepe_")]) == 7
+    assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
+    assert "(VladVA)" in (tmp_path / "README.md").read_text()
+
+
+def test_scenes_are_scored_by_kind_and_category(monkeypatch):
+    rows = load_scenes("test", "sugarcrepe")
+    right, kinds = {row["caption"] for row in rows.with_format(None)}, rows.with_format(None)["kind"]
+
+    def embed(model, processor, sequences, *args, **kwargs):
+        """Finds every right caption; a wrong one too, where something is added."""
+        if not isinstance(sequences[0], str):
+            return torch.ones(len(sequences), 1)
+        return torch.tensor([[float(text in right or " and " in text)] for text in sequences])
+
+    monkeypatch.setattr(scenes, "embed_sequences", embed)
+    found = scenes.negatives_accuracy(None, None)
+    assert set(kinds) == {name.removeprefix("sugarcrepe_") for name in found}
+    assert found["sugarcrepe_add_obj"] == 0 and found["sugarcrepe_replace_obj"] > 0.9
+
+
+def test_generated_answers_are_compared_with_the_right_ones():
+    class Processor:
+        def process_sequences(self, sequences, prompted, padding_side):
+            assert not prompted and padding_side == "left"
+            return BatchFeature({"input_ids": torch.zeros(len(sequences), 3, dtype=torch.long)})
+
+        def batch_decode(self, tokens, skip_special_tokens):
+            assert tokens.shape[1] == 2 and (tokens == 7).all()
+            return [" yes"] * len(tokens)
+
+    def generate(input_ids, **settings):
+        return torch.nn.functional.pad(input_ids, (0, 2), value=7)
+
+    model = SimpleNamespace(device="cpu", generate=generate)
+    found = scenes.answers_accuracy(model, Processor())
+    assert found == {"pope_random": 0.5, "pope_popular": 0.5, "pope_adversarial": 0.5}
 
 
 def test_an_unknown_recipe_is_refused(capsys):
