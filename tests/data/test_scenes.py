@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from zlib import crc32
 
 import numpy as np
@@ -146,12 +146,14 @@ def test_pictures_show_the_icons_at_their_places():
         for icon in row["icons"]:
             cell = picture[max(0, icon["y"] - 16) : icon["y"] + 16, max(0, icon["x"] - 16) : icon["x"] + 16]
             assert (cell == COLOURS[icon["colour"]]).all(-1).sum() > 10, icon
-        darkest = (picture != 255).any(-1)
+        for one, other in combinations(row["icons"], 2):  # icons do not overlap
+            assert max(abs(one["x"] - other["x"]), abs(one["y"] - other["y"])) >= 28
+        ink = (picture != 255).any(-1)
         share = {"small": 0.75, "large": 0.98}
         for icon in row["icons"]:  # no ink beyond the size of an icon
             half = int(16 * share[icon["size"]])
-            darkest[max(0, icon["y"] - half) : icon["y"] + half, max(0, icon["x"] - half) : icon["x"] + half] = False
-        assert not darkest.any()
+            ink[max(0, icon["y"] - half) : icon["y"] + half, max(0, icon["x"] - half) : icon["x"] + half] = False
+        assert not ink.any()
 
 
 def test_a_short_caption_is_true_of_its_own_picture_alone():
