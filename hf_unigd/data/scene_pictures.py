@@ -28,6 +28,7 @@ COLOURS = {
     "red": "#d32f2f",
     "yellow": "#fbc02d",
     "green": "#388e3c",
+    "cyan": "#4dd0e1",
     "blue": "#1976d2",
     "purple": "#7b1fa2",
     "pink": "#f48fb1",

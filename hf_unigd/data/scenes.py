@@ -9,7 +9,7 @@ A configuration has the columns of the data set that it stands for:
 | `scenes/sugarcrepe_pp` | SugarCrepe++ | `image`, `caption`, `caption2`, `negative_caption`, `kind` (its five kinds) |
 | `scenes/winoground` | Winoground | `image_0`, `image_1`, `caption_0`, `caption_1`, `kind` |
 | `scenes/pope` | POPE | `image`, `question`, `answer`, `category` |
-| `scenes/chats` | the questions of `scenes/pope`, to train on | `image`, `messages` |
+| `scenes/chats` | four questions of `scenes/pope` about a picture, to train on | `image`, `messages` |
 
 All have a column `icons` (`icons_0` and `icons_1` for pairs of images) too: what the picture holds, and where.
 """
@@ -31,12 +31,13 @@ KINDS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "a
 PLUS_PLUS = 5  # of the kinds are those of SugarCrepe++
 SWAPS = ("swap_obj", "swap_att")
 NEGATIVES = 2  # of a training row
+CHAT_QUESTIONS = 4
 TRAIN_COUNT = 16_000
-# The combinations that the test split alone shows and names. Four shapes share their two colours.
+# What the test split alone shows and names: three colours of each shape. Every third shape has the same three.
 HELD_OUT = {
     (shape, colour)
     for (row, shape), (column, colour) in product(enumerate(SHAPES), enumerate(COLOURS))
-    if (row - column) % 4 == 0
+    if (row - column) % 3 == 0
 }
 
 
@@ -46,7 +47,7 @@ def load_scenes(
     """
     Loads rows of a configuration. The pictures are drawn when rows are read.
 
-    A shape in a colour is a combination, and a quarter of them are held out: the pictures and texts of the test split,
+    A shape in a colour is a combination, and a third of them are held out: the pictures and texts of the test split,
     the wrong ones among them, name no combination that those of the training split name.
 
     In the rows for retrieval, a short caption is true of one picture alone. Those of the training split have two wrong
@@ -99,9 +100,10 @@ def write_negative(kind: str, scene: Scene, said: Scene, split: str, draw: rando
         return said, str(replace(said, relation=draw.choice(_others(RELATIONS, {said.relation}))))
     place = draw.randrange(2)
     thing = scene.things[place]
-    shown = {each.shape for each in scene.things}
+    shown, colours = {each.shape for each in scene.things}, {each.colour for each in scene.things}
+    # Things of one picture never have one colour. A caption of two red things would be known as wrong without it.
     if kind == "add_obj":
-        colour = draw.choice(list(COLOURS))
+        colour = draw.choice(_others(COLOURS, colours))
         count = draw.choice((1, 2))
         added = Thing(draw.choice(_others(_shapes(colour, split), shown)), colour, count=count)
         return said.things[place], f"{said.things[place]} and {added}"
@@ -109,9 +111,8 @@ def write_negative(kind: str, scene: Scene, said: Scene, split: str, draw: rando
         shape = draw.choice(_others(_shapes(thing.colour, split), shown))
         return said, str(said.with_thing(place, shape=shape))
     attribute = draw.choice(["colour", "size"])
-    values = _colours(thing.shape, split) if attribute == "colour" else list(SIZES)
-    right = getattr(thing, attribute)
-    wrong = draw.choice(_others(values, {right}))
+    values = {"colour": _others(_colours(thing.shape, split), colours), "size": _others(SIZES, {thing.size})}
+    right, wrong = getattr(thing, attribute), draw.choice(values[attribute])
     positive = said.with_thing(place, **{attribute: right if kind == "replace_att" else None})
     return positive, str(said.with_thing(place, **{attribute: wrong}))
 
@@ -126,7 +127,7 @@ def swap(kind: str, scene: Scene) -> Scene:
 def _retrieval_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
     told: set[Scene] = set()
     # The two orders of a pair of things tell the same scenes.
-    count = len(_pairs(split)[0]) * len(RELATIONS) * 4 // 2
+    distinct = len(_pairs(split)[0]) * len(RELATIONS) * 4 // 2
     for scene in _scenes(split, draw):
         plain = scene.with_thing(0, size=None).with_thing(1, size=None)
         if plain not in told:
@@ -146,7 +147,7 @@ def _retrieval_rows(split: str, size: int, draw: random.Random) -> Iterator[dict
                 chosen = draw.sample(kinds, NEGATIVES)
                 row["negatives"] = [write_negative(kind, scene, said, split, draw)[1] for kind in chosen]
             yield row
-        if len(told) == 2 * count:
+        if len(told) == 2 * distinct:
             return
 
 
@@ -181,40 +182,55 @@ def _winoground_rows(split: str, size: int, draw: random.Random) -> Iterator[dic
 
 
 def _pope_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Six questions about each scene with a popular shape: for each category, what it shows and what it does not."""
     number = 0
-    for scene in _scenes(split, draw):
-        shown = {thing.shape for thing in scene.things}
-        popular = [thing for thing in scene.things if thing.shape in POPULAR]
-        if not popular:
-            continue
+    for scene, questions in _questions(split, draw):
         icons = place_icons(scene, size, draw)
-        one, other = draw.sample(scene.things, 2)
-        absent = _others(SHAPES, shown)
-        questions = {
-            # Absent shapes are drawn as often as those that are shown, so that a question does not give its answer.
-            "random": (one.shape, draw.choices(absent, [_weight(each) for each in absent])[0]),
-            "popular": (draw.choice(popular).shape, draw.choice(_others(POPULAR, shown))),
-            "adversarial": (f"{one.colour} {one.shape}", f"{other.colour} {one.shape}"),
-        }
-        for category, things in questions.items():
-            for answer, thing in zip(("yes", "no"), things, strict=True):
-                question = f"Is there a {thing} in the image?"
-                yield {
-                    "icons": icons,
-                    "question_id": number,
-                    "question": question,
-                    "answer": answer,
-                    "category": category,
-                }
-                number += 1
+        for question in questions:
+            yield {"icons": icons, "question_id": number, **question}
+            number += 1
 
 
 def _chat_rows(split: str, size: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    for row in _pope_rows(split, size, draw):
-        content = f"<image>{row['question']}"
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": row["answer"]}]
-        yield {"icons": row["icons"], "messages": messages}
+    for scene, questions in _questions(split, draw):
+        messages = []
+        # Not all, so that the number of answers "yes" is not known.
+        for place, question in enumerate(draw.sample(questions, CHAT_QUESTIONS)):
+            image = "" if place else "<image>"
+            messages += [
+                {"role": "user", "content": f"{image}{question['question']}"},
+                {"role": "assistant", "content": question["answer"]},
+            ]
+        yield {"icons": place_icons(scene, size, draw), "messages": messages}
+
+
+def _questions(split: str, draw: random.Random) -> Iterator[tuple[Scene, list[dict[str, str]]]]:
+    """
+    Scenes, and six questions about each: for each category, one about what it shows and one about what it does not.
+
+    Scenes come in pairs. What one shows is what the other is asked for in vain, so that no question gives its answer
+    away.
+    """
+    scenes = _scenes(split, draw)
+    for pair in zip(scenes, scenes, strict=True):
+        shapes = [[thing.shape for thing in scene.things] for scene in pair]
+        own = [_others(shapes[place], shapes[1 - place]) for place in range(2)]
+        popular = [[shape for shape in each if shape in POPULAR] for each in own]
+        if not all(popular):
+            continue
+        asked = {
+            category: [draw.choice(each) for each in choices]
+            for category, choices in (("random", own), ("popular", popular))
+        }
+        for place, scene in enumerate(pair):
+            one, other = draw.sample(scene.things, 2)
+            things = {category: (named[place], named[1 - place]) for category, named in asked.items()}
+            things["adversarial"] = (f"{one.colour} {one.shape}", f"{other.colour} {one.shape}")
+            questions = [
+                {"question": f"Is there a {thing} in the image?", "answer": answer, "category": category}
+                for category, named in things.items()
+                for answer, thing in zip(("yes", "no"), named, strict=True)
+            ]
+            yield scene, questions
 
 
 # What makes the rows of a configuration, and how many the test split has.

@@ -18,7 +18,7 @@ from .small_llava import build_llava, build_processor
 from .training import make_trainer
 
 
-SCENES, QUESTIONS = 16_000, 12_000
+SCENES, CHATS = 16_000, 16_000
 IMAGE_SIZE, PATCH_SIZE = 64, 16
 PROMPT = "In one word"
 BATCH_SIZE = 250  # of what is measured
@@ -40,22 +40,21 @@ def run_scenes(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     start = time.perf_counter()
     check_output_folder(args.folder)
     train = load_scenes("train", count=SCENES, size=IMAGE_SIZE, seed=args.seed)
-    chats = load_scenes("train", "chats", count=QUESTIONS, size=IMAGE_SIZE, seed=args.seed)
+    chats = load_scenes("train", "chats", count=CHATS, size=IMAGE_SIZE, seed=args.seed)
     test = load_scenes("test", size=IMAGE_SIZE)
     model, processor = build(train, chats, args.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"A LLaVA of {parameters / 1e6:.1f} million parameters.")
-    print(f"{len(train)} scenes and {len(chats)} questions to train on, {len(test)} other scenes to test on.")
+    print(f"{len(train)} scenes and {len(chats)} chats of questions to train on, {len(test)} other scenes to test on.")
 
     trainer = make_trainer(
         args,
         model,
         processor,
-        # Three rows of four are captioned scenes.
-        DatasetMixture([DatasetSource(train, "scenes", weight=3), DatasetSource(chats, "scenes/chats", weight=1)]),
+        DatasetMixture([DatasetSource(train, "scenes"), DatasetSource(chats, "scenes/chats")]),
         test,
         per_device_eval_batch_size=BATCH_SIZE,
-        causal_lm_weight=0.5,
+        causal_lm_weight=1.0,
         logging_steps=25,
     )
     before = measure(trainer)
@@ -72,7 +71,7 @@ def run_scenes(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         summary="a small LLaVA built in code, trained from scratch on scenes of drawn icons by `hf-unigd quickstart "
         "--recipe scenes`.",
         dataset="Scenes of Material Design icons, held-out combinations",
-        objective="InfoNCE with hard negatives + next-token, 1 : 0.5 (VladVA)",
+        objective="InfoNCE with hard negatives + next-token, 1 : 1 (VladVA)",
         methods=["vladva"],
     )
     show_metrics(metrics)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 
-COLOURS = ["red", "yellow", "green", "blue", "purple", "pink", "brown", "black"]
+COLOURS = ["red", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black"]
 PHRASE = re.compile(r"(?P<count>a|two)(?: (?P<size>small|large))?(?: (?P<colour>[a-z]+))? (?P<shape>[a-z]+)")
 
 
