@@ -56,8 +56,8 @@ def load_scenes(
     Args:
         split: `"train"` or `"test"`.
         configuration: `"retrieval"`, `"sugarcrepe"`, `"sugarcrepe_pp"`, `"winoground"`, `"pope"` or `"chats"`.
-        count: Number of rows: by default 16,000 for training, and for testing 500, or 210 of each kind of hard
-            negatives, or 600 questions.
+        count: Number of rows: by default 16,000 for training, and for testing 500 pictures, 210 wrong captions of each
+            kind, 400 pairs of pictures, or 600 questions.
         size: Side of the pictures, in pixels.
         seed: Seed of the scenes, their places and their captions.
 
@@ -100,13 +100,12 @@ def write_negative(kind: str, scene: Scene, said: Scene, split: str, draw: rando
         return said, str(replace(said, relation=draw.choice(_others(RELATIONS, {said.relation}))))
     place = draw.randrange(2)
     thing = scene.things[place]
+    # Things of one picture differ in colour: that a caption of two red things is wrong could be known without it.
     shown, colours = {each.shape for each in scene.things}, {each.colour for each in scene.things}
-    # Things of one picture never have one colour. A caption of two red things would be known as wrong without it.
     if kind == "add_obj":
-        colour = draw.choice(_others(COLOURS, colours))
-        count = draw.choice((1, 2))
-        added = Thing(draw.choice(_others(_shapes(colour, split), shown)), colour, count=count)
-        return said.things[place], f"{said.things[place]} and {added}"
+        colour, count = draw.choice(_others(COLOURS, colours)), draw.choice((1, 2))
+        shape = draw.choice(_others(_shapes(colour, split), shown))
+        return said.things[place], f"{said.things[place]} and {Thing(shape, colour, count=count)}"
     if kind == "replace_obj":
         shape = draw.choice(_others(_shapes(thing.colour, split), shown))
         return said, str(said.with_thing(place, shape=shape))
