@@ -12,7 +12,7 @@ COMMANDS = {
     "caption": "Add the captions that a dataset of images lacks, with any vision-language model",
     "train": "Train a vision-language model with the joint objective",
     "embed-slices": "Embed the images and sentences of a dataset with the structure loss's teachers",
-    "evaluate": "Measure a checkpoint's retrieval recall and caption perplexity on a dataset",
+    "evaluate": "Measure retrieval and perplexity of whatever embeds, on a dataset",
     "prompts": "Compare embedding prompts on images and captions, and name the best pair to train with",
     "embed": "Embed a dataset into a Parquet file of vectors",
     "index": "Embed a dataset into a searchable index",

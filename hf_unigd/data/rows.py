@@ -31,6 +31,7 @@ class RowParser:
         short_caption_max_tokens: A `caption` with fewer tokens than this is a contrastive positive; any other is a
             next-token target (VladVA: 30).
         long_caption_max_tokens: Maximum length of a caption in tokens (VladVA: 500).
+        match_every_caption: Whether a `caption` that is long enough for a target is a match too, as in evaluation.
         trust_caption_columns: Whether a `short_caption` or `long_caption` is one whatever its length. If not, it is
             left out if it is not of the length of one.
         image_folder: Folder that image paths start from and must not leave.
@@ -56,6 +57,7 @@ class RowParser:
     count_tokens: Callable[[str], int]
     short_caption_max_tokens: int = 30
     long_caption_max_tokens: int = 500
+    match_every_caption: bool = False
     trust_caption_columns: bool = False
     image_folder: str | Path | None = None
     max_image_pixels: int = MAX_PIXELS
@@ -187,6 +189,8 @@ class RowParser:
             else:
                 long = caption
         short, long = self._within_limits(index, short_caption=short, long_caption=long)
+        if self.match_every_caption and short is None:
+            short = caption
         negatives = self._negatives(row)
         # With a limit of 0, no caption is contrasted, and negatives are not wanted either.
         if negatives and short is None and self.requires_match and self.short_caption_max_tokens:

@@ -45,6 +45,7 @@ class UniGDDataCollator:
     - `anchor_rows` `(n,)`: indices of the rows of the embedded anchors in the dataset.
     - `anchor_keys`, `positive_keys` `(n,)`, `negative_keys` `(m,)`: content keys that mask duplicates. An instruction
       is part of a question, and not of its answer: only anchors of equal instructions have equal keys.
+    - `are_captions` `(n,)`: whether each positive is the caption of an image.
     - `caption_keys` `(k, 2)`: content keys of images and of their captions, which mask what matches besides.
     - `structure`, if every example has slices: the inputs of [`StructureLoss`] that [`PrefixSampler`] returns.
     - `rows` `(batch_size,)`: indices of the rows in the dataset.
@@ -140,6 +141,7 @@ class UniGDDataCollator:
         candidates += [negative for example in matched for negative in example.negatives]
         spans, _ = self._process(chunks, owners, [InputSequence(each) for each in candidates], None)
         wanted["positives"], wanted["negatives"] = spans[: len(matched)], spans[len(matched) :]
+        batch["are_captions"] = torch.tensor([bool(example.captions) for example in matched], dtype=torch.bool)
         batch |= self._keys(examples, contrasted, candidates)
 
         table = torch.cat(list(wanted.values()))[:, 1:]

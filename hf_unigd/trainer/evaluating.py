@@ -96,8 +96,8 @@ class EvaluatingTrainer(CheckpointingTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Computes the losses over blocks of rows, the perplexity of the targets, and recall at 1, 5 and 10 in both
-        directions. If `args.prediction_loss_only` is set, recall and predictions are left out; the parameter of that
-        name is ignored."""
+        directions, with the numbers of queries and candidates. If `args.prediction_loss_only` is set, recall and
+        predictions are left out; the parameter of that name is ignored."""
         model = self.accelerator.unwrap_model(self.model)
         if getattr(model, "quantization_method", None) is None and not self.is_model_parallel:
             model.to(self.args.device)
@@ -122,7 +122,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
         if embedded is not None:
             prediction, recalls = retrieval_prediction(embedded, self.args.device)
             predictions, labels = prediction.predictions, prediction.label_ids
-            metrics |= recalls
+            metrics |= {**recalls, "rows_without_match": results.num_rows - len(embedded["rows"])}
             if self.compute_metrics is not None:
                 metrics |= denumpify_detensorize(self.compute_metrics(prediction))
         kept = {name: array for name, array in predictions.items() if name not in (ignore_keys or [])}
@@ -147,9 +147,10 @@ class EvaluatingTrainer(CheckpointingTrainer):
         for name, loss in parts.items():
             results.add_batch_loss(name, loss, counts[name])
         if not self.args.prediction_loss_only:
-            names = {"rows": "anchor_rows", "anchor_keys": "anchor_keys", "positive_keys": "positive_keys"}
+            names = ("anchor_keys", "positive_keys", "are_captions")
             results.add_embeddings(
-                **{name: batch[key] for name, key in names.items()},
+                rows=batch["anchor_rows"],
+                **{name: batch[name] for name in names},
                 **{name: outputs.embeddings[batch["places"][name]] for name in ("anchors", "positives")},
             )
 

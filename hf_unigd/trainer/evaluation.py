@@ -6,15 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import EvalPrediction
 
-from ..evaluation import rank_both_ways, rank_candidates, recalls
+from ..evaluation import rank_both_ways, recalls
+from ..evaluation.retrieval import rank_on_processes
 
 
 RANKED = 10  # number of candidates kept per query
-RANKED_TOGETHER = 256  # number of queries that are compared with the candidates at a time
 
 
 class EvaluationResults:
@@ -68,8 +67,8 @@ class EvaluationResults:
         Adds the embeddings of a block.
 
         Args:
-            tensors: `rows`, `anchors`, `positives`, `anchor_keys` and `positive_keys`, with one entry per row with a
-                positive.
+            tensors: `rows`, `anchors`, `positives`, `anchor_keys`, `positive_keys` and `are_captions`, with one entry
+                per row with a positive.
         """
         if len(tensors["rows"]):
             self.own["embedded"].append({name: tensor.cpu() for name, tensor in tensors.items()})
@@ -109,47 +108,29 @@ def _weighted_mean(entries: list[tuple[float, int]]) -> float:
     return math.fsum(value * count for value, count in entries) / sum(count for _, count in entries)
 
 
-def rank_on_processes(queries: torch.Tensor, candidates: torch.Tensor, k: int, device: torch.device) -> torch.Tensor:
-    """
-    Ranks as [`~hf_unigd.evaluation.rank_candidates`] does, on all processes together: each ranks its share of the
-    queries. All processes call it with the same arguments, and all receive the whole ranking.
-
-    A share consists of blocks of a fixed size. Products of the same shapes are rounded alike, so the ranking does not
-    depend on the number of processes.
-
-    Args:
-        queries, candidates, k: As in [`~hf_unigd.evaluation.rank_candidates`].
-        device: The device of this process, on which it compares.
-    """
-    state = PartialState()
-    candidates = candidates.to(device)
-    own = {
-        place: rank_candidates(block.to(device), candidates, k).cpu()
-        for place, block in enumerate(queries.split(RANKED_TOGETHER))
-        if place % state.num_processes == state.process_index
-    }
-    ranked = {place: ranking for share in gather_object([own]) for place, ranking in share.items()}
-    return torch.cat([ranked[place] for place in sorted(ranked)])
-
-
 def retrieval_prediction(
     embedded: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[EvalPrediction, dict[str, float]]:
     """
     Returns the prediction that `compute_metrics` receives and [`~UniGDTrainer.predict`] returns, and recall at 1, 5
-    and 10 in both directions. All processes call it together ([`rank_on_processes`]).
+    and 10 in both directions, with the numbers of queries and candidates. All processes call it together
+    ([`~hf_unigd.evaluation.retrieval.rank_on_processes`]).
 
     Args:
         embedded: The result of [`EvaluationResults.embedded`], the same on all processes.
         device: The device of this process.
 
     Returns:
-        `EvalPrediction` and the recalls by name. `predictions` is a `dict` of arrays: `anchors` and `positives`
+        `EvalPrediction` and the metrics by name. `predictions` is a `dict` of arrays: `anchors` and `positives`
         (`(n, embedding_dim)`, float32), and the rankings `anchor_to_positive` and `positive_to_anchor` (`(n, k)`,
         int64). A ranking holds, for each row, the indices in these arrays of the most similar candidates, best first.
-        Candidates of equal content count as one, with the index of the first. `label_ids` is a `dict` of arrays of
-        shape `(n,)`: `rows` (indices in the dataset), `anchor_keys` and `positive_keys` (equal for equal content).
+        Candidates that are one item have the index of the first. `label_ids` is a `dict` of arrays of
+        shape `(n,)`: `rows` (indices in the dataset), `anchor_keys` and `positive_keys`, equal for one item: equal
+        contents are one, but that each caption of an image is an item of its own, as in Karpathy's protocol.
     """
+    # No content has a negative key.
+    own = -1 - torch.arange(len(embedded["rows"]))
+    embedded = {**embedded, "positive_keys": torch.where(embedded["are_captions"], own, embedded["positive_keys"])}
     names = ("anchors", "positives", "anchor_keys", "positive_keys")
     rank = partial(rank_on_processes, device=device)
     rankings = rank_both_ways(**{name: embedded[name] for name in names}, k=RANKED, rank=rank)
@@ -159,7 +140,11 @@ def retrieval_prediction(
         place = dict(zip(embedded[keys][ranking.queries].tolist(), range(len(ranking.queries)), strict=True))
         predictions[name] = ranking.candidates[[place[key] for key in embedded[keys].tolist()]].numpy()
     labels = {name: embedded[name].numpy() for name in ("rows", *names[2:])}
-    return EvalPrediction(predictions=predictions, label_ids=labels), recalls(rankings)
+    metrics: dict[str, float] = recalls(rankings)
+    sides = [len(ranking.queries) for ranking in rankings.values()]
+    for name, queries, candidates in zip(rankings, sides, sides[::-1], strict=True):
+        metrics |= {f"{name}_queries": queries, f"{name}_candidates": candidates}
+    return EvalPrediction(predictions=predictions, label_ids=labels), metrics
 
 
 def block_metrics(results: EvaluationResults, weights: dict[str, float]) -> dict[str, float]:

@@ -58,6 +58,7 @@ def prepare_examples(
         # Without the contrastive loss, every `caption` is a target, because a positive would not be trained on.
         short_caption_max_tokens=args.short_caption_max_tokens if args.contrastive_weight else 0,
         long_caption_max_tokens=args.long_caption_max_tokens,
+        match_every_caption=not is_training,
         trust_caption_columns=args.trust_caption_columns,
         image_folder=args.image_folder,
         max_image_pixels=args.max_image_pixels,

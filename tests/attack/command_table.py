@@ -152,7 +152,7 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
         ),
         Command(
             "evaluate",
-            "hf_unigd.cli.evaluate.load_checkpoint",
+            "hf_unigd.cli.evaluate.load_embedder",
             {**model, **data},
             ("model", "dataset_name"),
             "output",

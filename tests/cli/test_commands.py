@@ -81,7 +81,8 @@ def test_train_then_evaluate_index_search_answer_generate(folder, tmp_path, caps
     checkpoint = str(tmp_path / "out")
     data = ["--dataset_name", str(folder / "rows"), "--dataset_test_split", "train"]
     main(["evaluate", checkpoint, *data, "--output", str(tmp_path / "metrics.json"), "--batch_size", "3"])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (result,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    metrics = result["metrics"]
     model, processor = load_checkpoint(checkpoint)
     expected = measured(model, processor, load_from_disk(str(folder / "rows")))
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)

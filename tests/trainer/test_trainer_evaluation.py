@@ -14,8 +14,7 @@ from transformers import (
 )
 
 from hf_unigd.data import RowError
-from hf_unigd.evaluation import rank_candidates, retrieval_metrics
-from hf_unigd.trainer import evaluation
+from hf_unigd.evaluation import rank_candidates, retrieval, retrieval_metrics
 from trainer_cases import make_rows, make_trainer
 
 
@@ -148,8 +147,8 @@ def count_ranked_queries(patch):
         ranked.append(len(queries))
         return rank_candidates(queries, candidates, k)
 
-    patch.setattr(evaluation, "RANKED_TOGETHER", 3)
-    patch.setattr(evaluation, "rank_candidates", rank)
+    patch.setattr(retrieval, "RANKED_TOGETHER", 3)
+    patch.setattr(retrieval, "rank_candidates", rank)
     return ranked
 
 
@@ -248,14 +247,34 @@ def test_compute_metrics_gets_embeddings_keys_and_rankings(tmp_path):
     anchors, positives = (torch.tensor(predictions[name]) for name in ("anchors", "positives"))
     torch.testing.assert_close(anchors.norm(dim=1), torch.ones(6))
     assert labels["rows"].tolist() == list(range(6))
-    assert labels["positive_keys"][0] == labels["positive_keys"][3]
-    similarity = anchors @ positives[:3].T  # the fourth caption equals the first one
-    best = predictions["anchor_to_positive"]
-    assert best.shape == (6, 5) and 3 not in best
-    others = anchors @ positives[[0, 1, 2, 4, 5]].T
-    assert best[:, 0].tolist() == [[0, 1, 2, 4, 5][place] for place in others.argmax(1).tolist()]
-    assert similarity.shape == (6, 3)
+    assert len(set(labels["positive_keys"])) == 6  # the fourth caption equals the first one, and is another image's
+    order = (anchors @ positives.T).argsort(dim=1, descending=True, stable=True)
+    assert predictions["anchor_to_positive"].tolist() == order.tolist()
     keys = (torch.tensor(labels[name]) for name in ("anchor_keys", "positive_keys"))
     for name, value in retrieval_metrics(anchors, positives, *keys).items():
         assert metrics[f"eval_{name}"] == value
+    assert metrics["eval_positive_to_anchor_queries"] == metrics["eval_anchor_to_positive_candidates"] == 6
     assert trainer.predict(rows, ignore_keys=["anchors"]).predictions.keys() == predictions.keys() - {"anchors"}
+
+
+def test_captions_of_any_length_are_queries_and_candidates(tmp_path):
+    """Captions of 30 or more tokens are targets of generation too, and must not leave the pool."""
+    captions = [
+        f"{place} " + "a red cat and two blue dogs on the green grass " * (8 * (place % 2)) for place in range(8)
+    ]
+    rows = [{"image": row["image"], "caption": text} for row, text in zip(make_rows(8), captions, strict=True)]
+    for weight in (1.0, 0.0):  # Sugar trains without a contrastive loss
+        metrics = make_trainer(tmp_path, eval_rows=rows, contrastive_weight=weight).evaluate()
+        assert metrics["eval_anchor_to_positive_queries"] == metrics["eval_anchor_to_positive_candidates"] == 8
+        assert metrics["eval_rows_without_match"] == 0 and metrics["eval_perplexity"] > 1
+
+
+def test_a_caption_of_two_images_is_two_queries_and_an_image_of_two_rows_is_one(tmp_path):
+    images = [row["image"] for row in make_rows(2)]
+    rows = [{"image": image, "short_caption": text} for image in images for text in ("a cat", "a dog")]
+    rows.append({"image": images[0], "long_caption": "a picture of a red cat"})
+    metrics = make_trainer(tmp_path, eval_rows=rows, trust_caption_columns=True).evaluate()
+    assert metrics["eval_positive_to_anchor_queries"] == 4 and metrics["eval_anchor_to_positive_queries"] == 2
+    # Equal captions are equally near to both images, and each is the match of one.
+    assert metrics["eval_positive_to_anchor_recall_at_1"] == 0.5
+    assert metrics["eval_rows_without_match"] == 1
