@@ -12,7 +12,7 @@ COMMANDS = {
     "caption": "Add the captions that a dataset of images lacks, with any vision-language model",
     "train": "Train a vision-language model with the joint objective",
     "embed-slices": "Embed the images and sentences of a dataset with the structure loss's teachers",
-    "evaluate": "Measure retrieval and perplexity of whatever embeds, on a dataset",
+    "evaluate": "Measure whatever embeds on benchmarks, or on a dataset",
     "prompts": "Compare embedding prompts on images and captions, and name the best pair to train with",
     "embed": "Embed a dataset into a Parquet file of vectors",
     "index": "Embed a dataset into a searchable index",
@@ -53,6 +53,7 @@ AFTER_INTERRUPTION = {
     "embed": " The parts that were embedded are kept: the same command goes on from there.",
     "prompts": " What the prompts have been run on is kept: the same command goes on from there.",
     "index": " The rows that were indexed are kept: the same command goes on from there.",
+    "evaluate": " With `--output`, the benchmarks that were measured are kept: the same command goes on from there.",
     "mine": " The parts that were mined are kept: the same command goes on from there.",
     "embed-slices": " The features that were written are kept: the same command goes on from there.",
 }

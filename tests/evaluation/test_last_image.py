@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_unigd.evaluation import stories as module
+from hf_unigd.evaluation.embedders import ModelEmbedder
 from hf_unigd.evaluation.stories import last_image_recall
 from tiny_models import make_image
 
@@ -47,15 +47,15 @@ def test_an_ideal_model_finds_every_last_image(llava, monkeypatch):
     stories = make_stories()
     vectors = {image.tobytes(): torch.eye(7)[place] for place, image in enumerate(make_image(n) for n in range(7))}
 
-    def embed_sequences(model, processor, sequences, batch_size, show_progress, prompt_name):
+    def embed(self, sequences, show_progress=False):
         found = []
-        for sequence in sequences:
+        for sequence in (sequences[place] for place in range(len(sequences))):
             story = next((story for story in stories if sequence[0] == story["captions"][0]), None)
             image = sequence[0] if story is None else story["images"][-1]
             found.append(vectors[image.tobytes()])
         return torch.stack(found)
 
-    monkeypatch.setattr(module, "embed_sequences", embed_sequences)
+    monkeypatch.setattr(ModelEmbedder, "embed", embed)
     metrics = last_image_recall(*llava, stories)
     assert metrics["5c_recall_at_1"] == metrics["5c+4i_recall_at_1"] == 1
 

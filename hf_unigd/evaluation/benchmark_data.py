@@ -1,0 +1,251 @@
+"""Reads the rows of benchmarks, from the Hub or from the files that the user has fetched."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..data import load_rows
+from ..data.features import without_decoding
+from ..inputs import reading
+from .benchmarks import Benchmark
+from .matches import ImageSettings
+
+
+_PICTURES = (".jpg", ".png", ".jpeg")
+
+
+class Columns(Sequence):
+    """
+    Rows under the names that a protocol gives their columns. Each is read when it is asked for.
+
+    Args:
+        parts: Rows, and what is the same in all of them, for each file or configuration.
+        columns: Columns of the rows, by the names of the protocol.
+        name: Name of the benchmark, for errors.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Any, Mapping[str, Any]]], columns: Mapping[str, str], name: str):
+        self.parts, self.columns, self.name = parts, columns, name
+        self.places = [(part, place) for part, (rows, _) in enumerate(parts) for place in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number):
+        part, place = self.places[number]
+        rows, same = self.parts[part]
+        row = {**rows[place], **same}
+        if missing := [name for name in self.columns.values() if name not in row]:
+            raise ValueError(
+                f"{self.name}: row {number} has no column {', '.join(missing)}, only {', '.join(sorted(row))}."
+            )
+        return {own: row[name] for own, name in self.columns.items()}
+
+
+@dataclass(frozen=True)
+class BenchmarkData:
+    """
+    The rows of a benchmark.
+
+    Attributes:
+        rows: The rows, with the columns of its protocol.
+        images: How their images are opened.
+        description: What was read, as values that JSON can hold.
+        counts: Numbers of what was left out, by name.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    images: ImageSettings
+    description: Mapping[str, Any]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def read_benchmark(benchmark: Benchmark, folder: str | Path | None) -> BenchmarkData:
+    """
+    Reads the rows of a benchmark.
+
+    Args:
+        benchmark: The benchmark.
+        folder: Where the files are that the user has fetched: those of a benchmark in a folder of its name. Rows of
+            the Hub may be there too, as `NAME` or `NAME/CONFIGURATION`.
+
+    Raises:
+        ValueError: a file is missing or cannot be read. The message says what is to be fetched.
+    """
+    read, arguments = READERS[benchmark.data["reader"]], dict(benchmark.data)
+    del arguments["reader"]
+    images = arguments.pop("images", None)
+    given = None if folder is None else Path(folder)
+    try:
+        parts, description, counts = read(given, benchmark.name, images, **arguments)
+        if images is not None and given is None:
+            raise FileNotFoundError("no `--benchmark_folder` is given")
+    except (OSError, ValueError) as error:
+        fetch = benchmark.fetch or f"the rows of {benchmark.source}, which the Hub has."
+        raise ValueError(f"{benchmark.title} cannot be read: {error}. It needs: {fetch}") from error
+    settings = ImageSettings(None if images is None or given is None else given / images)
+    return BenchmarkData(Columns(parts, benchmark.columns, benchmark.name), settings, description, counts)
+
+
+Parts = list[tuple[Any, dict[str, Any]]]
+Read = tuple[Parts, dict[str, Any], dict[str, int]]
+
+
+def _read_rows(
+    folder: Path | None,
+    name: str,
+    images: str | None,
+    path: str,
+    split: str,
+    configs: Sequence[str] = (),
+    config: str | None = None,
+) -> Read:
+    """Rows of the Hub or of an offline source; with `configs`, the configuration is their `category`."""
+    parts: Parts = []
+    own = None if folder is None else folder / name
+    fingerprints = []
+    names: Sequence[str | None] = configs or [config]
+    for each in names:
+        if own is not None and own.exists():
+            rows = load_rows(str(own / each if configs and each else own), split=split)
+        else:
+            rows = load_rows(path, each, split)
+        fingerprints.append(rows._fingerprint if isinstance(rows, Dataset) else None)
+        parts.append((without_decoding(rows), {"category": each} if configs else {}))
+    description = {"path": path, "split": split, "revision": _commit(path), "fingerprint": fingerprints}
+    return parts, description, {}
+
+
+def _commit(path: str) -> str | None:
+    """The commit of a dataset of the Hub that is in the cache, as `datasets` has just loaded it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    file = Path(HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}", "refs", "main")
+    return file.read_text().strip() if file.is_file() else None
+
+
+def _read_json(folder: Path | None, name: str, images: str | None, files: Mapping[str, str]) -> Read:
+    """JSON files of records, in a list or by number, each with its `category`."""
+    parts: Parts = []
+    for category, file in files.items():
+        content = _json(folder, name, file)
+        records = list(content.values()) if isinstance(content, dict) else content
+        parts.append((records, {"category": category}))
+    return parts, {"files": list(files.values())}, {}
+
+
+def _read_karpathy(folder: Path | None, name: str, images: str | None, file: str, split: str) -> Read:
+    """A split of Karpathy's `dataset_*.json`: an image with its captions a row, and the ids of both."""
+    rows = [
+        {
+            "image": image["filename"],
+            "caption": [sentence["raw"] for sentence in image["sentences"]],
+            "image_id": image["imgid"],
+            "caption_id": [sentence["sentid"] for sentence in image["sentences"]],
+        }
+        for image in _json(folder, name, file)["images"]
+        if image["split"] == split
+    ]
+    return [(rows, {})], {"files": [file], "split": split}, {}
+
+
+def _read_coco_captions(
+    folder: Path | None, name: str, images: str | None, file: str, category: str | None = None
+) -> Read:
+    """Captions in COCO's format: an image with its captions a row, the ids of both, and a property of the image."""
+    content = _json(folder, name, file)
+    rows = {
+        image["id"]: {
+            "image": image["file_name"],
+            "caption": [],
+            "image_id": image["id"],
+            "caption_id": [],
+            **({category: image[category]} if category else {}),
+        }
+        for image in content["images"]
+    }
+    for annotation in content["annotations"]:
+        rows[annotation["image_id"]]["caption"].append(annotation["caption"])
+        rows[annotation["image_id"]]["caption_id"].append(annotation["id"])
+    return [(list(rows.values()), {})], {"files": [file]}, {}
+
+
+def _read_mmvp(folder: Path | None, name: str, images: str | None, file: str) -> Read:
+    """MMVP-VLM's statements about pairs of images: lines of number, category and statement, two a pair."""
+    with _file(folder, name, file).open(encoding="utf-8", newline="") as opened:
+        _, *lines = list(csv.reader(opened))
+    if len(lines) % 2:
+        raise ValueError(f"{file} has {len(lines)} statements, and two make a pair")
+    rows = []
+    for first, second in zip(lines[::2], lines[1::2], strict=True):
+        (_, category, _), (_, other, _) = first, second
+        if category != other:
+            raise ValueError(f"{file} has the statements {first[0]} and {second[0]} of two categories as a pair")
+        row: dict[str, Any] = {"category": category}
+        for place, (number, _, statement) in enumerate((first, second)):
+            row |= {
+                f"image_{place}": f"{category}/{number.strip()}.jpg",
+                f"caption_{place}": f"a photo of {statement.strip()}",
+            }
+        rows.append(row)
+    return [(rows, {})], {"files": [file]}, {}
+
+
+def _read_vist(folder: Path | None, name: str, images: str | None, file: str) -> Read:
+    """VIST's stories: captions and pictures in their order. Stories of which a picture is missing are left out."""
+    content = _json(folder, name, file)
+    stories: dict[str, list[Mapping[str, Any]]] = {}
+    for (part,) in content["annotations"]:
+        stories.setdefault(part["story_id"], []).append(part)
+    there = {}
+    if folder is not None and images is not None:
+        there = {each.stem: each.name for each in sorted((folder / images).glob("*")) if each.suffix in _PICTURES}
+    rows, missing = [], 0
+    for parts in stories.values():
+        parts.sort(key=lambda part: int(part["worker_arranged_photo_order"]))
+        ids = [part["photo_flickr_id"] for part in parts]
+        if all(each in there for each in ids):
+            captions = [part["original_text"] for part in parts]
+            rows.append({"captions": captions, "images": [there[each] for each in ids]})
+        else:
+            missing += 1
+    if not rows:
+        raise ValueError(f"none of the {len(stories)} stories has all of its pictures in {images}")
+    return [(rows, {})], {"files": [file]}, {"left_out": missing}
+
+
+def _read_mteb(folder: Path | None, name: str, images: str | None, tasks: Sequence[str]) -> Read:
+    """Names of MTEB's tasks, which read their own rows."""
+    return [([{"task": each} for each in tasks], {})], {"tasks": list(tasks), "mteb": version("mteb")}, {}
+
+
+READERS: dict[str, Callable[..., Read]] = {
+    "rows": _read_rows,
+    "json": _read_json,
+    "karpathy": _read_karpathy,
+    "coco_captions": _read_coco_captions,
+    "mmvp": _read_mmvp,
+    "mteb": _read_mteb,
+    "vist": _read_vist,
+}
+
+
+def _file(folder: Path | None, name: str, file: str) -> Path:
+    if folder is None:
+        raise FileNotFoundError("no `--benchmark_folder` is given")
+    path = folder / name / file
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return path
+
+
+def _json(folder: Path | None, name: str, file: str) -> Any:
+    path = _file(folder, name, file)
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))

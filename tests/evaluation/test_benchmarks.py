@@ -1,0 +1,273 @@
+"""Benchmarks: their declarations, their loaders on rows of the real schemas, and their metrics by hand."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark_files
+from benchmark_files import CATEGORIES, KINDS
+from evaluation_cases import HashEmbedder, content_of
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.cli.main import main
+from hf_unigd.evaluation import mteb_tasks
+from hf_unigd.evaluation.benchmark_data import READERS, BenchmarkData, read_benchmark
+from hf_unigd.evaluation.benchmarking import choose_benchmarks, run_benchmark
+from hf_unigd.evaluation.benchmarks import load_benchmarks
+from hf_unigd.evaluation.embedders import ModelEmbedder
+from hf_unigd.evaluation.matches import ImageSettings
+from hf_unigd.evaluation.protocols import PROTOCOLS
+from hf_unigd.evaluation.results import Result, ResultsFile
+from hf_unigd.evaluation.tables import load_groups, render_table
+from tiny_models import make_image, make_vlm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmarks")
+    benchmark_files.write_all(path)
+    return path
+
+
+def measured(name, folder, embedder=None):
+    embedder = embedder or HashEmbedder()
+    file = ResultsFile(None, embedder.description, [])
+    return run_benchmark(embedder, load_benchmarks()[name], folder, file, show_progress=False)
+
+
+def on_rows(protocol, rows, embedder):
+    scores, _ = PROTOCOLS[protocol](embedder, BenchmarkData(rows, ImageSettings(), {}))
+    return {name: each.metric for name, each in scores.items()}
+
+
+@pytest.mark.parametrize("name", load_benchmarks())
+def test_a_declaration_is_complete(name):
+    benchmark = load_benchmarks()[name]
+    assert benchmark.protocol in PROTOCOLS and benchmark.data["reader"] in READERS
+    assert benchmark.licence and benchmark.citation and benchmark.source
+    needs_files = benchmark.data["reader"] not in ("rows", "mteb") or "images" in benchmark.data
+    assert bool(benchmark.fetch) >= needs_files
+
+
+@pytest.mark.parametrize("group", load_groups())
+def test_the_columns_of_a_table_are_metrics_that_benchmarks_have(group, folder):
+    """Each is measured, on rows of the real schema; MTEB has no top-5 accuracy."""
+    results = {
+        name: measured(name, folder).metrics if name != "imagenet" else {"accuracy": 0.5, "top5_accuracy": 0.5}
+        for name in load_groups()[group].benchmarks
+    }
+    for table in load_groups()[group].tables:
+        for benchmark, *metrics in table.columns.values():
+            assert results[benchmark].keys() >= set(metrics), table.title
+        assert all(len(row) == len(table.columns) for row in table.rows.values())
+
+
+def test_flickr30k_has_the_images_of_karpathys_test_split(folder):
+    result = measured("flickr30k", folder)
+    assert result.counts["image_to_text_queries"] == 4 and result.counts["text_to_image_queries"] == 20
+    assert result.dataset["files"] == ["dataset_flickr30k.json"] and result.dataset["split"] == "test"
+    assert measured("coco", folder).counts["text_to_image_queries"] == 20
+
+
+def test_nocaps_is_the_mean_of_its_three_domains(folder):
+    embedder = HashEmbedder()
+    result = measured("nocaps", folder, embedder)
+    domains = [[0], [1, 2, 4], [3]]
+    recalls = []
+    for places in domains:
+        images = np.stack([embedder.vector(content_of(make_image(place))).numpy() for place in places])
+        texts = [[embedder.vector((f"A dog {place} {number}.",)).numpy() for number in range(10)] for place in places]
+        hits = [np.argmax(images @ text) == own for own, each in enumerate(texts) for text in each]
+        recalls.append(np.mean(hits))
+    assert result.metrics["text_to_image_recall_at_1"] == pytest.approx(np.mean(recalls))
+    assert recalls[1] < 1 and result.counts["text_to_image_queries"] == 50
+
+
+def test_sugarcrepe_has_an_accuracy_for_each_kind():
+    """Of two images each; the caption of the first is nearer than the wrong one, that of the second is not."""
+    images = [make_image(0), make_image(1)]
+    vectors = {content_of(images[0]): (1.0, 0.0), content_of(images[1]): (0.0, 1.0)}
+    rows = []
+    for place, kind in enumerate(KINDS):
+        vectors |= {(f"right {kind}",): (1.0, 0.2), (f"wrong {kind}",): (1.0, 0.4), ("equal",): (1.0, 0.2)}
+        for image in images[: 1 + place % 2]:
+            rows.append({"image": image, "caption": f"right {kind}", "negative": f"wrong {kind}", "category": kind})
+    rows.append({"image": images[0], "caption": "right add_att", "negative": "equal", "category": "ties"})
+    found = on_rows("caption_choice", rows, HashEmbedder(vectors))
+    expected = {f"{kind}_accuracy": 0.5 if place % 2 else 1.0 for place, kind in enumerate(KINDS)}
+    assert found == pytest.approx({**expected, "ties_accuracy": 0.0, "accuracy": (4 + 3 * 0.5) / 8})
+
+
+def test_sugarcrepe_reads_its_seven_files(folder):
+    embedder = HashEmbedder()
+    result = measured("sugarcrepe", folder, embedder)
+    assert {f"{kind}_accuracy" for kind in KINDS} < result.metrics.keys()
+    assert result.counts == {"items": 14, "images": 2, "texts": 28}
+    assert len(embedder.embedded) == 30  # each image once, though seven files name it
+
+
+def test_sugarcrepe_pp_by_hand():
+    image = make_image(0)
+    vectors = {
+        content_of(image): (1.0, 0.0, 0.0),
+        ("first",): (1.0, 0.1, 0.0),
+        ("second",): (1.0, 0.0, 0.2),
+        ("far",): (0.0, 1.0, 0.0),
+        ("between",): (1.0, 0.15, 0.0),  # nearer to the image than the second, and to the first than the second is
+    }
+    rows = [
+        {"image": image, "caption": "first", "caption2": "second", "negative": wrong, "category": wrong}
+        for wrong in ("far", "between")
+    ]
+    found = on_rows("two_positives", rows, HashEmbedder(vectors))
+    expected = {"far_itt": 1.0, "far_tot": 1.0, "between_itt": 0.0, "between_tot": 0.0, "itt": 0.5, "tot": 0.5}
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("similarities", "text", "image", "group"),
+    [
+        ([[0.9, 0.1], [0.2, 0.8]], 1, 1, 1),
+        ([[0.9, 0.1], [0.95, 0.99]], 1, 0, 0),  # the first text is nearer to the second image
+        ([[0.5, 0.6], [0.3, 0.7]], 0, 1, 0),  # the first image is nearer to the second text
+        ([[0.1, 0.9], [0.9, 0.1]], 0, 0, 0),
+        ([[0.5, 0.5], [0.1, 0.9]], 0, 1, 0),  # equal is not nearer
+    ],
+)
+def test_winoground_by_hand(similarities, text, image, group):
+    images = [make_image(0), make_image(1)]
+
+    class Given(HashEmbedder):
+        """Images are unit vectors, whose similarities to the texts are those given."""
+
+        def vector(self, key):
+            table = torch.tensor(similarities)
+            if key in (("zero",), ("one",)):
+                own = table[:, 0 if key == ("zero",) else 1]
+                return torch.cat([own, (1 - own.square().sum()).clamp(min=0).sqrt()[None]])
+            return torch.eye(3)[0 if key == content_of(images[0]) else 1]
+
+    row = {"image_0": images[0], "image_1": images[1], "caption_0": "zero", "caption_1": "one"}
+    found = on_rows("image_text_group", [row], Given())
+    assert found == {"text_score": text, "image_score": image, "group_score": group}
+
+
+def test_mmvp_vlm_pairs_the_lines_of_its_questions(folder):
+    data = read_benchmark(load_benchmarks()["mmvp_vlm"], folder)
+    assert [row["category"] for row in data.rows] == list(CATEGORIES)
+    assert data.rows[1]["image_1"] == "Presence of Specific Features/4.jpg"
+    assert data.rows[1]["caption_1"] == "a photo of a cat 4"
+    assert f"{CATEGORIES[7]}_image_score" in measured("mmvp_vlm", folder).metrics
+
+
+def test_vist_orders_its_pictures_and_leaves_out_stories_without_all_of_them(folder):
+    data = read_benchmark(load_benchmarks()["vist"], folder)
+    assert len(data.rows) == 3 and data.counts == {"left_out": 1}
+    assert data.rows[1]["captions"] == [f"Scene {order} of 1." for order in range(5)]
+    assert [name.split(".")[0] for name in data.rows[1]["images"]] == ["100", "101", "102", "103", "104"]
+    result = measured("vist", folder)
+    assert {
+        f"{kind}{seen}_recall_at_{k}" for kind in ("5c", "5c+4i") for seen in ("", "_unseen") for k in (1, 5, 10)
+    } == (result.metrics.keys())
+
+
+class Speaker(ModelEmbedder):
+    """A model whose answers are given."""
+
+    def __init__(self, answers):
+        tiny = make_vlm()
+        super().__init__(UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor), "tiny", 2)
+        self.answers = iter(answers)
+        self.asked = []
+
+        def generate(input_ids, **kwargs):
+            self.asked += self.processor.batch_decode(input_ids, skip_special_tokens=True)
+            texts = [next(self.answers) for _ in input_ids]
+            said = self.processor.tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")[
+                "input_ids"
+            ]
+            return torch.cat([input_ids, said], 1)
+
+        self.model.generate = generate
+
+
+def test_questions_are_answered_with_yes_or_no():
+    rows = [
+        {"image": make_image(place), "question": f"Is there a cat {place}?", "answer": answer, "category": category}
+        for place, (answer, category) in enumerate(
+            [("yes", "random"), ("no", "random"), ("no", "popular"), ("yes", "popular")]
+        )
+    ]
+    speaker = Speaker([" Yes, there is.", "no", "Nothing is known.", "NO"])
+    scores, counts = PROTOCOLS["yes_no"](speaker, BenchmarkData(rows, ImageSettings(), {}))
+    assert {name: each.metric for name, each in scores.items()} == {
+        "random_accuracy": 1.0,
+        "popular_accuracy": 0.0,
+        "accuracy": 0.5,
+    }
+    assert counts == {"items": 4, "neither_yes_nor_no": 1}
+    assert "Is there a cat 0?" in speaker.asked[0]
+    with pytest.raises(ValueError, match="hash does not generate"):
+        PROTOCOLS["yes_no"](HashEmbedder(), BenchmarkData(rows, ImageSettings(), {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "remove", "message"),
+    [
+        (
+            "flickr30k",
+            "flickr30k/dataset_flickr30k.json",
+            "Flickr30k cannot be read: there is no file .* It needs: flickr30k/",
+        ),
+        ("sugarcrepe", "sugarcrepe/swap_obj.json", "SugarCrepe cannot be read: there is no file .*swap_obj.json"),
+    ],
+)
+def test_what_has_to_be_fetched_is_said(tmp_path, name, remove, message):
+    benchmark_files.write_all(tmp_path)
+    (tmp_path / remove).unlink()
+    with pytest.raises(ValueError, match=message):
+        measured(name, tmp_path)
+    with pytest.raises(ValueError, match="no `--benchmark_folder` is given"):
+        measured(name, None)
+
+
+def test_unknown_benchmarks_are_refused():
+    with pytest.raises(ValueError, match=r"There is no benchmark 'coca'\. The benchmarks are aro, coco, .* groups"):
+        choose_benchmarks(["coco", "coca"])
+    assert [each.name for each in choose_benchmarks(["coco", "sugar"])] == ["coco", "vist", "winoground", "mmvp_vlm"]
+
+
+def test_a_row_of_a_table_stands_below_those_of_the_paper():
+    table = load_groups()["vladva"].tables[3]
+    metrics = {f"{kind}_accuracy": 0.1 * place for place, kind in enumerate(KINDS)}
+    results = [Result("sugarcrepe", {}, metrics, {})]
+    assert table.row_of(results) == pytest.approx([10.0, 35.0, 55.0, None, None], nan_ok=True)
+    lines = render_table(table, {"mine": results}).splitlines()
+    assert "LLaVA-1.5-7B (paper)" in lines[2] and "81.9" in lines[2]
+    assert "**mine** (measured)" in lines[-1] and "35.0" in lines[-1] and lines[-1].rstrip(" |").endswith("-")
+
+
+@pytest.mark.parametrize("group", load_groups())
+def test_a_group_runs_whole_through_the_command(group, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        mteb_tasks, "run_tasks", lambda embedder, names, show: {name: {"accuracy": 0.25} for name in names}
+    )
+    tiny = make_vlm()
+    tiny.model.save_pretrained(tmp_path / "vlm")
+    tiny.processor.save_pretrained(tmp_path / "vlm")
+    output = tmp_path / "results.json"
+    call = ["evaluate", str(tmp_path / "vlm"), "--benchmarks", group, "--benchmark_folder", str(folder)]
+    main([*call, "--output", str(output)])
+    printed = capsys.readouterr().out
+    stored = json.loads(output.read_text())
+    assert [each["benchmark"] for each in stored["results"]] == load_groups()[group].benchmarks
+    for table in load_groups()[group].tables:
+        assert table.title in printed
+    assert len(re.findall(r"\(measured\)", printed)) == len(load_groups()[group].tables)
+    # A run that was interrupted after some benchmarks goes on with the others.
+    stored["results"] = stored["results"][1:]
+    output.write_text(json.dumps(stored))
+    main([*call, "--output", str(output)])
+    assert len(json.loads(output.read_text())["results"]) == len(load_groups()[group].benchmarks)
