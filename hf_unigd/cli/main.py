@@ -14,6 +14,7 @@ COMMANDS = {
     "embed-slices": "Embed the images and sentences of a dataset with the structure loss's teachers",
     "evaluate": "Measure whatever embeds on benchmarks, or on a dataset",
     "prompts": "Compare embedding prompts on images and captions, and name the best pair to train with",
+    "compare": "Compare models on benchmarks: what was gained, and what was lost",
     "embed": "Embed a dataset into a Parquet file of vectors",
     "index": "Embed a dataset into a searchable index",
     "search": "Search an index with a text, images, or both",
@@ -54,6 +55,7 @@ AFTER_INTERRUPTION = {
     "prompts": " What the prompts have been run on is kept: the same command goes on from there.",
     "index": " The rows that were indexed are kept: the same command goes on from there.",
     "evaluate": " With `--output`, the benchmarks that were measured are kept: the same command goes on from there.",
+    "compare": " The benchmarks that were measured are kept: the same command goes on from there.",
     "mine": " The parts that were mined are kept: the same command goes on from there.",
     "embed-slices": " The features that were written are kept: the same command goes on from there.",
 }

@@ -15,9 +15,9 @@ class CommandParser(TrlParser):
     """
     [`~trl.TrlParser`] with positional arguments: a field without a default may be given by name or by position.
 
-    Positional arguments fill the fields without a default that no flag names, in the order of their declaration. A
-    field's metadata are keyword arguments of `argparse.ArgumentParser.add_argument`; `metavar` names the field in the
-    help.
+    Positional arguments fill the fields without a default that no flag names, in the order of their declaration. If
+    the last of them is a list, it takes all that are left. A field's metadata are keyword arguments of
+    `argparse.ArgumentParser.add_argument`; `metavar` names the field in the help.
 
     Args:
         command: Name of the sub-command.
@@ -93,13 +93,17 @@ class CommandParser(TrlParser):
         namespace, values = super().parse_known_args(args, namespace)
         unnamed = [action for action in self._positional if not hasattr(namespace, action.dest)]
         first_flag = next((place for place, value in enumerate(values) if _is_flag(value)), len(values))
-        unknown = values[min(first_flag, len(unnamed)) :]
+        takes_all = bool(unnamed) and unnamed[-1].nargs == "+"
+        unknown = values[first_flag if takes_all else min(first_flag, len(unnamed)) :]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         # Then those as flags, so that argparse converts them and asks for the missing ones.
         for action in unnamed:
             action.required, action.default = saved[action.dest]
-        flags = [f"--{action.dest}={value}" for action, value in zip(unnamed, values, strict=False)]
+        single = unnamed[:-1] if takes_all else unnamed
+        flags = [f"--{action.dest}={value}" for action, value in zip(single, values, strict=False)]
+        if takes_all and values[len(single) :]:
+            flags += [f"--{unnamed[-1].dest}", *values[len(single) :]]
         return super().parse_known_args(flags, namespace)
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:

@@ -1,7 +1,7 @@
 """Whatever embeds, behind one interface: our checkpoints and adapters, plain vision-language models, and every model
 that sentence-transformers loads, CLIP and SigLIP among them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Protocol, cast
 
@@ -236,8 +236,8 @@ def load_embedder(
     where = {"revision": revision}
     given = {"image": image_prompt, "text": text_prompt}
     prompts = {modality: prompt for modality, prompt in given.items() if prompt is not None}
+    kind = kind_of(name, where)
     with reading(name):
-        kind = _kind_of(name, where)
         if prompts and kind != "vlm":
             raise ValueError(
                 f"{name} has its own way to embed. Leave out {' and '.join(f'`{each}_prompt`' for each in prompts)}, "
@@ -251,6 +251,22 @@ def load_embedder(
         else:
             model, processor = load_checkpoint(name, dtype=dtype, revision=revision)
     return ModelEmbedder(model, processor, name, batch_size, commit_of(name, where))
+
+
+def kind_of(name: str, where: Mapping[str, Any]) -> str:
+    """
+    What kind of model a name is: `"checkpoint"` (ours, or an adapter), `"vlm"` or `"sentence"`. Only its configuration
+    is read.
+
+    Args:
+        name: Hub id or folder.
+        where: Arguments of a `from_pretrained` that say where to load from, such as `revision`.
+
+    Raises:
+        ValueError: there is no such model, or its configuration is damaged.
+    """
+    with reading(name):
+        return _kind_of(name, dict(where))
 
 
 def _kind_of(name: str, where: dict[str, Any]) -> str:

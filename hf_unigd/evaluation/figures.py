@@ -1,7 +1,8 @@
-"""Draws figures of retrieval results and of alignments."""
+"""Draws figures of retrieval results, of alignments and of comparisons."""
 
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..outputs import writing
+from .comparison import PERPLEXITY, Change
 
 
 _MARK = b"tEXtSoftware\0hf-unigd"  # in a PNG file, the metadata stand before the pixels
@@ -99,6 +101,49 @@ def draw_alignment(
     bar = axes.inset_axes((1 + 0.25 / len(b), 0, 0.2 / len(b), 1))
     figure.colorbar(heat, cax=bar).ax.tick_params(labelsize=8)
     save_figure(figure, output, bbox_inches="tight", pad_inches=0.15)
+
+
+_HEADLINES = re.compile(r"accuracy|itt|tot|(text|image|group)_score|main_score|perplexity|.*recall_at_1")
+_COLOURS = {"gained": "tab:green", "lost": "tab:red", "undecided": "tab:grey"}
+
+
+def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, title: str = "") -> None:
+    """
+    Draws the changes of the main metrics of benchmarks with their intervals, a panel for each model: what was gained
+    in green, what was lost in red, and what is undecided in grey. Of perplexity, the change in percent is drawn, to
+    the left where it rose, so that better is on the right everywhere.
+
+    Args:
+        changes: The changes by the name of the model.
+        output: PNG file to write.
+        title: Title, drawn above.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    shown = {
+        name: [change for change in each if _HEADLINES.fullmatch(change.metric)] for name, each in changes.items()
+    }
+    lines = max(map(len, shown.values()))
+    figure = _figure(figsize=(2.6 + 3.4 * len(shown), 1.3 + 0.26 * lines), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (name, each) in zip(panels, shown.items(), strict=True):
+        for place, change in enumerate(each):
+            scale = -100 / change.base if change.metric == PERPLEXITY else 100
+            colour = _COLOURS[change.verdict]
+            if change.low is not None and change.high is not None:
+                axes.plot([scale * change.low, scale * change.high], [place, place], color=colour, linewidth=2)
+            axes.plot([scale * change.difference], [place], "o", color=colour, markersize=5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_title(textwrap.shorten(name, 48, placeholder=" ..."), fontsize=9)
+        axes.set_xlabel("worse  <  points (perplexity: percent)  >  better", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    longest = max(shown.values(), key=len)
+    panels[0].set_yticks(range(lines), [f"{change.benchmark}: {change.metric}" for change in longest])
+    panels[0].invert_yaxis()
+    _save(figure, output)
 
 
 def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import mteb
 import torch
 from accelerate.utils import broadcast_object_list
+from mteb.cache import ResultCache
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
@@ -67,6 +68,7 @@ def _run(embedder: Embedder, names: list[str], show_progress: bool) -> dict[str,
     found = mteb.evaluate(
         MTEBEncoder(embedder),
         mteb.get_tasks(names),
+        cache=ResultCache(),
         overwrite_strategy="always",
         show_progress_bar=show_progress,
     )

@@ -89,6 +89,7 @@ class ResultsFile:
                 "probe": [round(value, 6) for value in self.probe],
                 "results": [each.as_json() for each in self.results],
             }
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             with writing(self.file) as unfinished:
                 unfinished.write_text(_dump(content) + "\n", encoding="utf-8")
 

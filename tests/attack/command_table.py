@@ -152,11 +152,21 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
         ),
         Command(
             "evaluate",
-            "hf_unigd.cli.evaluate.load_embedder",
+            "hf_unigd.cli.measuring.load_embedder",
             {**model, **data},
             ("model", "dataset_name"),
             "output",
             ".json",
+            keeps=True,
+        ),
+        Command(
+            "compare",
+            "hf_unigd.cli.measuring.load_embedder",
+            {"base": here["model"], "tuned": here["vlm"], **data},
+            ("base", "tuned", "dataset_name"),
+            "output",
+            keeps=True,
+            unread=("tuned *is cut",),  # which is seen when the base is measured, whose results are kept
         ),
         Command(
             "prompts",

@@ -124,3 +124,33 @@ def test_help_shows_positional_arguments_and_how_to_name_them(capsys):
     assert words.startswith("usage: hf-unigd copy SOURCE N [--config FILE.yaml] [--NAME VALUE ...] [--help] Copy a")
     assert "--source SOURCE Folder to copy. --count N How often to copy it. --mode {fast,safe}" in words
     assert words.endswith("The positional arguments may also be given by name: --source SOURCE --count N")
+
+
+@dataclass
+class MergeArguments:
+    target: str = field(metadata={"help": "File to write."})
+    sources: list[str] = field(metadata={"help": "Files to merge."})
+    mode: str = field(default="safe", metadata={"help": "How."})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "t a b",
+        "t a b --mode safe",
+        "--mode safe t a b",
+        "a b --target t",
+        "t --sources a b",
+        "--sources a b --target t",
+    ],
+)
+def test_the_last_positional_argument_may_be_a_list(line):
+    parser = CommandParser("merge", MergeArguments, description="Merge files.")
+    assert parser.parse(line.split()) == (MergeArguments("t", ["a", "b"]),)
+
+
+def test_a_list_of_positional_arguments_is_not_empty(capsys):
+    parser = CommandParser("merge", MergeArguments, description="Merge files.")
+    with pytest.raises(SystemExit):
+        parser.parse(["t"])
+    assert "the following arguments are required: --sources" in capsys.readouterr().err

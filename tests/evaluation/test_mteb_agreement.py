@@ -10,6 +10,8 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from evaluation_cases import evaluated, karpathy_rows
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.evaluation.embedders import ModelEmbedder
+from hf_unigd.evaluation.mteb_tasks import run_tasks
+from mteb_tasks import CAPTIONS, COUNT, IMAGES, PairClassification, ZeroShot
 from tiny_models import make_vlm
 
 
@@ -59,3 +61,24 @@ def test_recall_on_duplicated_captions_is_mtebs(tmp_path):
     found = evaluated(Duplicated.rows, ModelEmbedder(model, processor, "llava")).metrics
     for k in (1, 5, 10):
         assert found[f"positive_to_anchor_recall_at_{k}"] == pytest.approx(scores[f"hit_rate_at_{k}"], abs=1e-5)
+
+
+def test_mtebs_tasks_run_on_whatever_embeds_and_write_its_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
+    tasks = {"zero": ZeroShot(), "pairs": PairClassification()}
+    monkeypatch.setattr(mteb, "get_tasks", lambda names: [tasks[name] for name in names])
+    tiny = make_vlm()
+    model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
+    embedder = ModelEmbedder(model, processor, "you/model")
+    found = run_tasks(embedder, ["zero", "pairs"])
+    images = embedder.embed([[image] for image in IMAGES])
+    labels = embedder.embed([["a cat"], ["two dogs"]])
+    right = [(vector @ labels.T).argmax().item() == place % 2 for place, vector in enumerate(images)]
+    assert found[ZeroShot.metadata.name]["accuracy"] == pytest.approx(sum(right) / len(right))
+    texts = embedder.embed([[text] for text in CAPTIONS])
+    matched = [
+        (vector @ texts[place] > vector @ texts[(place + 1) % COUNT]).item() for place, vector in enumerate(images)
+    ]
+    assert found[PairClassification.metadata.name]["text_acc"] == pytest.approx(sum(matched) / COUNT)
+    written = [file.name for file in (tmp_path / "cache").rglob("*.json")]
+    assert f"{ZeroShot.metadata.name}.json" in written

@@ -1,0 +1,169 @@
+"""Compares what models score on the same items: what is gained, what is lost, and how sure that is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .benchmarks import load_benchmarks
+from .results import Result
+from .scores import Scores
+
+
+RESAMPLES = 2000
+_TOGETHER = 100  # resamples whose counts are in memory at a time
+_SECTIONS = {
+    "retrieval": "Retrieval",
+    "last_picture": "Retrieval",
+    "caption_choice": "Compositionality",
+    "two_positives": "Compositionality",
+    "image_text_group": "Compositionality",
+    "yes_no": "Generation",
+    "mteb": "MTEB",
+}
+PERPLEXITY = "perplexity"  # the one metric of which less is better
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    The change of a metric from one model to another.
+
+    Attributes:
+        section: The kind of what is measured: `"Retrieval"`, `"Compositionality"`, `"Generation"` or `"MTEB"`.
+        benchmark: Name of the benchmark.
+        metric: Name of the metric.
+        base, tuned: Its values.
+        low, high: Bounds of the 95 % interval of `tuned - base`; None where single items are not known.
+    """
+
+    section: str
+    benchmark: str
+    metric: str
+    base: float
+    tuned: float
+    low: float | None
+    high: float | None
+
+    @property
+    def difference(self) -> float:
+        """`tuned - base`."""
+        return self.tuned - self.base
+
+    @property
+    def verdict(self) -> str:
+        """`"gained"` or `"lost"` if the interval says so, otherwise `"undecided"`."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "undecided"
+        return "gained" if (self.low > 0) != (self.metric == PERPLEXITY) else "lost"
+
+
+def compare_results(base: Sequence[Result], tuned: Sequence[Result], seed: int = 0) -> list[Change]:
+    """
+    The changes of all metrics from one model to another, in the order of the sections.
+
+    Args:
+        base, tuned: The results of both, on the same benchmarks.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ValueError: the benchmarks are not the same, or other items were scored.
+    """
+    if [each.benchmark for each in base] != [each.benchmark for each in tuned]:
+        raise ValueError("Both models need results on the same benchmarks.")
+    changes = []
+    for before, after in zip(base, tuned, strict=True):
+        for metric in before.metrics:
+            if metric not in after.metrics:  # perplexity, where one model does not generate
+                continue
+            low, high = None, None
+            if metric in before.scores and metric in after.scores:
+                try:
+                    low, high = difference_interval(before.scores[metric], after.scores[metric], seed)
+                except ValueError as error:
+                    raise ValueError(f"{before.benchmark}, {metric}: {error}") from error
+            changes.append(
+                Change(
+                    _section(before.benchmark, metric),
+                    before.benchmark,
+                    metric,
+                    before.metrics[metric],
+                    after.metrics[metric],
+                    low,
+                    high,
+                )
+            )
+    order = list(dict.fromkeys(_SECTIONS.values()))
+    return sorted(changes, key=lambda change: order.index(change.section))
+
+
+def _section(benchmark: str, metric: str) -> str:
+    if metric == PERPLEXITY:
+        return "Generation"
+    declared = load_benchmarks().get(benchmark)
+    return "Retrieval" if declared is None else _SECTIONS[declared.protocol]
+
+
+def difference_interval(
+    base: Scores, tuned: Scores, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
+) -> tuple[float, float]:
+    """
+    Interval of the difference of a metric between two models on the same items, by the paired percentile bootstrap
+    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): groups of items are drawn with
+    replacement, the same for both models.
+
+    Args:
+        base, tuned: The scores of both.
+        seed: Seed of the draws.
+        resamples: Number of draws.
+        level: Probability of the interval.
+
+    Returns:
+        The lower and the upper bound of the metric of `tuned` minus that of `base`.
+
+    Raises:
+        ValueError: the models were not scored on the same items.
+    """
+    if len(base.values) != len(tuned.values):
+        raise ValueError(f"the models were scored on {len(base.values)} and {len(tuned.values)} items.")
+    sums = [_group_sums(scores) for scores in (base, tuned)]
+    count = len(sums[0][0])
+    if len(sums[1][0]) != count:
+        raise ValueError("the models were scored on items of other groups.")
+    draw = np.random.default_rng(seed)
+    differences: list[np.ndarray] = []
+    for start in range(0, resamples, _TOGETHER):
+        drawn = draw.multinomial(count, np.full(count, 1 / count), size=min(_TOGETHER, resamples - start))
+        before, after = (_metric(drawn @ totals, drawn @ weights, base) for totals, weights in sums)
+        differences.append(after - before)
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(differences), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _group_sums(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the weighted scores, and of the weights, of each group."""
+    weights = np.ones_like(scores.values) if scores.weights is None else scores.weights
+    if scores.groups is None:
+        return scores.values * weights, weights
+    _, groups = np.unique(scores.groups, return_inverse=True)
+    return np.bincount(groups, scores.values * weights), np.bincount(groups, weights)
+
+
+def _metric(totals: np.ndarray, weights: np.ndarray, scores: Scores) -> np.ndarray:
+    means = totals / weights
+    return np.exp(np.minimum(means, 700.0)) if scores.is_perplexity else means
+
+
+def format_value(metric: str, value: float, sign: bool = False) -> str:
+    """A metric as pages show it: in percent, or a perplexity as it is."""
+    shown = value if metric == PERPLEXITY else 100 * value
+    digits = 1 if metric != PERPLEXITY else max(0, 2 - int(math.log10(max(abs(value), 1))))
+    return f"{shown:+.{digits}f}" if sign else f"{shown:.{digits}f}"
+
+
+def summary(changes: Sequence[Change]) -> Mapping[str, int]:
+    """The number of metrics by verdict."""
+    verdicts = [change.verdict for change in changes]
+    return {verdict: verdicts.count(verdict) for verdict in ("gained", "lost", "undecided")}
