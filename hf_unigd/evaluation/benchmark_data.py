@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,11 @@ def _read_vist(folder: Path | None, name: str, images: str | None, file: str) ->
 
 def _read_mteb(folder: Path | None, name: str, images: str | None, tasks: Sequence[str]) -> Read:
     """Names of MTEB's tasks, which read their own rows."""
-    return [([{"task": each} for each in tasks], {})], {"tasks": list(tasks), "mteb": version("mteb")}, {}
+    try:
+        description = {"tasks": list(tasks), "mteb": version("mteb")}
+    except PackageNotFoundError as error:
+        raise ImportError("MTEB is not installed: `pip install 'hf-unigd[evaluation]'`.") from error
+    return [([{"task": each} for each in tasks], {})], description, {}
 
 
 READERS: dict[str, Callable[..., Read]] = {

@@ -128,8 +128,10 @@ class SentenceEmbedder:
     """
 
     def __init__(self, name: str, batch_size: int = 32, dtype: str = "auto", revision: str | None = None):
-        from sentence_transformers import SentenceTransformer  # an extra
-
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ImportError(f"{name} needs sentence-transformers: `pip install 'hf-unigd[evaluation]'`.") from error
         self.model = SentenceTransformer(
             name, device=str(process_state().device), revision=revision, model_kwargs={"dtype": dtype}
         )

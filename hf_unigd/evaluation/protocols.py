@@ -206,7 +206,7 @@ def yes_no(embedder: Embedder, data: BenchmarkData, show_progress: bool = False)
 
 def mteb_tasks(embedder: Embedder, data: BenchmarkData, show_progress: bool = False) -> Outcome:
     """Tasks of MTEB, run by it. Rows have the name of a `task`. The metrics of several tasks begin with its name."""
-    from .mteb_tasks import run_tasks  # an extra
+    from .mteb_tasks import run_tasks  # an extra, which its reader has asked for
 
     names = [row["task"] for row in data.rows]
     found = run_tasks(embedder, names, show_progress)
