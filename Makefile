@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test floors parity families attack lint format clean
+.PHONY: help install install-dev quickstart test floors lmms-eval parity families attack lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,20 @@ floors: BIN = $(FLOORS)/bin
 floors: $(FLOORS)/.installed  ## Run every test with the lowest versions that pyproject.toml allows, in .venv-floors
 	$(PYTEST)
 
+# lmms-eval pins packages that ours cannot have and asks for torchvision, so that it has an environment of its own, with
+# those of its dependencies that a run needs. It reads a part of filelock that later versions do not have.
+LMMS := .venv-lmms
+LMMS_NEEDS := jsonlines loguru numexpr openai openpyxl pytablewriter pytz sacrebleu tenacity
+$(LMMS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet -c constraints.txt -e '.[evaluation]'
+	$(LMMS)/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	$(LMMS)/bin/python -m pip install --quiet -c constraints.txt 'filelock<3.20' $(LMMS_NEEDS)
+	@touch $@
+
+lmms-eval: $(LMMS)/.installed  ## lmms-eval runs a local task on a tiny checkpoint, in .venv-lmms
+	PYTHONPATH=tests HF_HUB_OFFLINE=1 ACCELERATE_USE_CPU=true $(LMMS)/bin/python tests/lmms/check.py
+
 parity: install-dev  ## One objective, however it is run: every case, and docs/parity.md
 	PYTHONPATH=tests $(BIN)/python tests/trainer/parity.py
 
@@ -74,4 +88,4 @@ format: install-dev  ## Let ruff rewrite
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environments and what runs wrote
-	rm -rf $(VENV) $(FLOORS) runs
+	rm -rf $(VENV) $(FLOORS) $(LMMS) runs
