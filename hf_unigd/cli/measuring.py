@@ -1,12 +1,13 @@
 """What `evaluate` and `compare` have in common: on what they measure a model, and how."""
 
+import logging
 from dataclasses import dataclass, field
 
 from datasets import Dataset
 
 from ..bulk import process_state
 from ..evaluation.benchmarking import choose_benchmarks, run_benchmark
-from ..evaluation.embedders import Embedder, load_embedder, probe_of
+from ..evaluation.embedders import CannotMeasureError, Embedder, load_embedder, probe_of
 from ..evaluation.matches import ImageSettings
 from ..evaluation.results import Result, ResultsFile
 from ..evaluation.row_evaluation import evaluate_rows
@@ -14,6 +15,8 @@ from ..settings import Positive
 from ..trainer import UniGDScriptArguments
 from .arguments import ImageArguments, dtype_field
 
+
+logger = logging.getLogger(__name__)
 
 MODEL_HELP = (
     "Hub id or folder of a trained checkpoint or adapter, of a plain vision-language model, or of a model that "
@@ -71,7 +74,8 @@ def check_measured(args: MeasuringArguments, rows: RowArguments) -> None:
 
 def measure(model: str, args: MeasuringArguments, rows: RowArguments, output: str | None) -> list[Result]:
     """
-    Measures a model on benchmarks and rows. What its file of results holds is not measured again.
+    Measures a model on benchmarks and rows. What its file of results holds is not measured again, and benchmarks that
+    ask for what the model does not do are left out, with a line in the log.
 
     Args:
         model: Its name.
@@ -83,10 +87,14 @@ def measure(model: str, args: MeasuringArguments, rows: RowArguments, output: st
     embedder = load_embedder(model, batch_size=args.batch_size, dtype=args.dtype, **is_plain)
     file = ResultsFile(output, embedder.description, probe_of(embedder), args.overwrite)
     show_progress = process_state().is_main_process
-    results = [
-        run_benchmark(embedder, each, args.benchmark_folder, file, show_progress)
-        for each in choose_benchmarks(args.benchmarks)
-    ]
+    results = []
+    for benchmark in choose_benchmarks(args.benchmarks):
+        try:
+            results.append(run_benchmark(embedder, benchmark, args.benchmark_folder, file, show_progress))
+        except CannotMeasureError as error:
+            logger.warning("%s is left out: %s", benchmark.title, error)
+    if args.benchmarks and not results:
+        raise ValueError(f"{model} cannot be measured on any of these benchmarks; the log has the reasons.")
     if rows.dataset_name is not None:
         results.append(_measure_rows(embedder, args, rows, file))
     return results

@@ -176,9 +176,17 @@ def _read_coco_captions(
     return [(list(rows.values()), {})], {"files": [file]}, {}
 
 
-def _read_mmvp(folder: Path | None, name: str, images: str | None, file: str) -> Read:
-    """MMVP-VLM's statements about pairs of images: lines of number, category and statement, two a pair."""
-    with _file(folder, name, file).open(encoding="utf-8", newline="") as opened:
+def _read_mmvp(
+    folder: Path | None,
+    name: str,
+    images: str | None,
+    file: str,
+    folder_name: str | None = None,
+    prefix: str = "a photo of ",
+) -> Read:
+    """MMVP-VLM's statements about pairs of images, after `prefix`: lines of number, category and statement, two a
+    pair."""
+    with _file(folder, folder_name or name, file).open(encoding="utf-8", newline="") as opened:
         _, *lines = list(csv.reader(opened))
     if len(lines) % 2:
         raise ValueError(f"{file} has {len(lines)} statements, and two make a pair")
@@ -191,7 +199,7 @@ def _read_mmvp(folder: Path | None, name: str, images: str | None, file: str) ->
         for place, (number, _, statement) in enumerate((first, second)):
             row |= {
                 f"image_{place}": f"{category}/{number.strip()}.jpg",
-                f"caption_{place}": f"a photo of {statement.strip()}",
+                f"caption_{place}": f"{prefix}{statement.strip()}",
             }
         rows.append(row)
     return [(rows, {})], {"files": [file]}, {}

@@ -20,6 +20,7 @@ _SECTIONS = {
     "two_positives": "Compositionality",
     "image_text_group": "Compositionality",
     "yes_no": "Generation",
+    "picture_question": "Generation",
     "mteb": "MTEB",
 }
 PERPLEXITY = "perplexity"  # the one metric of which less is better
@@ -64,16 +65,18 @@ def compare_results(base: Sequence[Result], tuned: Sequence[Result], seed: int =
     The changes of all metrics from one model to another, in the order of the sections.
 
     Args:
-        base, tuned: The results of both, on the same benchmarks.
+        base, tuned: The results of both. What only one of them was measured on is left out.
         seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: the benchmarks are not the same, or other items were scored.
+        ValueError: both have no benchmark in common, or other items were scored.
     """
-    if [each.benchmark for each in base] != [each.benchmark for each in tuned]:
+    others = {each.benchmark: each for each in tuned}
+    common = [(each, others[each.benchmark]) for each in base if each.benchmark in others]
+    if not common:
         raise ValueError("Both models need results on the same benchmarks.")
     changes = []
-    for before, after in zip(base, tuned, strict=True):
+    for before, after in common:
         for metric in before.metrics:
             if metric not in after.metrics:  # perplexity, where one model does not generate
                 continue

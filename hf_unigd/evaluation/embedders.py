@@ -26,6 +26,10 @@ _PROBE = "A red star to the left of two blue cars."
 _PROBE_LENGTH = 64
 
 
+class CannotMeasureError(ValueError):
+    """Raised where a benchmark asks for what a model does not do."""
+
+
 class Embedder(Protocol):
     """
     What an evaluation needs of a model.
@@ -194,9 +198,9 @@ class SentenceEmbedder:
         if len(turns) == 1 and len(kinds) == len(set(kinds)):  # at most one text and one image
             return ("+".join(sorted(kinds)), instruction), {part["type"]: part[part["type"]] for part in content}
         if "message" not in self.model.modalities:
-            raise ValueError(
+            raise CannotMeasureError(
                 f"{self.name} embeds a text or an image, and not {len(kinds)} parts in one input: "
-                f"{', '.join(kinds[:6])}. Leave this benchmark out for it."
+                f"{', '.join(kinds[:6])}."
             )
         chat = [
             {"role": turn["role"], "content": [part for part in map(_part, turn["content"]) if part in content]}

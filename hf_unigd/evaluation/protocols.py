@@ -4,8 +4,10 @@ A protocol returns the scores of items by the names of the metrics, which are th
 All processes that a launcher started call it, and receive the same.
 """
 
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -15,7 +17,7 @@ from accelerate.utils import gather_object
 
 from ..bulk import process_state
 from .benchmark_data import BenchmarkData
-from .embedders import Embedder, ModelEmbedder
+from .embedders import CannotMeasureError, Embedder, ModelEmbedder
 from .matches import RowReader, read_matches
 from .pools import Pool, image_key, similarities
 from .row_evaluation import retrieval_counts, retrieval_scores
@@ -169,39 +171,82 @@ def last_picture(embedder: Embedder, data: BenchmarkData, show_progress: bool = 
     return scores, {"stories": len(data.rows)}
 
 
-@torch.no_grad()
 def yes_no(embedder: Embedder, data: BenchmarkData, show_progress: bool = False) -> Outcome:
     """
     POPE: whether a model that is asked answers "yes" or "no" as it should, by category; what is neither is wrong. Rows
     have `image`, `question` and `answer`, and may have `category`.
 
     Raises:
-        ValueError: the model does not generate.
+        CannotMeasureError: the model does not generate.
     """
+    rows = list(range(len(data.rows)))
+
+    def question(number: int) -> list:
+        return [_open(data, number, "image"), data.rows[number]["question"]]
+
+    said = _ask(embedder, [partial(question, number) for number in rows])
+    words = [re.search(r"\b(yes|no)\b", answer.lower()) for answer in said]
+    right = [
+        word is not None and word.group(1) == data.rows[n]["answer"].strip().lower()
+        for n, word in zip(rows, words, strict=True)
+    ]
+    counts = {"items": len(rows), "neither_yes_nor_no": words.count(None)}
+    return _by_category(data, {"accuracy": torch.tensor(right)}), counts
+
+
+def picture_question(embedder: Embedder, data: BenchmarkData, show_progress: bool = False) -> Outcome:
+    """
+    The question form of MMVP-VLM (Sugar, section 4.5): which of two statements meets the first of two images, A or B.
+    Each pair is asked twice, with either image first, and the right answer is A in one half of the questions, drawn by
+    a seed. Sugar does not say how often a pair is asked; its numbers are multiples of 1/30, two questions a pair.
+
+    Rows have `image_0`, `image_1`, `caption_0` and `caption_1`, and may have `category`.
+
+    Raises:
+        CannotMeasureError: the model does not generate.
+    """
+    questions = [(number, first) for number in range(len(data.rows)) for first in (0, 1)]
+    letters = ["A", "B"] * len(data.rows)
+    random.Random(0).shuffle(letters)
+
+    def sequence(number: int, first: int, letter: str) -> list:
+        row = data.rows[number]
+        images = [_open(data, number, f"image_{place}") for place in (first, 1 - first)]
+        statements = [row[f"caption_{first}"], row[f"caption_{1 - first}"]]
+        one, other = statements if letter == "A" else statements[::-1]
+        question = f"which choice meets the first image:\n A.{one}\nB.{other}\n.please answer in A or B"
+        return ["First Image:", images[0], "Second Image:", images[1], question]
+
+    asked = [partial(sequence, *question, letter) for question, letter in zip(questions, letters, strict=True)]
+    said = _ask(embedder, asked)
+    found = [re.search(r"\b[AB]\b", answer) for answer in said]
+    right = [each is not None and each.group() == letter for each, letter in zip(found, letters, strict=True)]
+    counts = {"items": len(questions), "neither_a_nor_b": found.count(None)}
+    return _by_category(data, {"question_accuracy": torch.tensor(right)}, [n for n, _ in questions]), counts
+
+
+@torch.no_grad()
+def _ask(embedder: Embedder, questions: Sequence[Callable[[], list]]) -> list[str]:
+    """The answers of a model to questions, each of which is made when it is asked. Processes share them."""
     if not isinstance(embedder, ModelEmbedder):
-        raise ValueError(f"{embedder.name} does not generate, and this benchmark asks questions.")
+        raise CannotMeasureError(f"{embedder.name} does not generate, and this benchmark asks questions.")
     model, processor = embedder.model, embedder.processor
     state = process_state()
-    own = list(range(state.process_index, len(data.rows), state.num_processes))
-    hits: dict[int, tuple[bool, bool]] = {}
+    own = list(range(state.process_index, len(questions), state.num_processes))
+    answers: dict[int, str] = {}
     for start in range(0, len(own), embedder.batch_size):
         numbers = own[start : start + embedder.batch_size]
-        rows = [data.rows[number] for number in numbers]
         batch = processor.process_sequences(
-            [[data.images.open(row["image"]), _question(row["question"])] for row in rows],
+            [questions[number]() for number in numbers],
             prompted=False,
             padding_side="left",
+            max_length=model.config.context_length,
         ).to(model.device, model.dtype)
         generated = model.generate(**batch, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-        answers = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for number, row, answer in zip(numbers, rows, answers, strict=True):
-            said = re.search(r"\b(yes|no)\b", answer.lower())
-            word = said.group(1) if said else None
-            hits[number] = (word == row["answer"].strip().lower(), word is None)
-    found = dict(chain.from_iterable(each.items() for each in gather_object([hits])))
-    right = torch.tensor([found[number][0] for number in range(len(data.rows))])
-    unclear = sum(found[number][1] for number in range(len(data.rows)))
-    return _by_category(data, {"accuracy": right}), {"items": len(data.rows), "neither_yes_nor_no": unclear}
+        said = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers |= dict(zip(numbers, said, strict=True))
+    found = dict(chain.from_iterable(each.items() for each in gather_object([answers])))
+    return [found[number] for number in range(len(questions))]
 
 
 def mteb_tasks(embedder: Embedder, data: BenchmarkData, show_progress: bool = False) -> Outcome:
@@ -215,32 +260,42 @@ def mteb_tasks(embedder: Embedder, data: BenchmarkData, show_progress: bool = Fa
     return {f"{name}_main_score": found[name]["main_score"] for name in names}, {"tasks": len(names)}
 
 
-def _question(question: str) -> str:
-    return f"{question}\nAnswer the question using a single word or phrase."
+def _open(data: BenchmarkData, number: int, column: str) -> Any:
+    return data.images.open(data.rows[number][column])
 
 
 def _add_image(pool: Pool, data: BenchmarkData, number: int, column: str, row: Mapping[str, Any]) -> int:
-    return pool.add(image_key(row[column], number, column), lambda: [data.images.open(data.rows[number][column])])
+    return pool.add(image_key(row[column], number, column), lambda: [_open(data, number, column)])
 
 
 def _embed(embedder: Embedder, images: Pool, texts: Pool, show_progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return images.embed(embedder, "query", show_progress), texts.embed(embedder, "document", show_progress)
 
 
-def _by_category(data: BenchmarkData, hits: Mapping[str, torch.Tensor]) -> dict[str, Scores]:
-    """Scores for each category, and over categories that count alike. Without categories, of all rows."""
-    categories = [row.get("category") for row in data.rows]
+def _by_category(
+    data: BenchmarkData, hits: Mapping[str, torch.Tensor], numbers: Sequence[int] | None = None
+) -> dict[str, Scores]:
+    """Scores for each category, and over categories that count alike. Without categories, of all items. `numbers` are
+    the rows of the items, if a row has several; they are one group."""
+    of_rows = [row.get("category") for row in data.rows]
+    rows = np.arange(len(of_rows)) if numbers is None else np.array(numbers)
+    categories = [of_rows[number] for number in rows]
     found: dict[str, Scores] = {}
     for metric, each in hits.items():
         values = each.numpy().astype(np.float64)
         parts = {
-            category: Scores(values[[place for place, own in enumerate(categories) if own == category]])
+            category: _part(values, rows, [place for place, own in enumerate(categories) if own == category])
             for category in dict.fromkeys(categories)
         }
         if None not in parts:
             found |= {f"{category}_{metric}": scores for category, scores in parts.items()}
         found[metric] = _mean_of_means(list(parts.values()))
     return found
+
+
+def _part(values: np.ndarray, rows: np.ndarray, places: list[int]) -> Scores:
+    own = rows[places]
+    return Scores(values[places], groups=own if len(set(own)) < len(own) else None)
 
 
 PROTOCOLS: dict[str, Callable[..., Outcome]] = {
@@ -250,5 +305,6 @@ PROTOCOLS: dict[str, Callable[..., Outcome]] = {
     "image_text_group": image_text_group,
     "last_picture": last_picture,
     "yes_no": yes_no,
+    "picture_question": picture_question,
     "mteb": mteb_tasks,
 }

@@ -79,6 +79,10 @@ def _page(base: str, changes: Mapping[str, Sequence[Change]], models: Mapping[st
                 parts.append(f"**{verdict.capitalize()}**: {', '.join(named)}.")
         for section, own in groupby(each, key=lambda change: change.section):
             parts.append(f"### {section}\n\n{_table(list(own))}")
+    every = list(dict.fromkeys(result.benchmark for results in models.values() for result in results))
+    for name, results in models.items():
+        if missing := [each for each in every if each not in {result.benchmark for result in results}]:
+            parts.append(f"`{name}` was not measured on {', '.join(missing)}, which ask for what it does not do.")
     parts.append(f"![Changes and their intervals]({PICTURE})")
     counts_lines = [
         f"- {result.benchmark}: "

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ import torch
 
 import benchmark_files
 from benchmark_files import CATEGORIES, KINDS
-from evaluation_cases import HashEmbedder, content_of
+from evaluation_cases import HashEmbedder, content_of, make_clip
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.cli.main import main
 from hf_unigd.evaluation import mteb_tasks
 from hf_unigd.evaluation.benchmark_data import READERS, BenchmarkData, read_benchmark
 from hf_unigd.evaluation.benchmarking import choose_benchmarks, run_benchmark
 from hf_unigd.evaluation.benchmarks import load_benchmarks
-from hf_unigd.evaluation.embedders import ModelEmbedder
+from hf_unigd.evaluation.embedders import CannotMeasureError, ModelEmbedder
 from hf_unigd.evaluation.matches import ImageSettings
 from hf_unigd.evaluation.protocols import PROTOCOLS
 from hf_unigd.evaluation.results import Result, ResultsFile
@@ -54,8 +55,11 @@ def test_a_declaration_is_complete(name):
 @pytest.mark.parametrize("group", load_groups())
 def test_the_columns_of_a_table_are_metrics_that_benchmarks_have(group, folder):
     """Each is measured, on rows of the real schema; MTEB has no top-5 accuracy."""
+    embedders = {"mmvp_vlm_question": Speaker(cycle(["A"]))}
     results = {
-        name: measured(name, folder).metrics if name != "imagenet" else {"accuracy": 0.5, "top5_accuracy": 0.5}
+        name: measured(name, folder, embedders.get(name)).metrics
+        if name != "imagenet"
+        else {"accuracy": 0.5, "top5_accuracy": 0.5}
         for name in load_groups()[group].benchmarks
     }
     for table in load_groups()[group].tables:
@@ -209,8 +213,35 @@ def test_questions_are_answered_with_yes_or_no():
     }
     assert counts == {"items": 4, "neither_yes_nor_no": 1}
     assert "Is there a cat 0?" in speaker.asked[0]
-    with pytest.raises(ValueError, match="hash does not generate"):
+    with pytest.raises(CannotMeasureError, match="hash does not generate"):
         PROTOCOLS["yes_no"](HashEmbedder(), BenchmarkData(rows, ImageSettings(), {}))
+
+
+def test_the_question_form_asks_for_the_first_picture_of_each_pair(folder):
+    speaker = Speaker(cycle(["A", "The answer is B.", "Aha"]))
+    result = measured("mmvp_vlm_question", folder, speaker)
+    assert result.counts == {"items": 18, "neither_a_nor_b": 6}
+    right = {"A": 0, "B": 0}
+    # The statement of the first picture stands after the right letter.
+    for place, (asked, said) in enumerate(zip(speaker.asked, cycle("AB-"))):
+        number, first = divmod(place, 2)
+        own, other = 2 * number + 1 + first, 2 * number + 2 - first
+        letter = "A" if f"A.a cat {own}\nB.a cat {other}\n" in asked else "B"
+        assert f"{letter}.a cat {own}\n" in asked and asked.index("First Image") < asked.index("Second Image")
+        right[letter] += said == letter
+    assert result.metrics["question_accuracy"] == pytest.approx(sum(right.values()) / 18)
+    assert len(speaker.asked) == 18 and result.scores["question_accuracy"].groups is not None
+
+
+def test_what_a_model_does_not_do_is_left_out_and_said(tmp_path, folder, caplog, capsys):
+    make_clip(tmp_path)
+    work = ["--benchmarks", "sugar", "--benchmark_folder", str(folder)]
+    main(["evaluate", str(tmp_path), *work])
+    assert "VIST is left out" in caplog.text and "question form is left out" in caplog.text
+    printed = capsys.readouterr().out
+    assert "winoground: " in printed and "vist: " not in printed
+    with pytest.raises(SystemExit, match="cannot be measured on any of these benchmarks"):
+        main(["evaluate", str(tmp_path), "--benchmarks", "vist", "--benchmark_folder", str(folder)])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +267,8 @@ def test_what_has_to_be_fetched_is_said(tmp_path, name, remove, message):
 def test_unknown_benchmarks_are_refused():
     with pytest.raises(ValueError, match=r"There is no benchmark 'coca'\. The benchmarks are aro, coco, .* groups"):
         choose_benchmarks(["coco", "coca"])
-    assert [each.name for each in choose_benchmarks(["coco", "sugar"])] == ["coco", "vist", "winoground", "mmvp_vlm"]
+    expected = ["coco", "vist", "winoground", "mmvp_vlm", "mmvp_vlm_question"]
+    assert [each.name for each in choose_benchmarks(["coco", "sugar"])] == expected
 
 
 def test_a_row_of_a_table_stands_below_those_of_the_paper():
