@@ -125,7 +125,7 @@ def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, ti
         name: [change for change in each if _HEADLINES.fullmatch(change.metric)] for name, each in changes.items()
     }
     lines = max(map(len, shown.values()))
-    figure = _figure(figsize=(2.6 + 3.4 * len(shown), 1.3 + 0.26 * lines), layout="constrained")
+    figure = make_figure(figsize=(2.6 + 3.4 * len(shown), 1.3 + 0.26 * lines), layout="constrained")
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (name, each) in zip(panels, shown.items(), strict=True):
@@ -143,7 +143,7 @@ def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, ti
     longest = max(shown.values(), key=len)
     panels[0].set_yticks(range(lines), [f"{change.benchmark}: {change.metric}" for change in longest])
     panels[0].invert_yaxis()
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:
