@@ -4,16 +4,18 @@ import time
 from pathlib import Path
 
 from ..bulk.sequences import embed_sequences
-from ..data import load_icons
+from ..data import DatasetMixture, DatasetSource, load_icons
 from ..data.icons import HELD_OUT, icon_captions, named_words
 from ..evaluation import rank_candidates
 from ..evaluation.figures import draw_retrieval
 from ..hub.cards import RETRIEVAL_NAME
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
+from ..outputs import writing
 from ..trainer import UniGDTrainer
 from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
+from .questions import answer_accuracy, answer_questions, question_rows, show_answers
 from .results import write_card, write_metrics
 from .small_llava import IMAGE_SIZE, build_llava, build_processor
 from .training import make_trainer
@@ -22,6 +24,10 @@ from .training import make_trainer
 VIEWS = 12
 # The paper's prompt, "Summarize the provided image in one word", is longer than most captions here.
 PROMPT = "In one word"
+QUESTIONS_SHARE = 0.1  # of the steps
+CAUSAL_LM_WEIGHT = 0.5
+ASKED = 200  # icons
+ICON_NAME = "icon.png"
 SHOWN_QUERIES, SHOWN_RESULTS = 8, 5
 
 
@@ -42,13 +48,24 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     check_output_folder(output, RETRIEVAL_NAME)
     train = load_icons("train", views=VIEWS, size=IMAGE_SIZE, seed=args.seed)
     test = load_icons("test", size=IMAGE_SIZE)
-    model, processor = build(train, args.seed)
+    chats = question_rows(train, args.seed)
+    model, processor = build(train, chats, args.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"A LLaVA of {parameters / 1e6:.1f} million parameters.")
     print(f"{len(train)} images of {len(train) // VIEWS} icons to train on, {len(test)} other icons to test on.")
 
     trainer = make_trainer(
-        args, model, processor, train, test, per_device_eval_batch_size=250, causal_lm_weight=0.5, logging_steps=25
+        args,
+        model,
+        processor,
+        DatasetMixture(
+            [DatasetSource(train, "icons", 1 - QUESTIONS_SHARE), DatasetSource(chats, "questions", QUESTIONS_SHARE)]
+        ),
+        test,
+        batch_by_source=True,  # prompts with entries are long, and captions would be padded to them
+        per_device_eval_batch_size=250,
+        causal_lm_weight=CAUSAL_LM_WEIGHT,
+        logging_steps=25,
     )
     before = measure(trainer)
     trainer.train()
@@ -60,22 +77,28 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     }
     captions = generate_captions(model, processor, test)
     accuracy = caption_accuracy(captions, test.with_format(None)["icon"])
-    metrics = {"before": before, "after": after | accuracy, "chance": chance}
+    known, asked = train.select(range(len(train) // VIEWS)), test.select(spread(test, ASKED))
+    questions = answer_questions(model, processor, known, asked)
+    answered = answer_accuracy(questions)
+    metrics = {"before": before, "after": after | accuracy | answered, "chance": chance}
     minutes = (time.perf_counter() - start) / 60
 
     trainer.save_model()
     plot_retrieval(model, processor, test, output / RETRIEVAL_NAME)
+    with writing(output / ICON_NAME) as file:
+        test[0]["image"].save(file, "PNG")
     write_card(
         args,
         after,
         minutes,
         summary="a small LLaVA built in code, trained from scratch on drawn icons by `hf-unigd quickstart`.",
         dataset="Material Design icons, held out",
-        objective="InfoNCE + next-token, 1 : 0.5 (VladVA)",
+        objective=f"InfoNCE + next-token, 1 : {CAUSAL_LM_WEIGHT} (VladVA)",
         methods=["vladva"],
     )
     show_metrics(metrics)
     show_captions(captions, test, accuracy)
+    show_answers(questions, answered)
     similarity = check_in_fresh_process(model, processor, test[0]["image"], test[0]["short_caption"], output)
     print(f"\nReloaded in a fresh process without hf-unigd: the same similarity, {similarity:.4f}.")
 
@@ -88,14 +111,23 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     print("\nNext, index the icons and search them:")
     print(f"  hf-unigd index --model {output} --dataset_name icons --output icons_index")
     print('  hf-unigd search icons_index --query "arrow left" --output hits.png')
+    print(f'  hf-unigd answer icons_index --image {output / ICON_NAME} --question "What is it?"')
     return metrics
 
 
-def build(train, seed: int) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
-    """An untrained model, and a processor whose tokenizer is trained on the training captions."""
-    captions = icon_captions(train.select(range(len(train) // VIEWS)))
-    prompts = [f"USER: {PROMPT} ASSISTANT:"]
-    processor = UniGDProcessor(build_processor(captions + prompts * 100), prompts={"image": PROMPT, "text": PROMPT})
+def build(train, chats, seed: int) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
+    """An untrained model, and a processor whose tokenizer is trained on texts of the training rows."""
+    texts = icon_captions(train.select(range(len(train) // VIEWS)))
+    texts += [f"USER: {PROMPT} ASSISTANT:"] * 100
+    texts += [
+        part["text"]
+        for messages in chats[:500]["messages"]
+        for turn in messages
+        if turn["role"] == "user"
+        for part in turn["content"]
+        if part["type"] == "text"
+    ]
+    processor = UniGDProcessor(build_processor(texts), prompts={"image": PROMPT, "text": PROMPT})
     return UniGDForConditionalGeneration.from_vlm(build_llava(processor.vlm_processor, seed=seed)), processor
 
 

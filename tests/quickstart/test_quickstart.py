@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import BatchFeature
 
@@ -18,15 +19,20 @@ from hf_unigd.quickstart.fresh_process import check_in_fresh_process
 
 def test_the_vladva_recipe_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vladva, "VIEWS", 1)
+    monkeypatch.setattr(vladva, "ASKED", 6)
     main(["quickstart", "--output", str(tmp_path), "--max_steps", "3", "--batch_size", "16"])
     printed = capsys.readouterr().out
     assert "text to image, R@1" in printed and "Reloaded in a fresh process without hf-unigd" in printed
-    assert printed.count("    -> ") == 3 and "Of all 1000, " in printed
+    assert printed.count("    -> ") == 6 and "Of all 1000, " in printed and "answers about 6 of these icons" in printed
     assert f"hf-unigd index --model {tmp_path} --dataset_name icons" in printed
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["chance"]["positive_to_anchor_recall_at_10"] == 0.01
     assert metrics["after"]["perplexity"] < metrics["before"]["perplexity"]
+    assert 0 <= metrics["after"]["answers_all_with_retrieval"] <= 1
     assert (tmp_path / "retrieval.png").stat().st_size > 10_000
+    icon = PILImage.open(tmp_path / "icon.png").convert("RGB")
+    assert icon.tobytes() == load_icons("test", size=vladva.IMAGE_SIZE)[0]["image"].tobytes()
+    assert f"hf-unigd answer icons_index --image {tmp_path / 'icon.png'}" in printed
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "modeling_unigd.py").is_file()
 
     card = (tmp_path / "README.md").read_text()
