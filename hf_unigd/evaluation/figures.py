@@ -103,7 +103,7 @@ def draw_alignment(
     save_figure(figure, output, bbox_inches="tight", pad_inches=0.15)
 
 
-_HEADLINES = re.compile(r"accuracy|itt|tot|(text|image|group)_score|main_score|perplexity|.*recall_at_1")
+_HEADLINES = re.compile(r"(question_)?accuracy|itt|tot|(text|image|group)_score|.*main_score|perplexity|.*recall_at_1")
 _COLOURS = {"gained": "tab:green", "lost": "tab:red", "undecided": "tab:grey"}
 
 
@@ -124,12 +124,14 @@ def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, ti
     shown = {
         name: [change for change in each if _HEADLINES.fullmatch(change.metric)] for name, each in changes.items()
     }
-    lines = max(map(len, shown.values()))
-    figure = make_figure(figsize=(2.6 + 3.4 * len(shown), 1.3 + 0.26 * lines), layout="constrained")
+    # What was measured of only some models has a line of its own all the same.
+    lines = list(dict.fromkeys(f"{change.benchmark}: {change.metric}" for each in shown.values() for change in each))
+    figure = make_figure(figsize=(2.6 + 3.4 * len(shown), 1.3 + 0.26 * len(lines)), layout="constrained")
     figure.suptitle(title, fontsize=10)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (name, each) in zip(panels, shown.items(), strict=True):
-        for place, change in enumerate(each):
+        for change in each:
+            place = lines.index(f"{change.benchmark}: {change.metric}")
             scale = -100 / change.base if change.metric == PERPLEXITY else 100
             colour = _COLOURS[change.verdict]
             if change.low is not None and change.high is not None:
@@ -140,8 +142,7 @@ def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, ti
         axes.set_xlabel("worse  <  points (perplexity: percent)  >  better", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
-    longest = max(shown.values(), key=len)
-    panels[0].set_yticks(range(lines), [f"{change.benchmark}: {change.metric}" for change in longest])
+    panels[0].set_yticks(range(len(lines)), lines)
     panels[0].invert_yaxis()
     save_figure(figure, output)
 

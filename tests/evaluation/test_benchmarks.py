@@ -303,3 +303,20 @@ def test_a_group_runs_whole_through_the_command(group, folder, tmp_path, capsys,
     output.write_text(json.dumps(stored))
     main([*call, "--output", str(output)])
     assert len(json.loads(output.read_text())["results"]) == len(load_groups()[group].benchmarks)
+
+
+@pytest.mark.parametrize(
+    ("name", "chances"),
+    [
+        ("scenes_retrieval", {"text_to_image_recall_at_10": 10 / 500, "image_to_text_recall_at_10": 10 / 500}),
+        ("scenes_sugarcrepe", {"accuracy": 1 / 2}),
+        ("scenes_sugarcrepe_pp", {"itt": 1 / 3, "tot": 1 / 3}),
+        ("scenes_winoground", {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6}),
+    ],
+)
+def test_random_embeddings_score_chance_on_the_scenes(name, chances):
+    pytest.importorskip("hf_unigd.data.scenes")
+    result = measured(name, None, HashEmbedder())
+    for metric, chance in chances.items():
+        scores = result.scores[metric]
+        assert scores.metric == pytest.approx(chance, abs=4 * np.sqrt(chance * (1 - chance) / len(scores.values)))

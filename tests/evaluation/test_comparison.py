@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from PIL import Image
 import benchmark_files
 from hf_unigd.cli.main import main
 from hf_unigd.evaluation.comparison import Change, compare_results, difference_interval, format_value
-from hf_unigd.evaluation.figures import is_figure
+from hf_unigd.evaluation.figures import draw_changes, is_figure
 from hf_unigd.evaluation.report import write_report
 from hf_unigd.evaluation.results import Result
 from hf_unigd.evaluation.scores import Scores
@@ -129,6 +130,31 @@ def test_the_page_says_what_was_gained_and_lost(tmp_path):
     assert is_figure(tmp_path / "comparison.png") and Image.open(tmp_path / "comparison.png").width > 600
     with pytest.raises(ValueError, match="a base model and at least one other"):
         write_report({"base": models["base"]}, tmp_path)
+
+
+def test_what_only_some_models_were_measured_on_is_said(tmp_path):
+    models = {"base": results_of(0.5, 4.0, 0), "you/silent": results_of(0.8, 8.0, 1)[:1]}
+    page = write_report(models, tmp_path)
+    assert "`you/silent` was not measured on rows/test, which ask for what it does not do." in page
+    assert "Of 1 metrics, 1 gained" in page
+
+
+def test_each_line_of_the_picture_is_one_metric_of_all_models(tmp_path, monkeypatch):
+    """Also where a model was not measured on the first benchmark."""
+    drawn = []
+    plot = matplotlib.axes.Axes.plot
+
+    def keep(axes, x, y, *args, **kwargs):
+        drawn.append((axes.get_subplotspec().colspan.start, y[0], kwargs["color"]))
+        return plot(axes, x, y, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", keep)
+    gained, lost = (
+        Change("Retrieval", name, "accuracy", 0.5, 0.6, *interval)
+        for name, interval in (("coco", (0.1, 0.2)), ("vist", (-0.2, -0.1)))
+    )
+    draw_changes({"both": [gained, lost], "second": [lost]}, tmp_path / "a.png")
+    assert set(drawn) == {(0, 0, "tab:green"), (0, 1, "tab:red"), (1, 1, "tab:red")}
 
 
 def test_the_command_compares_and_goes_on(tmp_path, capsys):
