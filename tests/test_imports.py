@@ -21,6 +21,7 @@ LAYERS = [
     {"cli"},
     {"quickstart"},
     {"hf_unigd"},
+    {"serving"},
     {"trainer"},
     {"evaluation"},
     {"retrieval"},

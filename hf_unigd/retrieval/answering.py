@@ -78,10 +78,8 @@ def answer_with_retrieval(
     if use_images and not index.description.store_images:
         raise ValueError("`use_images=True`, but the index was made without pictures (`store_images=False`).")
     found = index.search(model, processor, questions, k, where=where, instruction=instruction)
-    marks = turn_marks(processor)
-    used = [_usable(hits, use_images, processor) for hits in found]
-    prompts = [make_prompt(question, hits, use_images, marks) for question, hits in zip(questions, used, strict=True)]
-    batch = processor.process_sequences(prompts, prompted=False, padding_side="left")
+    prompts, used = zip(*make_prompts(processor, questions, found, use_images), strict=True)
+    batch = processor.process_sequences(list(prompts), prompted=False, padding_side="left")
     lengths, longest = batch["attention_mask"].sum(1), model.config.context_length
     if longest is not None and lengths.max() + max_new_tokens > longest:
         place = int(lengths.argmax())
@@ -94,6 +92,24 @@ def answer_with_retrieval(
     generated = model.eval().generate(**batch, max_new_tokens=max_new_tokens, **generate_kwargs)
     texts = processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [Answer(text.strip(), hits) for text, hits in zip(texts, used, strict=True)]
+
+
+def make_prompts(
+    processor: UniGDProcessor, questions: Sequence[Any], found: Sequence[list[Hit]], use_images: bool = False
+) -> list[tuple[list[Part], list[Hit]]]:
+    """
+    The prompt of each question, and the entries that are in it.
+
+    Args:
+        processor: The model's processor.
+        questions: Texts, images, or lists of both.
+        found: What was found for each. Entries that cannot be put into a prompt are left out, which the log says.
+        use_images: Whether their images are put into the prompts.
+    """
+    marks = turn_marks(processor)
+    used = [_usable(hits, use_images, processor) for hits in found]
+    prompts = [make_prompt(question, hits, use_images, marks) for question, hits in zip(questions, used, strict=True)]
+    return list(zip(prompts, used, strict=True))
 
 
 def turn_marks(processor: UniGDProcessor) -> list[str]:

@@ -1,0 +1,64 @@
+"""Serve a model: embeddings, chats, and, with an index, search and answers, as OpenAI's API has them."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from ..hub import load_checkpoint
+from ..retrieval import EmbeddingIndex
+from ..serving.limits import Limits
+from ..settings import AtLeast
+from .arguments import accelerator, dtype_field
+from .parser import CommandParser
+
+
+@dataclass
+class ServeArguments(Limits):
+    model: str = field(metadata={"help": "Trained checkpoint or adapter: a Hub id or a folder."}, kw_only=True)
+    index: str | None = field(
+        default=None, metadata={"help": "Folder or address that `hf-unigd index` wrote to, to search and answer from."}
+    )
+    name: str | None = field(
+        default=None, metadata={"help": "Name that clients call the model, instead of `--model`."}
+    )
+    dtype: str = dtype_field("Data type to load the backbone in.")
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address to listen at. One that other machines reach needs `--api_key`."},
+    )
+    port: Annotated[int, AtLeast(0)] = field(default=8000, metadata={"help": "Port to listen at; 0 for a free one."})
+    api_key: str | None = field(
+        default=None, metadata={"help": "Key that clients send. A file that `--config` names keeps it out of `ps`."}
+    )
+
+    def __post_init__(self):
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("`--api_key` is empty. Give a key, or leave it out.")
+
+
+def main(argv: list[str]) -> None:
+    (args,) = CommandParser("serve", ServeArguments, description=__doc__).parse(argv)
+    try:
+        from ..serving.app import create_app
+        from ..serving.engine import Engine
+        from ..serving.metrics import Metrics
+        from ..serving.server import Server, bind, is_loopback
+    except ImportError as error:
+        raise ImportError(f"`hf-unigd serve` needs {error.name}: `pip install 'hf-unigd[serve]'`.") from error
+    bound = bind(args.host, args.port)
+    if args.api_key is None and not is_loopback(bound):
+        raise ValueError(
+            f"`--host {args.host}` lets other machines in. Give `--api_key KEY`, or listen at 127.0.0.1 alone."
+        )
+    index = None if args.index is None else EmbeddingIndex.load(args.index)
+    model, processor = load_checkpoint(args.model, dtype=args.dtype)
+    model = model.to(accelerator())
+    if index is not None:
+        index.check_model(model, processor)
+    engine = Engine(model, processor, args, Metrics())
+    engine.start()
+    name = args.name or args.model
+    print(f"Serving {name} at http://{args.host}:{bound.getsockname()[1]}/v1", flush=True)
+    try:
+        Server(create_app(engine, name, index, args.api_key), engine).run(sockets=[bound])
+    finally:
+        engine.stop()

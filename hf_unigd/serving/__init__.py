@@ -1,0 +1,1 @@
+"""A server that embeds, answers and speaks, with one model in memory."""

@@ -1,0 +1,53 @@
+"""The app that answers requests."""
+
+import time
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+
+from ..retrieval import EmbeddingIndex
+from ..version import __version__
+from .engine import Engine
+from .errors import add_error_handlers
+from .guard import Guard
+from .route_chat import chat_routes
+from .route_embeddings import embedding_routes
+from .route_retrieval import retrieval_routes
+from .service import Service
+
+
+def create_app(engine: Engine, name: str, index: EmbeddingIndex | None = None, api_key: str | None = None) -> FastAPI:
+    """
+    The app of a model that has been started.
+
+    Args:
+        engine: Runs the model.
+        name: The name that clients call it.
+        index: What `/v1/search` and `/v1/answer` look into. They are there with an index alone.
+        api_key: The key that all paths but `/health` ask for.
+    """
+    service, created = Service(engine, name), int(time.time())
+    # The pages of the documentation would load scripts from elsewhere.
+    app = FastAPI(title="hf-unigd", version=__version__, docs_url=None, redoc_url=None)
+    add_error_handlers(app)
+    app.add_middleware(Guard, limits=engine.limits, metrics=engine.metrics, api_key=api_key)
+    app.include_router(embedding_routes(service))
+    app.include_router(chat_routes(service))
+    if index is not None:
+        app.include_router(retrieval_routes(service, index))
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        model = {"id": name, "object": "model", "created": created, "owned_by": "hf-unigd"}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> PlainTextResponse:
+        return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return app

@@ -1,0 +1,90 @@
+"""A server in a thread of this process, and what requests of it are made of."""
+
+import base64
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import openai
+from PIL import Image
+
+from hf_unigd.retrieval import EmbeddingIndex
+from hf_unigd.serving.app import create_app
+from hf_unigd.serving.engine import Engine
+from hf_unigd.serving.limits import Limits
+from hf_unigd.serving.metrics import Metrics
+from hf_unigd.serving.server import Server, bind
+
+
+NAME = "tiny"
+
+
+@dataclass
+class Running:
+    """
+    Attributes:
+        address: Such as `http://127.0.0.1:4711`.
+        engine: Runs the model.
+    """
+
+    address: str
+    engine: Engine
+    api_key: str | None = None
+
+    def client(self, **kwargs) -> openai.OpenAI:
+        key = self.api_key or "none"
+        return openai.OpenAI(**{"base_url": f"{self.address}/v1", "api_key": key, "max_retries": 0, **kwargs})
+
+
+@contextmanager
+def serving(model, processor, index: EmbeddingIndex | None = None, api_key=None, **limits) -> Iterator[Running]:
+    engine = Engine(model, processor, Limits(**limits), Metrics())
+    engine.start()
+    bound = bind("127.0.0.1", 0)
+    server = Server(create_app(engine, NAME, index, api_key), engine)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", engine, api_key)
+    finally:
+        server.handle_exit(15, None)
+        thread.join()
+        engine.stop()
+
+
+def data_url(image: Image.Image, kind: str = "PNG") -> str:
+    file = BytesIO()
+    image.save(file, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def image_part(image: Image.Image) -> dict:
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def half_sent(address: str, head: str) -> socket.socket:
+    """A connection that has sent the beginning of a request."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(head.encode())
+    return connection
+
+
+def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call returns or raises, all at once."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(call) for call in calls]
+        return [future.exception() or future.result() for future in futures]
