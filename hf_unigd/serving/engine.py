@@ -14,7 +14,6 @@ from .generating import GenerationJob, Generator
 from .limits import Limits
 from .metrics import Metrics
 from .prepared import Preparer
-from .run_state import RunState
 from .turns import Turns
 
 
@@ -45,9 +44,8 @@ class Engine:
         self.preparer = Preparer(model.eval(), processor, limits.max_tokens)
         self.sizes = model.config.matryoshka_dims or [model.config.embedding_dim]
         self._turns = Turns()
-        self._state = RunState(model)
         decoder = copy.deepcopy(processor.tokenizer.backend_tokenizer)
-        self._generator = Generator(self.preparer, self._turns, self._state, decoder, limits.max_new_tokens)
+        self._generator = Generator(self.preparer, self._turns, decoder, limits.max_new_tokens)
         window = limits.batch_window_ms / 1000
         self._embeddings: Waiting[EmbeddingJob] = Waiting(limits.batch_size, window)
         self._generations: Waiting[GenerationJob] = Waiting(limits.batch_size, window)
@@ -86,14 +84,13 @@ class Engine:
         embed_batch(self.preparer, self._turns, jobs)
 
     def _warm_up(self) -> None:
-        """Runs the model once in every way, and sees what that leaves in it."""
-        with self._state.discovering():
-            for sequence in probe_sequences():
-                embedding, generation = EmbeddingJob(sequence, 0), GenerationJob(sequence, 0, max_new_tokens=2)
-                self._embed([embedding])
-                self._generator.run([generation])
-                embedding.result.result()
-                generation.result.result()
+        """Runs the model once in every way."""
+        for sequence in probe_sequences():
+            embedding, generation = EmbeddingJob(sequence, 0), GenerationJob(sequence, 0, max_new_tokens=2)
+            self._embed([embedding])
+            self._generator.run([generation])
+            embedding.result.result()
+            generation.result.result()
 
     def _begin(self, kind: str, count: int, waiting: Waiting[AnyJob], run: Callable[[list[AnyJob]], None]) -> None:
         for number in range(count):

@@ -13,7 +13,6 @@ from .batching import Job
 from .errors import ApiError
 from .prepared import Preparer
 from .randomness import Randomness
-from .run_state import RunState
 from .text_stream import StreamedText
 from .turns import Turns
 
@@ -79,15 +78,13 @@ class Generator:
     Args:
         preparer: Makes the batches.
         turns: Says when the model may run.
-        state: What runs leave in the model.
         decoder: Decodes tokens, and is used for nothing else.
         max_new_tokens: The longest answer.
     """
 
-    def __init__(self, preparer: Preparer, turns: Turns, state: RunState, decoder: Tokenizer, max_new_tokens: int):
+    def __init__(self, preparer: Preparer, turns: Turns, decoder: Tokenizer, max_new_tokens: int):
         self.preparer = preparer
         self.turns = turns
-        self.state = state
         self.decoder = decoder
         self.max_new_tokens = max_new_tokens
         eos = preparer.model.generation_config.eos_token_id
@@ -119,10 +116,8 @@ class Generator:
 
     def _give_way(self, randomness: "Randomness") -> Callable[[], None]:
         def give_way() -> None:
-            kept = self.state.save()
             with randomness.set_aside():
                 self.turns.give_way(GENERATION)
-            self.state.restore(kept)
 
         return give_way
 

@@ -218,6 +218,13 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             ".png",
         ),
         Command(
+            "serve",
+            "hf_unigd.cli.serve.load_checkpoint",
+            {**model, "index": here["index"], "port": "0"},
+            ("model", "index"),
+            is_quick=False,
+        ),
+        Command(
             "mine",
             "hf_unigd.cli.mine.load_checkpoint",
             {"index": here["captions_index"], **model, **rows},

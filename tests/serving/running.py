@@ -1,6 +1,7 @@
 """A server in a thread of this process, and what requests of it are made of."""
 
 import base64
+import signal
 import socket
 import threading
 import time
@@ -31,10 +32,12 @@ class Running:
     Attributes:
         address: Such as `http://127.0.0.1:4711`.
         engine: Runs the model.
+        server: Answers requests.
     """
 
     address: str
     engine: Engine
+    server: Server
     api_key: str | None = None
 
     def client(self, **kwargs) -> openai.OpenAI:
@@ -54,9 +57,9 @@ def serving(model, processor, index: EmbeddingIndex | None = None, api_key=None,
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", engine, api_key)
+        yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", engine, server, api_key)
     finally:
-        server.handle_exit(15, None)
+        server.handle_exit(signal.SIGTERM, None)
         thread.join()
         engine.stop()
 
@@ -75,12 +78,21 @@ def text_part(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def half_sent(address: str, head: str) -> socket.socket:
-    """A connection that has sent the beginning of a request."""
+def send(address: str, path: str, body: bytes) -> socket.socket:
+    """A connection that has sent a request, and reads no answer."""
     host, _, port = address.removeprefix("http://").partition(":")
     connection = socket.create_connection((host, int(port)))
-    connection.sendall(head.encode())
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    connection.sendall(head.encode() + b"\r\n\r\n" + body)
     return connection
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 30) -> None:
+    """Waits until something is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come true"
+        time.sleep(0.01)
 
 
 def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:

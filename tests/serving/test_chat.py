@@ -103,8 +103,7 @@ def test_a_conversation_is_rendered_with_all_its_turns(server, pair):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_the_same_beside_others(family):
-    """Batches that take turns with each other and with embeddings keep their own state, such as Qwen2-VL's positions:
-    chats of two lengths never share all their batches, because batches are small."""
+    """Small batches take turns with each other and with embeddings, step by step."""
     pair = make_pair(family)
     wanted = [text_of(pair, expected(pair, sequence, 30)[0]) for sequence in CHATS]
     with serving(*pair, batch_size=2) as running:
