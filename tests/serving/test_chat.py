@@ -6,7 +6,7 @@ import torch
 from langchain_openai import ChatOpenAI
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
-from running import NAME, image_part, in_threads, serving, text_part
+from serving_cases import NAME, image_part, in_threads, serving, text_part
 from tiny_models import FAMILIES, make_image, make_vlm
 
 

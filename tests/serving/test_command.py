@@ -17,7 +17,7 @@ from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.cli.main import main
 from hf_unigd.retrieval import build_index
 from index_cases import knowledge
-from running import eventually
+from serving_cases import eventually
 from tiny_models import make_vlm
 
 

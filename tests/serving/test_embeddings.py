@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, load_checkpoint
 from hf_unigd.modeling import SequenceError
-from running import NAME, data_url, image_part, in_threads, serving, text_part
+from serving_cases import NAME, data_url, image_part, in_threads, serving, text_part
 from tiny_adapters import make_adapter
 from tiny_models import make_image, make_vlm
 

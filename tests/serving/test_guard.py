@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
-from running import NAME, eventually, in_threads, send, serving
+from serving_cases import NAME, eventually, in_threads, send, serving
 from tiny_models import make_vlm
 
 

@@ -12,7 +12,7 @@ import torch
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.serving import remote_images
-from running import NAME, serving
+from serving_cases import NAME, serving
 from tiny_models import make_image, make_vlm
 
 

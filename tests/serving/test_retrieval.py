@@ -10,7 +10,7 @@ from PIL import Image
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.retrieval import answer_with_retrieval, build_index
 from index_cases import IMAGES, knowledge, questions
-from running import NAME, image_part, serving, text_part
+from serving_cases import NAME, image_part, serving, text_part
 from tiny_models import make_vlm
 
 
