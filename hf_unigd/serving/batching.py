@@ -11,6 +11,10 @@ from typing import Any, Generic, TypeVar
 from .errors import ApiError
 
 
+# A few tokens more make no batch slower, as the prompt is added to all.
+_SLACK = 32
+
+
 @dataclass(eq=False)
 class Job(ABC):
     """
@@ -40,11 +44,13 @@ class Waiting(Generic[AnyJob]):
     Args:
         batch_size: Jobs of a batch, at most.
         window: How long the first job waits for others, in seconds.
+        spares_padding: Whether jobs that are much longer or shorter than the oldest wait for another batch.
     """
 
-    def __init__(self, batch_size: int, window: float):
+    def __init__(self, batch_size: int, window: float, spares_padding: bool = False):
         self.batch_size = batch_size
         self.window = window
+        self.spares_padding = spares_padding
         self._changed = threading.Condition()
         self._jobs: list[tuple[float, AnyJob]] = []  # with when they arrived, the oldest first
         self._is_closed = False
@@ -90,12 +96,18 @@ class Waiting(Generic[AnyJob]):
 
     def _remove_batch(self) -> list[AnyJob]:
         _, oldest = self._jobs[0]
-        alike = sorted((job for _, job in self._jobs if job.key == oldest.key), key=lambda job: job.length)
+        alike = sorted((job for _, job in self._jobs if self._are_alike(job, oldest)), key=lambda job: job.length)
         first = alike.index(oldest) - self.batch_size // 2
         first = max(0, min(first, len(alike) - self.batch_size))
         batch = alike[first : first + self.batch_size]
         self._jobs = [(arrived, job) for arrived, job in self._jobs if job not in batch]
         return batch
+
+    def _are_alike(self, job: AnyJob, oldest: AnyJob) -> bool:
+        if job.key != oldest.key:
+            return False
+        shorter, longer = sorted((job.length, oldest.length))
+        return not self.spares_padding or longer <= 2 * shorter + _SLACK
 
 
 def closing() -> ApiError:

@@ -47,7 +47,7 @@ class Engine:
         decoder = copy.deepcopy(processor.tokenizer.backend_tokenizer)
         self._generator = Generator(self.preparer, self._turns, decoder, limits.max_new_tokens)
         window = limits.batch_window_ms / 1000
-        self._embeddings: Waiting[EmbeddingJob] = Waiting(limits.batch_size, window)
+        self._embeddings: Waiting[EmbeddingJob] = Waiting(limits.batch_size, window, spares_padding=True)
         self._generations: Waiting[GenerationJob] = Waiting(limits.batch_size, window)
         metrics.watch("embedding", self._embeddings)
         metrics.watch("generation", self._generations)

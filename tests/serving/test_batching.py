@@ -38,6 +38,16 @@ def test_the_oldest_job_runs_with_those_of_about_its_length():
     assert lengths_of(queue.take()) == [100]
 
 
+def test_padding_is_spared_where_it_costs_most():
+    lengths = [200, 10, 390, 50, 100, 30, 500]
+    queue = Waiting(8, 0.0, spares_padding=True)
+    for length in lengths:
+        queue.put(Sized(None, length))
+    assert lengths_of(queue.take()) == [100, 200, 390]
+    assert lengths_of(queue.take()) == [10, 30, 50]
+    assert lengths_of(queue.take()) == [500]
+
+
 def test_jobs_of_another_key_run_in_another_batch():
     queue = Waiting(4, 0.0)
     for place in range(6):
