@@ -6,8 +6,9 @@ clients of one kind, and `mixed` as many of both at once. Inputs differ from cli
 compared with the one that the model gives alone: a vector to 1e-4, a chat by its text. `loop` is the same model called
 for one input after another, in this process. `beside` is the p95 of a kind in `mixed` as a multiple of its p95 alone.
 
-`--peer URL` asks another server with OpenAI's API for embeddings of the texts too, of its first model or of
-`--peer_model`. Its vectors are only compared with each other: the same text must get the same vector.
+`--peer infinity_emb` runs infinity too, by the command of this name, which may be one of another environment. It
+serves the language model alone, as a model of sentence-transformers, and gets the texts with the embedding prompt
+around them, so that its vectors are the same.
 
 The script writes benchmarks/results/serving.json.
 """
@@ -62,6 +63,42 @@ def image_part(image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def save_language_model(model: UniGDForConditionalGeneration, processor: UniGDProcessor, folder: Path) -> None:
+    """The language model as one of sentence-transformers, in the files of its older releases."""
+    model.vlm.model.language_model.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    tokens = {name: value for name, value in json.loads(config.read_text()).items() if name.endswith("_token")}
+    settings = {**tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(settings))
+    modules = ("Transformer", "1_Pooling"), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+    kinds = [
+        {
+            "idx": place,
+            "name": str(place),
+            "path": path if place else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for place, (kind, path) in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(kinds))
+    (folder / "1_Pooling").mkdir()
+    pooling = {
+        "word_embedding_dimension": model.config.embedding_dim,
+        "pooling_mode_lasttoken": True,
+        "pooling_mode_mean_tokens": False,
+        "pooling_mode_cls_token": False,
+    }
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 1024}))
+
+
+def with_prompt(processor: UniGDProcessor, text: str) -> str:
+    """A text with what the model is asked around it."""
+    turn = {"role": "user", "content": [{"type": "text", "text": f"{text}\n{processor.prompts['text']}"}]}
+    return processor.apply_chat_template([turn], add_generation_prompt=True)
+
+
 def in_a_loop(model, processor) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """What the model answers to each input alone, and how long that takes."""
 
@@ -91,27 +128,47 @@ def summary(seconds: list[float], whole: float, wrong: int) -> dict[str, Any]:
     return {"requests": len(seconds), "per_second": len(seconds) / whole, "p50_ms": p50, "p95_ms": p95, "wrong": wrong}
 
 
+def ours(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "hf_unigd", "serve", "--model", str(folder), "--name", NAME, "--port", "0"]
+
+
+def infinity(command: str, folder: Path) -> list[str]:
+    names = ["--model-id", str(folder), "--served-model-name", NAME, "--url-prefix", "/v1", "--port", "7997"]
+    return [
+        command,
+        "v2",
+        *names,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--batch-size",
+        "32",
+        "--no-bettertransformer",
+    ]
+
+
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    words = [sys.executable, "-m", "hf_unigd", "serve", "--model", str(folder), "--name", NAME, "--port", "0"]
+def serving(words: list[str], address: str) -> Iterator[str]:
+    """A server, once it has printed its address, which a pattern of one group finds."""
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
         try:
-            while (found := re.search(r"at (http\S+/v1)", Path(log.name).read_text())) is None:
+            while (found := re.search(address, Path(log.name).read_text())) is None:
                 assert process.poll() is None, Path(log.name).read_text()
                 time.sleep(0.1)
-            yield found[1]
+            yield f"{found[1]}/v1"
         finally:
             process.terminate()
             process.wait()
 
 
-def asking(session: aiohttp.ClientSession, url: str, model: str) -> dict[str, Ask]:
-    """How to ask a server."""
-    bodies = {kind: [as_parts(sequence(place, kind)) for place in range(POOL)] for kind in ("any", "text")}
+def asking(session: aiohttp.ClientSession, url: str, texts: list[str]) -> dict[str, Ask]:
+    """How to ask a server. `texts` are what it gets for texts."""
+    bodies = [as_parts(sequence(place, "any")) for place in range(POOL)]
 
     async def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
-        async with session.post(f"{url}/{path}", json={"model": model, **body}) as response:
+        async with session.post(f"{url}/{path}", json={"model": NAME, **body}) as response:
             response.raise_for_status()
             return await response.json()
 
@@ -119,15 +176,15 @@ def asking(session: aiohttp.ClientSession, url: str, model: str) -> dict[str, As
         return np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
 
     async def embed(place: int) -> np.ndarray:
-        body = {"input": [{"content": bodies["any"][place]}], "encoding_format": "base64"}
+        body = {"input": [{"content": bodies[place]}], "encoding_format": "base64"}
         return vector(await post("embeddings", body))
 
     async def embed_text(place: int) -> np.ndarray:
-        answer = await post("embeddings", {"input": [bodies["text"][place][0]["text"]]})
+        answer = await post("embeddings", {"input": [texts[place]]})
         return np.array(answer["data"][0]["embedding"])
 
     async def chat(place: int) -> str:
-        messages = [{"role": "user", "content": bodies["any"][place]}]
+        messages = [{"role": "user", "content": bodies[place]}]
         answer = await post("chat/completions", {"messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0})
         return answer["choices"][0]["message"]["content"]
 
@@ -158,10 +215,10 @@ async def load(clients: dict[str, int], ask: dict[str, Ask], wanted: dict[str, l
     return {kind: summary(taken[kind], whole, wrong[kind]) for kind in clients}
 
 
-async def measure(url: str, wanted: dict[str, list[Any]], arguments) -> dict[str, Any]:
+async def measure(url: str, wanted: dict[str, list[Any]], texts: list[str], arguments) -> dict[str, Any]:
     found: dict[str, Any] = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        ask = asking(session, url, NAME)
+        ask = asking(session, url, texts)
         for count in arguments.clients:
             each = {kind: await load({kind: count}, ask, wanted, arguments.seconds) for kind in ("embedding", "chat")}
             mixed = await load({"embedding": count, "chat": count}, ask, wanted, arguments.seconds)
@@ -172,22 +229,17 @@ async def measure(url: str, wanted: dict[str, list[Any]], arguments) -> dict[str
     return found
 
 
-async def compare(urls: dict[str, tuple[str, str | None]], arguments) -> dict[str, Any]:
+async def compare(
+    servers: dict[str, tuple[str, list[str]]], wanted: dict[str, list[Any]], arguments
+) -> dict[str, Any]:
     """Embeddings of texts from each server, in turns."""
-    found: dict[str, Any] = {name: {} for name in urls}
+    found: dict[str, Any] = {name: {} for name in servers}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        for name, (url, model) in urls.items():
-            if model is None:
-                async with session.get(f"{url}/models") as response:
-                    model = (await response.json())["data"][0]["id"]
-            urls[name] = url, model
         for count in arguments.clients:
-            for name, (url, model) in urls.items():
-                ask = asking(session, url, model or "")
-                wanted = {"text": [await ask["text"](place) for place in range(POOL)]}
-                found[name] |= {
-                    f"{count} clients": (await load({"text": count}, ask, wanted, arguments.seconds))["text"]
-                }
+            for name, (url, texts) in servers.items():
+                ask = asking(session, url, texts)
+                found[name] |= {f"{count} clients": await load({"text": count}, ask, wanted, arguments.seconds)}
+            print("texts", count, json.dumps(found, indent=1), flush=True)
     return found
 
 
@@ -195,12 +247,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=30, help="Of each load.")
-    parser.add_argument("--peer", help="Another server's address, which ends in /v1.")
-    parser.add_argument("--peer_model", help="The name of a model there.")
-    parser.add_argument("--keep", type=Path, help="Folder to keep the model in, for the other server.")
+    parser.add_argument("--peer", help="The command of infinity.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.keep or Path(temporary) / "model"
+        folder = Path(temporary) / "model"
         processor = make_processor()
         model = UniGDForConditionalGeneration.from_vlm(make_vlm(processor)).eval()
         model.processor = UniGDProcessor(processor)
@@ -217,11 +267,18 @@ def main() -> None:
             "new_tokens": NEW_TOKENS,
             "loop": loop,
         }
-        with serving(folder) as url:
-            found |= asyncio.run(measure(url, wanted, arguments))
+        with serving(ours(folder), r"at (http\S+)/v1") as url:
+            texts = [sequence(place, "text")[0] for place in range(POOL)]
+            found |= asyncio.run(measure(url, wanted, texts, arguments))
             if arguments.peer:
-                urls = {"ours": (url, NAME), "peer": (arguments.peer, arguments.peer_model)}
-                found["texts"] = asyncio.run(compare(urls, arguments))
+                save_language_model(model, model.processor, Path(temporary) / "text")
+                with torch.inference_mode():
+                    alone = [model.embed(**model.processor.process_sequences([text]))[0].numpy() for text in texts]
+                rendered = [with_prompt(model.processor, text) for text in texts]
+                words = infinity(arguments.peer, Path(temporary) / "text")
+                with serving(words, r"running on (http\S+)") as peer:
+                    servers = {"ours": (url, texts), "infinity": (peer, rendered)}
+                    found["texts"] = asyncio.run(compare(servers, {"text": alone}, arguments))
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(f"Written to {RESULTS}")
 
