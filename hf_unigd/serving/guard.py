@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 
@@ -25,7 +26,8 @@ class Guard:
         app: What answers.
         limits: Limits of requests.
         metrics: What is counted.
-        api_key: The key that all paths but `/health` ask for, if there is one.
+        api_key: The key that all paths but `/health` ask for. Without one, requests must name this machine as their
+            host, so that no page in a browser can reach it by a name of its own that leads here (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None):
@@ -79,9 +81,15 @@ class Guard:
             self._in_work -= 1
 
     def _check_key(self, scope: Scope) -> None:
-        if self.api_key is None or scope["path"] in _OPEN_PATHS:
+        headers = dict(scope["headers"])
+        if self.api_key is None:
+            if not _is_this_machine(host := headers.get(b"host", b"").decode("latin-1")):
+                message = f"The host {host[:80]!r} is not this machine. Ask at 127.0.0.1, or set a key (`--api_key`)."
+                raise ApiError(403, message)
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
+        if scope["path"] in _OPEN_PATHS:
+            return
+        given = headers.get(b"authorization", b"")
         if not secrets.compare_digest(given, f"Bearer {self.api_key}".encode()):
             raise ApiError(
                 401,
@@ -126,3 +134,9 @@ class Guard:
                 work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a `Host` header names this machine."""
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    return name == "localhost" or bool(re.fullmatch(r"127(\.\d{1,3}){3}|\[::1\]", name))

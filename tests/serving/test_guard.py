@@ -49,6 +49,17 @@ def test_the_key_is_asked_for_everywhere_but_at_health(pair):
             assert httpx.get(running.address + path).status_code == status
 
 
+def test_without_a_key_a_page_cannot_reach_it_by_a_name_of_its_own(pair):
+    hosts = {"localhost": 200, "127.0.0.1:1": 200, "127.0.1.1": 200, "[::1]:80": 200, "evil.example": 403, "": 403}
+    hosts |= {"127.0.0.1.evil.example": 403, "evil.example:80": 403, "localhost.evil:80": 403, "8.8.8.8": 403}
+    with serving(*pair) as running:
+        for host, status in hosts.items():
+            assert httpx.get(f"{running.address}/v1/models", headers={"Host": host}).status_code == status
+    with serving(*pair, api_key="secret") as running:
+        headers = {"Host": "model.example", "Authorization": "Bearer secret"}
+        assert httpx.get(f"{running.address}/v1/models", headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_body_that_is_too_large_is_not_read(pair, stream):
     body = json.dumps({"input": "a" * 2000}).encode()
