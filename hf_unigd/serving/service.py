@@ -76,12 +76,14 @@ class Service:
             async with places:
                 return await asyncio.wrap_future(self.engine.embed(job))
 
-        results = {id(job): asyncio.ensure_future(run(job)) for job in sorted(jobs, key=lambda job: job.length)}
+        order = sorted(range(len(jobs)), key=lambda place: jobs[place].length)
+        tasks = [asyncio.ensure_future(run(jobs[place])) for place in order]
         try:
-            embedded = [await results[id(job)] for job in jobs]
+            by_length = dict(zip(order, await asyncio.gather(*tasks), strict=True))
         finally:
-            for each in results.values():
-                each.cancel()
+            for task in tasks:
+                task.cancel()
+        embedded = [by_length[place] for place in range(len(jobs))]
         self.engine.metrics.tokens.labels("embedded").inc(sum(each.tokens for each in embedded))
         return embedded
 

@@ -163,6 +163,25 @@ def test_an_answer_that_nobody_waits_for_is_not_finished(pair, stream):
         hook.remove()
 
 
+@pytest.mark.parametrize(
+    ("long", "short"),
+    [
+        (lambda client: chat(client, max_tokens=1000, temperature=0), embed),
+        (lambda client: chat(client, max_tokens=1000, temperature=0), lambda client: chat(client, max_tokens=1)),
+        (lambda client: embed(client, ["three people waving"] * 2000), lambda client: chat(client, max_tokens=1)),
+        (lambda client: embed(client, ["three people waving"] * 2000), embed),
+    ],
+)
+def test_what_is_short_does_not_wait_for_what_is_long(pair, long, short):
+    with serving(*pair) as running, ThreadPoolExecutor() as pool:
+        answer = pool.submit(long, running.client())
+        eventually(lambda: value(running, "batch_size_count") >= 1)
+        assert short(running.client())
+        assert value(running, "requests_in_work") == 1
+        assert not answer.done()
+        assert answer.result()
+
+
 def test_metrics_count_requests_batches_and_tokens(pair):
     with serving(*pair, batch_window_ms=300) as running:
         in_threads([lambda: embed(running.client(), ["a", "b"])] * 2)
