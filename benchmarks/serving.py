@@ -257,7 +257,8 @@ def main() -> None:
         model.save_pretrained(folder)
         wanted, loop = in_a_loop(model, model.processor)
         found = {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "clients": arguments.clients,
+            "seconds": arguments.seconds,
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "load_before": os.getloadavg()[0],
