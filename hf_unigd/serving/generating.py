@@ -113,6 +113,8 @@ class Generator:
                 stopping_criteria=StoppingCriteriaList([_Steps(rows, self._give_way(randomness))]),
                 **dict(first.settings),
             )
+        for row in rows:
+            row.end("length")  # if the model's generation config has ended it, by `max_time` for example
 
     def _give_way(self, randomness: "Randomness") -> Callable[[], None]:
         def give_way() -> None:
@@ -159,15 +161,17 @@ class _Row:
         self._count += 1
         self._give(self._text.add(token))
         if token in self._ends or self._text.has_stopped:
-            self._end("stop")
+            self.end("stop")
         elif self._count >= self.max_new_tokens:
-            self._end("length")
+            self.end("length")
 
     def fail(self, error: ApiError) -> None:
         self.is_done = True
         self.job.result.set_exception(error)
 
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
+        if self.is_done:
+            return
         self.is_done = True
         self._give(self._text.end())
         self.job.result.set_result(Generated("".join(self._pieces), reason, self._length, self._count))

@@ -165,6 +165,13 @@ def test_it_stops_where_the_model_ends(pair):
     assert answer.usage.completion_tokens == tokens.tolist().index(tokens[4].item()) + 1
 
 
+def test_it_stops_where_the_generation_config_says(pair, monkeypatch):
+    monkeypatch.setattr(pair[0].generation_config, "max_time", 1e-9)
+    with serving(*pair) as running:
+        answer = ask(running.client(timeout=60), CHATS[0])
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (1, "length")
+
+
 def test_the_longest_answer_is_as_long_as_the_server_allows(server):
     client = server.client()
     answer = client.chat.completions.create(model=NAME, messages=messages_of(CHATS[0]), temperature=0)
