@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +228,16 @@ def _read_vist(folder: Path | None, name: str, images: str | None, file: str) ->
     return [(rows, {})], {"files": [file]}, {"left_out": missing}
 
 
-def _read_mteb(folder: Path | None, name: str, images: str | None, tasks: Sequence[str]) -> Read:
-    """Names of MTEB's tasks, which read their own rows."""
+def _read_mteb(
+    folder: Path | None, name: str, images: str | None, tasks: Sequence[str] = (), benchmark: str | None = None
+) -> Read:
+    """Names of MTEB's tasks, or those of one of its benchmarks. They read their own rows."""
     try:
-        description = {"tasks": list(tasks), "mteb": version("mteb")}
-    except PackageNotFoundError as error:
+        import mteb
+    except ImportError as error:
         raise ImportError("MTEB is not installed: `pip install 'hf-unigd[evaluation]'`.") from error
-    return [([{"task": each} for each in tasks], {})], description, {}
+    names = list(tasks) if benchmark is None else [task.metadata.name for task in mteb.get_benchmark(benchmark).tasks]
+    return [([{"task": each} for each in names], {})], {"tasks": names, "mteb": version("mteb")}, {}
 
 
 READERS: dict[str, Callable[..., Read]] = {

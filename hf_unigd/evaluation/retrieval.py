@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -194,14 +193,6 @@ def recalls(rankings: dict[str, Ranking], ks: tuple[int, ...] = (1, 5, 10)) -> d
     return {
         f"{name}_{recall}": value for name, ranking in rankings.items() for recall, value in ranking.recall(ks).items()
     }
-
-
-@cache
-def recall_metric():
-    """Returns the `evaluate.Metric` of `METRIC_SCRIPT`, which is loaded once."""
-    import evaluate  # takes a second, which only a measurement needs
-
-    return evaluate.load(METRIC_SCRIPT)
 
 
 def _first_rows(keys: torch.Tensor) -> torch.Tensor:

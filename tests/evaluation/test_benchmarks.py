@@ -264,6 +264,15 @@ def test_what_has_to_be_fetched_is_said(tmp_path, name, remove, message):
         measured(name, None)
 
 
+def test_mteb_knows_the_tasks_of_its_benchmarks():
+    import mteb
+
+    for name in ("imagenet", "aro", "mieb_lite", "flickr30k_mteb", "coco_mteb"):
+        tasks = [row["task"] for row in read_benchmark(load_benchmarks()[name], None).rows]
+        assert {task.metadata.name for task in mteb.get_tasks(tasks)} == set(tasks)
+        assert len(tasks) > 30 if name == "mieb_lite" else len(tasks) == {"imagenet": 1, "aro": 4}.get(name, 2)
+
+
 def test_unknown_benchmarks_are_refused():
     with pytest.raises(ValueError, match=r"There is no benchmark 'coca'\. The benchmarks are aro, coco, .* groups"):
         choose_benchmarks(["coco", "coca"])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unigd.evaluation import METRIC_SCRIPT, rank_candidates, retrieval_metrics
+from hf_unigd.evaluation import METRIC_SCRIPT, rank_both_ways, rank_candidates, retrieval_metrics
 
 
 def unit(n, d, seed):
@@ -59,3 +59,22 @@ def test_the_metric_script_loads_with_evaluate():
     assert result == {"recall_at_1": 0.0, "recall_at_2": 0.5, "recall_at_3": 1.0}
     with pytest.raises(ValueError, match="Query 1 has no relevant candidate"):
         metric.compute(predictions=[[0], [0]], references=[[0], []])
+
+
+def test_recalls_are_those_of_the_metric_script():
+    images, captions = unit(8, 4, 0), unit(20, 4, 1)
+    owners = torch.arange(20) % 8
+    rankings = rank_both_ways(images[owners], captions, owners, torch.arange(20), 10)
+    for ranking in rankings.values():
+        expected = evaluate.load(METRIC_SCRIPT).compute(
+            predictions=ranking.candidates.tolist(), references=ranking.relevant, ks=(1, 3)
+        )
+        assert ranking.recall((1, 3)) == expected
+
+
+def test_equally_similar_candidates_come_in_their_own_order():
+    candidates = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for k in range(1, 7):
+        expected = [[1, 2, 4, 3, 0, 5][:k], [0, 5, 3, 1, 2, 4][:k]]
+        assert rank_candidates(queries, candidates, k).tolist() == expected
