@@ -1,18 +1,20 @@
 """Perplexity of the captions and answers of rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
 from ..bulk import process_state
+from ..bulk.image_features import for_language_model, join_images, split_images
 from ..bulk.sequences import WINDOW
 from ..data import RowError
-from ..data.example import InputSequence
-from ..data.lengths import length_batches, sequence_length
-from ..modeling import UniGDForConditionalGeneration
+from ..data.example import InputSequence, image_key, iter_image_parts
+from ..data.lengths import sequence_length
 from ..modeling.modeling_unigd import next_token_loss
 from .embedders import ModelEmbedder
 from .matches import RowReader
@@ -42,26 +44,13 @@ def perplexity(embedder: ModelEmbedder, reader: RowReader, skip_bad_rows: bool =
         RowError: a row is bad and `skip_bad_rows` is off.
     """
     found: list[tuple[int, int, float, int]] = []  # row, number of its target, negative log-likelihood, tokens
-    model, processor = embedder.model, embedder.processor
     error: RowError | None = None
     try:
         own = _targets(embedder, reader, skip_bad_rows)
         while window := list(islice(own, WINDOW * embedder.batch_size)):
-            lengths = [sequence_length(processor, each.messages, each.target) for _, _, each in window]
-            for places in length_batches(lengths, embedder.batch_size):
-                chosen = [window[place] for place in places]
-                sequences = [each for _, _, each in chosen]
-                batch = processor.process_sequences(
-                    [each.messages for each in sequences],
-                    [each.target for each in sequences],
-                    prompted=[each.prompted for each in sequences],
-                    label_history=[each.label_history for each in sequences],
-                    max_length=model.config.context_length,
-                )
-                losses = _losses(model, batch.to(model.device, model.dtype))
-                found += [
-                    (row, number, *loss) for (row, number, _), loss in zip(chosen, losses, strict=True) if loss[1]
-                ]
+            for chosen in _batches(embedder, window):
+                losses = _losses(embedder, [each.sequence for each in chosen])
+                found += [(each.row, each.number, *loss) for each, loss in zip(chosen, losses, strict=True) if loss[1]]
     except RowError as reason:
         error = reason
     shares = gather_object([(found, error)])
@@ -75,10 +64,62 @@ def perplexity(embedder: ModelEmbedder, reader: RowReader, skip_bad_rows: bool =
     return Scores(totals / tokens, tokens, groups, is_perplexity=True)
 
 
-def _losses(model: UniGDForConditionalGeneration, batch: Mapping[str, torch.Tensor]) -> list[tuple[float, int]]:
-    """The negative log-likelihood of the labelled tokens of each row in nats, and their number."""
+@dataclass(frozen=True)
+class _Target:
+    """A sequence that ends with a target: its row, its number there, and the keys of its images."""
+
+    row: int
+    number: int
+    sequence: InputSequence
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return _keys(self.sequence)
+
+
+def _keys(sequence: InputSequence) -> tuple[str, ...]:
+    return tuple(image_key(part) for part in iter_image_parts(sequence.messages))
+
+
+def _batches(embedder: ModelEmbedder, window: list[_Target]) -> Iterator[list[_Target]]:
+    """Batches of about the same length, in which the targets of one image are together."""
+    groups: dict[tuple[str, ...] | int, list[_Target]] = {}
+    for place, each in enumerate(window):
+        groups.setdefault(each.images or place, []).append(each)
+    lengths = {
+        key: max(sequence_length(embedder.processor, each.sequence.messages, each.sequence.target) for each in group)
+        for key, group in groups.items()
+    }
+    batch: list[_Target] = []
+    for key in sorted(groups, key=lambda key: -lengths[key]):
+        group = groups[key]
+        if len(batch) + len(group) > embedder.batch_size and batch:
+            yield batch
+            batch = []
+        batch += group
+        while len(batch) > embedder.batch_size:
+            yield batch[: embedder.batch_size]
+            batch = batch[embedder.batch_size :]
+    if batch:
+        yield batch
+
+
+def _losses(embedder: ModelEmbedder, sequences: list[InputSequence]) -> list[tuple[float, int]]:
+    """The negative log-likelihood of the labelled tokens of each sequence in nats, and their number."""
+    model = embedder.model
+    batch = embedder.processor.process_sequences(
+        [each.messages for each in sequences],
+        [each.target for each in sequences],
+        prompted=[each.prompted for each in sequences],
+        label_history=[each.label_history for each in sequences],
+        max_length=model.config.context_length,
+    ).to(model.device, model.dtype)
     targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "spans")}
+    features = _shared_features(embedder, sequences)
+    if features is not None:
+        del inputs["pixel_values"]
+        inputs["image_features"] = features
     hidden_states = model._decode(use_cache=False, **inputs).last_hidden_state
     vocab_size = model.config.get_text_config().vocab_size
     return [
@@ -90,9 +131,28 @@ def _losses(model: UniGDForConditionalGeneration, batch: Mapping[str, torch.Tens
     ]
 
 
-def _targets(
-    embedder: ModelEmbedder, reader: RowReader, skip_bad_rows: bool
-) -> Iterator[tuple[int, int, InputSequence]]:
+def _shared_features(embedder: ModelEmbedder, sequences: list[InputSequence]) -> Any:
+    """The output of the vision tower for the images of the sequences, of which each distinct one runs once. None where
+    none occurs twice, or a sequence has several: some families see an image otherwise beside others."""
+    model, processor = embedder.model, embedder.processor
+    keys = [_keys(each) for each in sequences]
+    flat = [key for each in keys for key in each]
+    if not model.accepts_image_features or len(set(flat)) == len(flat) or any(len(each) > 1 for each in keys):
+        return None
+    distinct = {
+        key: part["image"]
+        for each in sequences
+        for part in iter_image_parts(each.messages)
+        for key in [image_key(part)]
+    }
+    inputs = processor.process_sequences([[image] for image in distinct.values()], prompted=False, image_lengths=True)
+    lengths = inputs.pop("image_lengths").tolist()
+    output = for_language_model(model.image_features(**inputs.to(model.device, model.dtype)))
+    features = dict(zip(distinct, split_images(output, lengths), strict=True))
+    return join_images([features[key] for key in flat])
+
+
+def _targets(embedder: ModelEmbedder, reader: RowReader, skip_bad_rows: bool) -> Iterator[_Target]:
     """The sequences of this process's rows that end with a target, each with the number of its row."""
     state = process_state()
     for number in range(state.process_index, len(reader), state.num_processes):
@@ -104,4 +164,5 @@ def _targets(
             continue
         for place, (example, _) in enumerate(examples):
             if example.target is not None or example.label_history:
-                yield number, place, example.anchor_sequences(embedder.processor.embedding_position, embedded=False)[0]
+                sequence = example.anchor_sequences(embedder.processor.embedding_position, embedded=False)[0]
+                yield _Target(number, place, sequence)

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..bulk.image_features import ImageFeatures
 from ..outputs import remove_unfinished, writing
-from .image_features import ImageFeatures
 
 
 logger = logging.getLogger(__name__)

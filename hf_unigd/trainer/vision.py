@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
 
+from ..bulk.image_features import for_language_model
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from .collator import UniGDDataCollator
 from .stored_images import StoredImages
@@ -59,7 +59,7 @@ def with_image_features(
                 "when the batch was made. Keep other programs from deleting its files, and start again."
             )
         with _in_eval_mode(model.vlm):
-            features = _for_language_model(model.image_features(**chunk))
+            features = for_language_model(model.image_features(**chunk))
         if cache is not None:
             features = cache.save(keys, features)
     chunk.pop("pixel_values", None)
@@ -124,12 +124,3 @@ def _in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _for_language_model(features: ModelOutput) -> ModelOutput:
-    """The output of a vision tower without the states of the tower's own layers, which would fill the memory while the
-    chunks of a step wait."""
-    kept = ModelOutput()
-    for name in features.keys() - {"last_hidden_state", "hidden_states", "attentions"}:
-        kept[name] = features[name]
-    return kept

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers.utils import ModelOutput
 
+from ..bulk.image_features import ImageFeatures, join_images, split_images
 from .feature_shards import ImageKey, ShardIndex, ShardWriter, read_images
-from .image_features import ImageFeatures, join_images, split_images
 
 
 logger = logging.getLogger(__name__)

@@ -81,20 +81,23 @@ def test_each_distinct_image_and_text_is_embedded_once():
     assert sorted(embedder.embedded, key=repr) == sorted(texts | images, key=repr)
 
 
-def test_the_tower_runs_once_for_an_image_with_five_captions():
+@pytest.mark.parametrize(
+    ("column", "batch_size", "runs"), [("short_caption", 32, 4), ("caption", 32, 8), ("caption", 5, 8)]
+)
+def test_the_tower_runs_once_for_an_image_with_five_captions(column, batch_size, runs):
+    """Once to embed it, and once to predict its captions."""
     tiny = make_vlm()
     model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
     rows = [
-        {"image": make_image(place), "short_caption": [f"cat {place} {number}" for number in range(5)]}
-        for place in range(4)
+        {"image": make_image(place), column: [f"cat {place} {number}" for number in range(5)]} for place in range(4)
     ]
     seen = []
     tower = model.vlm.base_model.vision_tower
     tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len([*args, *kwargs.values()][0])), with_kwargs=True
     )
-    result = evaluated(rows, ModelEmbedder(model, processor, "llava"))
-    assert sum(seen) == 4 and result.counts["positive_to_anchor_queries"] == 20
+    result = evaluated(rows, ModelEmbedder(model, processor, "llava", batch_size))
+    assert sum(seen) == runs and result.counts["positive_to_anchor_queries"] == 20
 
 
 def test_without_ids_equal_images_are_one_item_and_every_caption_is_a_query():
@@ -166,12 +169,13 @@ def expected_perplexity(model, processor, pairs):
     return np.exp(total / count)
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "gemma3", "idefics3"])
 @torch.no_grad()
-def test_perplexity_is_that_of_every_long_caption_and_caption():
-    tiny = make_vlm()
+def test_perplexity_is_that_of_every_long_caption_and_caption(family):
+    tiny = make_vlm(family)
     model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
-    embedder = ModelEmbedder(model, processor, "llava", batch_size=2)
-    images = [make_image(place) for place in range(3)]
+    embedder = ModelEmbedder(model, processor, "llava", batch_size=3)
+    images = [make_image(place, (24 + 8 * place, 20)) for place in range(3)]
     rows = [
         {"image": images[0], "caption": ["a red cat", LONG]},
         {"image": images[1], "short_caption": "a dog", "long_caption": "two blue dogs on the green grass"},

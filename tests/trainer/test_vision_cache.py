@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers.utils import ModelOutput
 
 from hf_unigd import UniGDProcessor
-from hf_unigd.trainer.image_features import join_images, split_images
+from hf_unigd.bulk.image_features import join_images, split_images
 from hf_unigd.trainer.stored_images import without_pixels
 from tiny_models import make_image, make_vlm
 from trainer_cases import make_args, make_rows, make_trainer

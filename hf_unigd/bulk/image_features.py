@@ -9,6 +9,15 @@ ImageFeatures = dict[str, torch.Tensor]  # of one image, by the names of `split_
 _LISTED, _SHARED = "listed", "shared"
 
 
+def for_language_model(features: ModelOutput) -> ModelOutput:
+    """The output of a vision tower without the states of the tower's own layers, which would fill the memory while the
+    chunks of a step wait."""
+    kept = ModelOutput()
+    for name in features.keys() - {"last_hidden_state", "hidden_states", "attentions"}:
+        kept[name] = features[name]
+    return kept
+
+
 def split_images(features: ModelOutput, lengths: list[int]) -> list[ImageFeatures]:
     """
     Divides the output of a vision tower into images. [`join_images`] is the inverse.
