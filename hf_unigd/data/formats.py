@@ -176,6 +176,8 @@ FORMATS = (
 
 # Columns of all formats: the instructions of what is embedded, the anchor, and its matches and negatives.
 INSTRUCTIONS = ("instruction", "document_instruction")
+# Columns that say which rows show one image, and which caption is which. Evaluation alone reads them.
+IMAGE_ID, CAPTION_ID = "image_id", "caption_id"
 _REFUSED = dict.fromkeys(
     ("video", "videos", "audio", "audios"), "only images and texts are supported; remove the column, or these rows"
 )
@@ -227,7 +229,9 @@ def check_columns(columns: Iterable[str], requires_match: bool = True, kept: Col
 def is_of_format(column: str) -> bool:
     """Whether a row format has a column of this name."""
     known = {name for each in FORMATS for name in (*each.columns, *each.aliases, *each.refused)}
-    return column in known or column in INSTRUCTIONS or column in _REFUSED or is_negative(column)
+    return (
+        column in known or column in (*INSTRUCTIONS, IMAGE_ID, CAPTION_ID) or column in _REFUSED or is_negative(column)
+    )
 
 
 def format_of(row: Mapping[str, object], requires_match: bool = True) -> RowFormat:

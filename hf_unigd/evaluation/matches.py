@@ -15,7 +15,7 @@ from ..data import Example, RowError, RowParser
 from ..data.chats import as_list
 from ..data.example import Messages, content_key, iter_image_parts
 from ..data.features import without_decoding
-from ..data.formats import format_of
+from ..data.formats import CAPTION_ID, IMAGE_ID, format_of
 from ..data.images import open_image
 from ..modeling.images_unigd import MAX_PIXELS
 from .embedders import Embedder
@@ -24,8 +24,6 @@ from .embedders import Embedder
 logger = logging.getLogger(__name__)
 
 _CAPTIONS = ("short_caption", "caption")
-# Columns that say which rows show the same image, and which caption is which.
-IMAGE_ID, CAPTION_ID = "image_id", "caption_id"
 
 
 @dataclass(frozen=True)

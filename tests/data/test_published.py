@@ -248,8 +248,8 @@ def test_coco_captions(images, streaming):
     file.write_text(json.dumps(content))
     rows = load_rows(str(file), streaming=streaming)
     assert list(rows) == [
-        {"image": "3.jpg", "caption": ["a cat", "a red cat"]},
-        {"image": "4.jpg", "caption": ["a dog"]},
+        {"image": "3.jpg", "caption": ["a cat", "a red cat"], "image_id": 57873, "caption_id": [2, 3]},
+        {"image": "4.jpg", "caption": ["a dog"], "image_id": 57874, "caption_id": [1]},
     ]
     first, second = examples_of(rows, image_folder=images)
     assert contents(first.anchor) == [3] and texts(first.positive)[0] in ("a cat", "a red cat")
