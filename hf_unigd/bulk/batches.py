@@ -162,7 +162,7 @@ def gather_results(
     return kept, embeddings
 
 
-def as_fixed_size_lists(vectors: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
+def as_fixed_size_lists(vectors: Sequence[np.ndarray] | np.ndarray, kind: pa.DataType) -> pa.Array:
     """An Arrow array of vectors of the same width, of the type `kind`."""
     values = np.array(vectors, np.float32).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind)

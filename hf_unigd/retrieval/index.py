@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
+from ..bulk.batches import as_fixed_size_lists
 from ..bulk.sequences import embed_sequences
 from ..modeling import UniGDProcessor
 from ..outputs import writing
@@ -294,7 +295,14 @@ class EmbeddingIndex:
             return [table["_rowid"].to_numpy() for table in tables], pa.concat_tables(tables)
         among = None if where is None else self.table.row_ids(where)
         found = matrix.nearest(queries, count if self.precision == "float32" else _CANDIDATES * count, among)
-        return found, self.table.take(np.unique(np.concatenate(found)), columns)
+        row_ids = np.unique(np.concatenate(found))
+        if self.precision != "float32":
+            return found, self.table.take(row_ids, columns)
+        # The whole vectors are in memory.
+        others = [name for name in columns or self.table.schema.names if name != EMBEDDING]
+        taken = self.table.take(row_ids, others) if others else pa.table({"_rowid": row_ids})
+        vectors = as_fixed_size_lists(matrix.take(row_ids), self.table.schema.field(EMBEDDING).type)
+        return found, taken.append_column(EMBEDDING, vectors)
 
     def _searched(self, query: np.ndarray, count: int, where: str | None, columns: Sequence[str] | None) -> pa.Table:
         """The nearest entries as LanceDB finds them."""

@@ -1,6 +1,7 @@
 """Search among vectors in memory."""
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -66,6 +67,14 @@ class VectorMatrix:
             scores, order = scores.topk(min(count, scores.shape[1]))
             places = places.gather(1, order)
         return list(row_ids[places.numpy()])
+
+    def take(self, row_ids: np.ndarray) -> np.ndarray:
+        """The vectors, as they are rounded, of entries that were not left out."""
+        return self._rows[self._order[np.searchsorted(self.row_ids, row_ids, sorter=self._order)]]
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.row_ids)
 
     def _scores(self, queries: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
         """Scores `(n, m)` of the rows from a place on."""

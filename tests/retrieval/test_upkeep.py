@@ -87,8 +87,8 @@ def test_a_search_moves_on_when_its_version_is_removed(tmp_path, caplog, has_sea
     writer = indexed(tmp_path, range(4))
     index = EmbeddingIndex.load(tmp_path)
     query = torch.eye(WIDTH)[2:3]
-    if has_searched:
-        index.nearest(query, 1)
+    if has_searched:  # the vectors are in memory then, but not what the other entries hold
+        index.nearest(torch.eye(WIDTH)[3:4], 1)
     writer.insert(make_entries([4]))
     writer.replace(make_entries([2], text="a dog"))
     writer.optimize(keep=NOW)
