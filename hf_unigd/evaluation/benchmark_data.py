@@ -1,9 +1,8 @@
 """Reads the rows of benchmarks, from the Hub or from the files that the user has fetched."""
 
 import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,18 @@ from datasets import Dataset
 
 from ..data import load_rows
 from ..data.features import without_decoding
-from ..inputs import reading
 from .benchmarks import Benchmark
+from .fetched import Parts, Read, find_file, read_json
 from .matches import ImageSettings
+from .question_files import (
+    read_fvqa,
+    read_fvqa_facts,
+    read_vizwiz,
+    read_webqa,
+    read_webqa_positions,
+    read_webqa_sources,
+)
+from .tsv_images import TsvImages
 
 
 _PICTURES = (".jpg", ".png", ".jpeg")
@@ -58,12 +66,27 @@ class BenchmarkData:
         images: How their images are opened.
         description: What was read, as values that JSON can hold.
         counts: Numbers of what was left out, by name.
+        knowledge: Other rows, which a model may retrieve.
     """
 
     rows: Sequence[Mapping[str, Any]]
     images: ImageSettings
     description: Mapping[str, Any]
     counts: Mapping[str, int] = field(default_factory=dict)
+    knowledge: "BenchmarkData | None" = None
+
+    def open(self, number: int, column: str, place: int | None = None) -> Any:
+        """
+        Opens the image of a row, or that at a place of a list of images.
+
+        Raises:
+            ValueError: it is missing or cannot be read.
+        """
+        value = self.rows[number][column]
+        try:
+            return self.images.open(value if place is None else value[place])
+        except ValueError as error:
+            raise ValueError(f"Row {number} {error}.") from error
 
 
 def read_benchmark(benchmark: Benchmark, folder: str | Path | None) -> BenchmarkData:
@@ -78,23 +101,32 @@ def read_benchmark(benchmark: Benchmark, folder: str | Path | None) -> Benchmark
     Raises:
         ValueError: a file is missing or cannot be read. The message says what is to be fetched.
     """
-    read, arguments = READERS[benchmark.data["reader"]], dict(benchmark.data)
-    del arguments["reader"]
-    images = arguments.pop("images", None)
     given = None if folder is None else Path(folder)
     try:
-        parts, description, counts = read(given, benchmark.name, images, **arguments)
-        if images is not None and given is None:
-            raise FileNotFoundError("no `--benchmark_folder` is given")
+        data = _read(benchmark.name, benchmark.data, benchmark.columns, given)
+        if not benchmark.knowledge:
+            return data
+        knowledge = _read(benchmark.name, **benchmark.knowledge, folder=given)
     except (OSError, ValueError) as error:
         fetch = benchmark.fetch or f"the rows of {benchmark.source}, which the Hub has."
         raise ValueError(f"{benchmark.title} cannot be read: {error}. It needs: {fetch}") from error
-    settings = ImageSettings(None if images is None or given is None else given / images)
-    return BenchmarkData(Columns(parts, benchmark.columns, benchmark.name), settings, description, counts)
+    description = {**data.description, "knowledge": {**knowledge.description, "rows": len(knowledge.rows)}}
+    return replace(data, knowledge=knowledge, description=description)
 
 
-Parts = list[tuple[Any, dict[str, Any]]]
-Read = tuple[Parts, dict[str, Any], dict[str, int]]
+def _read(name: str, data: Mapping[str, Any], columns: Mapping[str, str], folder: Path | None) -> BenchmarkData:
+    arguments = dict(data)
+    read, images = READERS[arguments.pop("reader")], arguments.pop("images", None)
+    parts, description, counts = read(folder, name, images, **arguments)
+    return BenchmarkData(Columns(parts, columns, name), _image_settings(images, folder), description, counts)
+
+
+def _image_settings(images: str | None, folder: Path | None) -> ImageSettings:
+    if images is None:
+        return ImageSettings()
+    if folder is None:
+        raise FileNotFoundError("no `--benchmark_folder` is given")
+    return TsvImages.of(folder / images) if images.endswith(".tsv") else ImageSettings(folder / images)
 
 
 def _read_rows(
@@ -134,7 +166,7 @@ def _read_json(folder: Path | None, name: str, images: str | None, files: Mappin
     """JSON files of records, in a list or by number, each with its `category`."""
     parts: Parts = []
     for category, file in files.items():
-        content = _json(folder, name, file)
+        content = read_json(folder, name, file)
         records = list(content.values()) if isinstance(content, dict) else content
         parts.append((records, {"category": category}))
     return parts, {"files": list(files.values())}, {}
@@ -149,7 +181,7 @@ def _read_karpathy(folder: Path | None, name: str, images: str | None, file: str
             "image_id": image["imgid"],
             "caption_id": [sentence["sentid"] for sentence in image["sentences"]],
         }
-        for image in _json(folder, name, file)["images"]
+        for image in read_json(folder, name, file)["images"]
         if image["split"] == split
     ]
     return [(rows, {})], {"files": [file], "split": split}, {}
@@ -159,7 +191,7 @@ def _read_coco_captions(
     folder: Path | None, name: str, images: str | None, file: str, category: str | None = None
 ) -> Read:
     """Captions in COCO's format: an image with its captions a row, the ids of both, and a property of the image."""
-    content = _json(folder, name, file)
+    content = read_json(folder, name, file)
     rows = {
         image["id"]: {
             "image": image["file_name"],
@@ -186,7 +218,7 @@ def _read_mmvp(
 ) -> Read:
     """MMVP-VLM's statements about pairs of images, after `prefix`: lines of number, category and statement, two a
     pair."""
-    with _file(folder, folder_name or name, file).open(encoding="utf-8", newline="") as opened:
+    with find_file(folder, folder_name or name, file).open(encoding="utf-8", newline="") as opened:
         _, *lines = list(csv.reader(opened))
     if len(lines) % 2:
         raise ValueError(f"{file} has {len(lines)} statements, and two make a pair")
@@ -207,7 +239,7 @@ def _read_mmvp(
 
 def _read_vist(folder: Path | None, name: str, images: str | None, file: str) -> Read:
     """VIST's stories: captions and pictures in their order. Stories of which a picture is missing are left out."""
-    content = _json(folder, name, file)
+    content = read_json(folder, name, file)
     stories: dict[str, list[Mapping[str, Any]]] = {}
     for (part,) in content["annotations"]:
         stories.setdefault(part["story_id"], []).append(part)
@@ -243,24 +275,15 @@ def _read_mteb(
 READERS: dict[str, Callable[..., Read]] = {
     "rows": _read_rows,
     "json": _read_json,
+    "fvqa": read_fvqa,
+    "fvqa_facts": read_fvqa_facts,
+    "vizwiz": read_vizwiz,
+    "webqa": read_webqa,
+    "webqa_positions": read_webqa_positions,
+    "webqa_sources": read_webqa_sources,
     "karpathy": _read_karpathy,
     "coco_captions": _read_coco_captions,
     "mmvp": _read_mmvp,
     "mteb": _read_mteb,
     "vist": _read_vist,
 }
-
-
-def _file(folder: Path | None, name: str, file: str) -> Path:
-    if folder is None:
-        raise FileNotFoundError("no `--benchmark_folder` is given")
-    path = folder / name / file
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    return path
-
-
-def _json(folder: Path | None, name: str, file: str) -> Any:
-    path = _file(folder, name, file)
-    with reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))

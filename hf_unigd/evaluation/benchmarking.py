@@ -54,11 +54,13 @@ def run_benchmark(
     """
     data = read_benchmark(benchmark, folder)
     description = {**data.description, "rows": len(data.rows)}
+    if benchmark.settings:
+        description["settings"] = dict(benchmark.settings)
     found = file.find(benchmark.name, description)
     if found is not None:
         logger.warning("%s was measured before. `--overwrite true` starts anew.", benchmark.title)
         return found
-    scores, counts = PROTOCOLS[benchmark.protocol](embedder, data, show_progress)
+    scores, counts = PROTOCOLS[benchmark.protocol](embedder, data, show_progress, **benchmark.settings)
     metrics = {name: each.metric if isinstance(each, Scores) else each for name, each in scores.items()}
     single = {name: each for name, each in scores.items() if isinstance(each, Scores)}
     result = Result(benchmark.name, description, metrics, {**data.counts, **counts}, single)

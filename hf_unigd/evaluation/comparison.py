@@ -21,6 +21,8 @@ _SECTIONS = {
     "image_text_group": "Compositionality",
     "yes_no": "Generation",
     "picture_question": "Generation",
+    "answer_positions": "Generation",
+    "retrieval_answers": "Generation",
     "mteb": "MTEB",
 }
 PERPLEXITY = "perplexity"  # the one metric of which less is better

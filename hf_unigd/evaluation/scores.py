@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -60,3 +60,7 @@ class Scores:
             **arrays,
             is_perplexity=stored.get("is_perplexity", False),
         )
+
+
+# Of a protocol: scores by metric, or the metric itself where others measure it; and numbers of items.
+Outcome: TypeAlias = tuple[Mapping[str, Scores | float], dict[str, int]]

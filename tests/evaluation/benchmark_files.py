@@ -1,9 +1,11 @@
 """Files of benchmarks with a few rows of their real schemas."""
 
+import base64
 import csv
+import io
 import json
 
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 
 from tiny_models import make_image
 
@@ -32,6 +34,10 @@ def write_all(folder):
     write_winoground(folder)
     write_mmvp(folder)
     write_vist(folder)
+    write_vizwiz(folder)
+    write_scienceqa(folder)
+    write_fvqa(folder)
+    write_webqa(folder)
 
 
 def save_images(folder, names, first=0):
@@ -171,3 +177,134 @@ def write_vist(folder, stories=3):
     ids = [100 * story + order for story in range(stories + 1) for order in range(5)][:-1]
     for place, each in enumerate(ids):
         save_images(folder / "vist/images", [f"{each}.{'png' if place % 2 else 'jpg'}"], place)
+
+
+def write_vizwiz(folder, questions=3):
+    """VizWiz's annotations: three questions to validate, and five to train, the first of which is one of the three."""
+    for split, count in (("val", questions), ("train", questions + 2)):
+        records = []
+        for place in range(count):
+            shared = place == 0
+            answers = ["cat"] * 6 + ["a dog"] * 3 + [f"unsuitable {split}"]
+            records.append(
+                {
+                    "answerable": 1,
+                    "image": f"VizWiz_{split}_{place:08d}.jpg",
+                    "question": "What is this?" if shared or place == 1 else f"What is it in {split} {place}?",
+                    "answer_type": "other",
+                    "answers": [{"answer": each, "answer_confidence": "yes"} for each in answers],
+                }
+            )
+            # Of the two questions with the same text, one has the same picture too.
+            first = 70 if shared else 70 + 10 * len(split) + place
+            save_images(folder / "vizwiz" / split, [records[-1]["image"]], first)
+        write_json(folder / "vizwiz" / f"{split}.json", records)
+
+
+def write_scienceqa(folder):
+    text = Value("string")
+    names = ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
+    features = Features(
+        {
+            "image": Image(),
+            "question": text,
+            "choices": Sequence(text),
+            "answer": Value("int8"),
+            "hint": text,
+            **dict.fromkeys(names, text),
+        }
+    )
+    splits = {}
+    for split, first in (("train", 20), ("validation", 30), ("test", 40)):
+        rows = {
+            "image": [make_image(first + place) for place in range(2)],
+            "question": [f"Which {split} animal is it?", "Which is it?"],
+            "choices": [["a cat", "a dog", "a star"], ["red", "blue"]],
+            "answer": [1, 0],
+            "hint": ["It barks.", ""],
+            **{name: ["", ""] for name in names},
+        }
+        splits[split] = Dataset.from_dict(rows, features)
+    DatasetDict(splits).save_to_disk(str(folder / "scienceqa"))
+
+
+def write_fvqa(folder):
+    facts = {
+        f"conceptnet/e/{place}": {
+            "KB": "conceptnet",
+            "e1": f"/c/en/animal_{place}",
+            "e2": "/c/en/bark",
+            "e1_label": f"animal {place}",
+            "e2_label": "bark",
+            "r": "/r/CapableOf",
+            "surface": f"[[animal {place % 3}]] can [[bark]]",  # a sentence may stand there twice
+        }
+        for place in range(4)
+    }
+    questions = {
+        str(place): {
+            "fact_surface": f"[[animal {place}]] can [[bark]]",
+            "ans_source": source,
+            "question": f"What can animal {place} do?",
+            "kb_source": "conceptnet",
+            "fact": [f"conceptnet/e/{place}"],
+            "img_file": f"ILSVRC2012_test_{place:08d}.JPEG",
+            "visual_concept": "obj",
+            "answer": "bark",
+            "question_id": str(place),
+        }
+        for place, source in enumerate(("kb", "image", "KB"))
+    }
+    write_json(folder / "fvqa" / "all_fact_triples_release.json", facts)
+    write_json(folder / "fvqa" / "all_qs_dict_release.json", questions)
+    save_images(folder / "fvqa" / "images", [each["img_file"] for each in questions.values()], 50)
+
+
+def write_webqa(folder):
+    """WebQA's questions: three yes/no questions with a picture that helps and six or fewer that do not, one about two
+    pictures, one about a text, and one of the training split."""
+
+    def facts(*places):
+        return [
+            {
+                "image_id": 30000000 + place,
+                "title": f"File {place}",
+                "caption": f"a cat {place}",
+                "url": "https://example.org",
+                "imgUrl": "https://example.org",
+            }
+            for place in places
+        ]
+
+    def record(question, answer, category, right, wrong, split="val"):
+        return {
+            "Q": f'"{question}"',
+            "A": [f'"{answer}"'],
+            "topic": "animals",
+            "split": split,
+            "Qcate": category,
+            "Guid": question,
+            "img_posFacts": facts(*right),
+            "img_negFacts": facts(*wrong),
+            "txt_posFacts": [],
+            "txt_negFacts": [],
+        }
+
+    records = [
+        record("Is the cat red?", "Yes, the cat is red.", "YesNo", [0], range(1, 8)),
+        record("Is the dog blue?", "No, the dog is green.", "YesNo", [2], range(3, 8)),
+        record("Are there cats?", "Yes.", "YesNo", [0], [1, 2]),  # too few pictures
+        record("Are both red?", "No, one is.", "YesNo", [0, 1], range(2, 8)),
+        record("How large is it?", "It is as large as a dog.", "Others", [3], [4]),
+        record("What do texts say?", "Nothing.", "text", [], []),
+        record("Is it learned?", "Yes.", "YesNo", [0], range(1, 8), "train"),
+    ]
+    write_json(folder / "webqa" / "WebQA_train_val.json", {each["Guid"]: each for each in records})
+    lines = []
+    for place in range(8):
+        encoded = io.BytesIO()
+        make_image(60 + place).save(encoded, "PNG")
+        lines.append(f"{30000000 + place}\t{base64.b64encode(encoded.getvalue()).decode()}\n")
+    (folder / "webqa" / "imgs.tsv").write_text("".join(lines))
+    starts = [sum(map(len, lines[:place])) for place in range(8)]
+    (folder / "webqa" / "imgs.lineidx").write_text("".join(f"{start}\n" for start in starts))

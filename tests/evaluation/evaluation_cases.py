@@ -15,9 +15,11 @@ from transformers import (
     SiglipProcessor,
 )
 
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.evaluation.embedders import ModelEmbedder
 from hf_unigd.evaluation.row_evaluation import evaluate_rows
 from hf_unigd.modeling.instructions_unigd import without_instruction
-from tiny_models import make_image
+from tiny_models import make_image, make_vlm
 from tiny_models.building import VISION, make_tokenizer
 
 
@@ -54,6 +56,26 @@ class HashEmbedder:
         seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
         vector = np.random.default_rng(seed).standard_normal(WIDTH)
         return torch.tensor(vector / np.linalg.norm(vector), dtype=torch.float32)
+
+
+class Speaker(ModelEmbedder):
+    """A model whose answers are given."""
+
+    def __init__(self, answers):
+        tiny = make_vlm()
+        super().__init__(UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor), "tiny", 2)
+        self.answers = iter(answers)
+        self.asked = []
+
+        def generate(input_ids, **kwargs):
+            self.asked += self.processor.batch_decode(input_ids, skip_special_tokens=True)
+            texts = [next(self.answers) for _ in input_ids]
+            said = self.processor.tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")[
+                "input_ids"
+            ]
+            return torch.cat([input_ids, said], 1)
+
+        self.model.generate = generate
 
 
 def content_of(sequence):

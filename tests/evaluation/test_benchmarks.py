@@ -10,14 +10,13 @@ import torch
 
 import benchmark_files
 from benchmark_files import CATEGORIES, KINDS
-from evaluation_cases import HashEmbedder, content_of, make_clip
-from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from evaluation_cases import HashEmbedder, Speaker, content_of, make_clip
 from hf_unigd.cli.main import main
 from hf_unigd.evaluation import mteb_tasks
 from hf_unigd.evaluation.benchmark_data import READERS, BenchmarkData, read_benchmark
 from hf_unigd.evaluation.benchmarking import choose_benchmarks, run_benchmark
 from hf_unigd.evaluation.benchmarks import load_benchmarks
-from hf_unigd.evaluation.embedders import CannotMeasureError, ModelEmbedder
+from hf_unigd.evaluation.embedders import CannotMeasureError
 from hf_unigd.evaluation.matches import ImageSettings
 from hf_unigd.evaluation.protocols import PROTOCOLS
 from hf_unigd.evaluation.results import Result, ResultsFile
@@ -55,7 +54,8 @@ def test_a_declaration_is_complete(name):
 @pytest.mark.parametrize("group", load_groups())
 def test_the_columns_of_a_table_are_metrics_that_benchmarks_have(group, folder):
     """Each is measured, on rows of the real schema; MTEB has no top-5 accuracy."""
-    embedders = {"mmvp_vlm_question": Speaker(cycle(["A"]))}
+    asking = ("mmvp_vlm_question", "vizwiz", "scienceqa", "fvqa", "webqa", "webqa_positions")
+    embedders = dict.fromkeys(asking, Speaker(cycle(["A"])))
     results = {
         name: measured(name, folder, embedders.get(name)).metrics
         if name != "imagenet"
@@ -177,26 +177,6 @@ def test_vist_orders_its_pictures_and_leaves_out_stories_without_all_of_them(fol
     } == (result.metrics.keys())
 
 
-class Speaker(ModelEmbedder):
-    """A model whose answers are given."""
-
-    def __init__(self, answers):
-        tiny = make_vlm()
-        super().__init__(UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor), "tiny", 2)
-        self.answers = iter(answers)
-        self.asked = []
-
-        def generate(input_ids, **kwargs):
-            self.asked += self.processor.batch_decode(input_ids, skip_special_tokens=True)
-            texts = [next(self.answers) for _ in input_ids]
-            said = self.processor.tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")[
-                "input_ids"
-            ]
-            return torch.cat([input_ids, said], 1)
-
-        self.model.generate = generate
-
-
 def test_questions_are_answered_with_yes_or_no():
     rows = [
         {"image": make_image(place), "question": f"Is there a cat {place}?", "answer": answer, "category": category}
@@ -276,7 +256,8 @@ def test_mteb_knows_the_tasks_of_its_benchmarks():
 def test_unknown_benchmarks_are_refused():
     with pytest.raises(ValueError, match=r"There is no benchmark 'coca'\. The benchmarks are aro, coco, .* groups"):
         choose_benchmarks(["coco", "coca"])
-    expected = ["coco", "vist", "winoground", "mmvp_vlm", "mmvp_vlm_question"]
+    expected = ["coco", "vist", "winoground", "mmvp_vlm", "mmvp_vlm_question", "vizwiz", "scienceqa"]
+    expected += ["webqa_positions", "fvqa", "webqa"]
     assert [each.name for each in choose_benchmarks(["coco", "sugar"])] == expected
 
 

@@ -22,6 +22,8 @@ class Benchmark:
         data: Where its rows are: the `reader` that reads them
             ([`READERS`][hf_unigd.evaluation.benchmark_data.READERS]) and its arguments.
         columns: Columns of the rows, by the names that the protocol gives them.
+        settings: Arguments of the protocol.
+        knowledge: Other rows, which a model may retrieve: their `data` and `columns`.
         source: Where the data come from.
         fetch: What the user has to fetch, and into which files of the benchmark folder; empty for what is fetched by
             itself.
@@ -38,6 +40,8 @@ class Benchmark:
     licence: str
     citation: str
     columns: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    knowledge: Mapping[str, Any] = field(default_factory=dict)
     fetch: str = ""
     notes: str = ""
 
