@@ -21,6 +21,16 @@ def yes_or_no(answer: str) -> str | None:
     return found and found.group()
 
 
+def plain(answer: str) -> str:
+    """An answer as VQA compares it: in lower case, without articles, apostrophes and punctuation, and with numbers up
+    to ten as digits."""
+    text = re.sub(r"['’]", "", answer.lower())
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    text = re.sub(r"\.(?!\d)", "", text)
+    text = re.sub(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]", " ", text)
+    return " ".join(_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
+
+
 def choice_accuracy() -> Measure:
     """ScienceQA: whether the first single capital letter that names one of the `choices` is that of `answer`, a
     number. An answer without a letter is wrong."""
@@ -38,26 +48,18 @@ def vqa_accuracy() -> Measure:
     The accuracy of VQA and VizWiz (Antol et al., ICCV 2015): of the people whose `answers` are known, each is left out
     once, and an answer that three of the others gave counts 1, that of two 2/3, and that of one 1/3; the mean of it.
 
-    Texts are compared as the official code does: in lower case, without articles and punctuation, and with numbers up
-    to ten as digits. Apostrophes are removed on both sides, in place of its table of contractions.
+    Texts are compared as the official code does ([`plain`]), but for its table of contractions, in place of which
+    apostrophes are removed on both sides.
     """
 
     def score(said: str, row: Mapping[str, Any]) -> float:
-        given = [_plain(answer) for answer in row["answers"]]
-        same = given.count(_plain(said))
+        given = [plain(answer) for answer in row["answers"]]
+        same = given.count(plain(said))
         # Those who gave the answer see one vote less when they are left out.
         total = same * min(same - 1, _VOTES) + (len(given) - same) * min(same, _VOTES)
         return total / (_VOTES * len(given))
 
     return score
-
-
-def _plain(answer: str) -> str:
-    text = re.sub(r"['’]", "", answer.lower())
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
-    text = re.sub(r"\.(?!\d)", "", text)
-    text = re.sub(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]", " ", text)
-    return " ".join(_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
 
 
 def rouge_l() -> Measure:
@@ -80,8 +82,36 @@ def rouge_l() -> Measure:
     return score
 
 
+def nearest_choice() -> Measure:
+    """
+    DEMON: whether the one of the `choices` that is nearest to an answer is that of `answer`, a number: the equal one,
+    or else by the cosine of TF-IDF vectors over the answer and the choices. Words of one letter count, so that
+    "Image A" and "Image B" differ. An answer without a word of any choice is wrong.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError as error:
+        raise ImportError("TF-IDF needs scikit-learn: `pip install 'hf-unigd[evaluation]'`.") from error
+
+    def score(said: str, row: Mapping[str, Any]) -> float:
+        answer, *choices = map(plain, (said, *row["choices"]))
+        if answer in choices:
+            return float(choices.index(answer) == row["answer"])
+        if not answer:
+            return 0.0
+        vectors = TfidfVectorizer(token_pattern=r"\S+").fit_transform([answer, *choices])
+        similarities = (vectors[1:] @ vectors[0].T).toarray().ravel()
+        return float(similarities.max() > 0 and similarities.argmax() == row["answer"])
+
+    return score
+
+
 MEASURES: dict[str, Callable[[], Measure]] = {
     "choice_accuracy": choice_accuracy,
     "vqa_accuracy": vqa_accuracy,
     "rouge_l": rouge_l,
+    "nearest_choice": nearest_choice,
 }

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..bulk import process_state
+from ..modeling.rendering_unigd import SequenceError
 from .embedders import CannotMeasureError, Embedder, ModelEmbedder
 
 
@@ -46,6 +47,7 @@ def ask(
 
     Raises:
         CannotMeasureError: the model does not generate.
+        ValueError: a question cannot be processed.
     """
     model = speaker(embedder)
     state = process_state()
@@ -54,17 +56,41 @@ def ask(
     for start in range(0, len(own), model.batch_size):
         numbers = own[start : start + model.batch_size]
         batch = [questions[number]() for number in numbers]
-        said = _answer_alone(model, batch, answer_tokens) if answer is None else answer(batch)
+        try:
+            said = answer_alone(model, batch, answer_tokens) if answer is None else answer(batch)
+        except ValueError as error:
+            raise ValueError(f"In the batch that begins with question {numbers[0]}: {error}") from error
         answers |= dict(zip(numbers, said, strict=True))
     found = dict(chain.from_iterable(each.items() for each in gather_object([answers])))
     return [found[number] for number in range(len(questions))]
 
 
 @torch.no_grad()
-def _answer_alone(embedder: ModelEmbedder, questions: list[list[Any]], answer_tokens: int) -> list[str]:
+def answer_alone(embedder: ModelEmbedder, questions: list[list[Any]], answer_tokens: int) -> list[str]:
+    """
+    The likeliest answers of a model to a batch of questions.
+
+    Raises:
+        SequenceError: a question cannot be processed, or is longer than the model's context.
+    """
     model, processor = embedder.model, embedder.processor
     batch = processor.process_sequences(
         questions, prompted=False, padding_side="left", max_length=model.config.context_length
     ).to(model.device, model.dtype)
     generated = model.generate(**batch, max_new_tokens=answer_tokens, do_sample=False)
     return processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def fits(embedder: ModelEmbedder, question: list[Any]) -> bool:
+    """
+    Whether a question is within the model's context.
+
+    Raises:
+        SequenceError: it cannot be processed at all.
+    """
+    embedder.processor.check_sequence(question, prompted=False)
+    try:
+        embedder.processor.check_sequence(question, prompted=False, max_length=embedder.model.config.context_length)
+    except SequenceError:
+        return False
+    return True

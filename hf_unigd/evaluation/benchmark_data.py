@@ -12,6 +12,7 @@ from datasets import Dataset
 from ..data import load_rows
 from ..data.features import without_decoding
 from .benchmarks import Benchmark
+from .demon_files import read_demon
 from .fetched import Parts, Read, find_file, read_json
 from .matches import ImageSettings
 from .question_files import (
@@ -275,6 +276,7 @@ def _read_mteb(
 READERS: dict[str, Callable[..., Read]] = {
     "rows": _read_rows,
     "json": _read_json,
+    "demon": read_demon,
     "fvqa": read_fvqa,
     "fvqa_facts": read_fvqa_facts,
     "vizwiz": read_vizwiz,

@@ -22,6 +22,7 @@ _SECTIONS = {
     "yes_no": "Generation",
     "picture_question": "Generation",
     "answer_positions": "Generation",
+    "interleaved_answers": "Generation",
     "retrieval_answers": "Generation",
     "mteb": "MTEB",
 }

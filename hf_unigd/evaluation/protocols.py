@@ -15,7 +15,7 @@ from .categories import by_category, mean_of_means
 from .embedders import Embedder
 from .matches import RowReader, read_matches
 from .pools import Pool, image_key, similarities
-from .question_protocols import answer_positions, picture_question, retrieval_answers, yes_no
+from .question_protocols import answer_positions, interleaved_answers, picture_question, retrieval_answers, yes_no
 from .row_evaluation import retrieval_counts, retrieval_scores
 from .scores import Outcome, Scores
 from .stories import story_scores
@@ -176,6 +176,7 @@ PROTOCOLS: dict[str, Callable[..., Outcome]] = {
     "yes_no": yes_no,
     "picture_question": picture_question,
     "answer_positions": answer_positions,
+    "interleaved_answers": interleaved_answers,
     "retrieval_answers": retrieval_answers,
     "mteb": mteb_tasks,
 }

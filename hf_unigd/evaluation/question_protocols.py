@@ -10,7 +10,7 @@ import torch
 
 from ..retrieval import answer_with_retrieval
 from .answer_measures import MEASURES, yes_or_no
-from .asking import ANSWER_TOKENS, ask, speaker
+from .asking import ANSWER_TOKENS, answer_alone, ask, fits, speaker
 from .benchmark_data import BenchmarkData
 from .categories import by_category
 from .embedders import Embedder
@@ -122,6 +122,54 @@ def _pairs_of_each(data: BenchmarkData) -> int:
     return sizes[0][0]
 
 
+def interleaved_answers(
+    embedder: Embedder, data: BenchmarkData, show_progress: bool = False, *, answer_tokens: int = ANSWER_TOKENS
+) -> Outcome:
+    """
+    DEMON: questions with pictures at their places in the text. `score` is whether the nearest of the choices is right
+    ([`~hf_unigd.evaluation.answer_measures.nearest_choice`]), or where there are none, ROUGE-L; by category, and over
+    categories that count alike. Questions that are longer than the model's context get no answer, and are counted
+    with those that it answers with nothing.
+
+    Rows have `parts` (texts, and the places of images in `images`), `images`, `choices` (None without) with the
+    number of the right one as `answer`, or `answers`, and may have `category`.
+
+    Args:
+        embedder: The model.
+        data: The rows.
+        show_progress: Has no effect.
+        answer_tokens: Longest answer, in tokens.
+
+    Raises:
+        CannotMeasureError: the model does not generate.
+        ImportError: what measures the answers is not installed.
+    """
+    model = speaker(embedder)
+    choice, free = MEASURES["nearest_choice"](), MEASURES["rouge_l"]()
+    rows = range(len(data.rows))
+
+    def sequence(number: int) -> list:
+        parts = data.rows[number]["parts"]
+        return [part if isinstance(part, str) else data.open(number, "images", part) for part in parts]
+
+    def answer(batch: list[list[Any]]) -> list[str]:
+        said = [""] * len(batch)
+        fitting = [place for place, question in enumerate(batch) if fits(model, question)]
+        if fitting:
+            found = answer_alone(model, [batch[place] for place in fitting], answer_tokens)
+            for place, text in zip(fitting, found, strict=True):
+                said[place] = text
+        return said
+
+    said = ask(embedder, [partial(sequence, number) for number in rows], answer=answer)
+    scores = []
+    for number, text in zip(rows, said, strict=True):
+        row = data.rows[number]
+        scores.append((free if row["choices"] is None else choice)(text, row))
+    counts = {"items": len(said), "without_an_answer": sum(not text.strip() for text in said)}
+    return by_category(data, {"score": torch.tensor(scores, dtype=torch.float64)}), counts
+
+
 def retrieval_answers(
     embedder: Embedder,
     data: BenchmarkData,
@@ -171,7 +219,9 @@ def retrieval_answers(
         retrieved = ask(embedder, questions, answer=answer)
     said = {measure: ask(embedder, questions, answer_tokens), f"{measure}_with_retrieval": retrieved}
     scores = {
-        name: torch.tensor([score(text, data.rows[number]) for number, text in zip(rows, answers, strict=True)])
+        name: torch.tensor(
+            [score(text, data.rows[number]) for number, text in zip(rows, answers, strict=True)], dtype=torch.float64
+        )
         for name, answers in said.items()
     }
     return by_category(data, scores), {"items": len(rows), **counts}

@@ -38,6 +38,7 @@ def write_all(folder):
     write_scienceqa(folder)
     write_fvqa(folder)
     write_webqa(folder)
+    write_demon(folder)
 
 
 def save_images(folder, names, first=0):
@@ -308,3 +309,58 @@ def write_webqa(folder):
     (folder / "webqa" / "imgs.tsv").write_text("".join(lines))
     starts = [sum(map(len, lines[:place])) for place in range(8)]
     (folder / "webqa" / "imgs.lineidx").write_text("".join(f"{start}\n" for start in starts))
+
+
+DEMON = {
+    "open-ended": [
+        "MMCoQA",
+        "AESOP",
+        "DiDeMoSV",
+        "FlintstonesSV",
+        "PororoSV",
+        "VIST",
+        "IEdit",
+        "Spot-the-Diff",
+        "Birds-to-Words",
+        "CLEVR-Change",
+    ],
+    "": ["ALFRED"],
+    "multi-choice": [
+        "COMICS_Dialogue",
+        "COMICS_Panel",
+        "RecipeQA_VisualCloze",
+        "RecipeQA_TextCloze",
+        "WebQA",
+        "TQA",
+        "MultiModalQA",
+        "SlideVQA",
+        "OCR-VQA",
+        "DocVQA",
+        "Fashion200K",
+        "NLVR2",
+        "nuscenes",
+        "VizWiz",
+        "MIT-States_StateCoherence",
+        "MIT-States_PropertyCoherence",
+        "VISION",
+        "RecipeQA_ImageCoherence",
+    ],
+}
+
+
+def write_demon(folder):
+    """A question of each task. The choices of some are pictures, which the context names."""
+    for kind, tasks in DEMON.items():
+        for task in tasks:
+            instance = {"context": "{image#1}Caption: a cat. {table#2} Question:", "images_path": ["0.jpg", "1.jpg"]}
+            response = "two dogs"
+            if task in ("COMICS_Panel", "RecipeQA_VisualCloze", "RecipeQA_ImageCoherence"):
+                instance["context"] = "Choice List:['Image A: {image#1} ', ' Image B: {image#2} ']Your answer is: "
+                response = "Image B"
+            elif kind == "multi-choice":
+                instance["choice_list"] = ["a cat", "two dogs", "people"]
+            metadata = {"dataset": task, "split": "core", "num_sample": 1, "question_type": kind}
+            sample = {"sample_id": 0, "task_instruction_id": 1, "task_instance": instance, "response": response}
+            content = {"metadata": {**metadata, "task_instruction": ["Look.", "Tell it."]}, "data": [sample]}
+            write_json(folder / "demon" / task / "core" / "core.json", content)
+            save_images(folder / "demon" / task / "core" / "images", instance["images_path"], 80)

@@ -54,7 +54,7 @@ def test_a_declaration_is_complete(name):
 @pytest.mark.parametrize("group", load_groups())
 def test_the_columns_of_a_table_are_metrics_that_benchmarks_have(group, folder):
     """Each is measured, on rows of the real schema; MTEB has no top-5 accuracy."""
-    asking = ("mmvp_vlm_question", "vizwiz", "scienceqa", "fvqa", "webqa", "webqa_positions")
+    asking = ("mmvp_vlm_question", "vizwiz", "scienceqa", "fvqa", "webqa", "webqa_positions", "demon")
     embedders = dict.fromkeys(asking, Speaker(cycle(["A"])))
     results = {
         name: measured(name, folder, embedders.get(name)).metrics
@@ -256,7 +256,7 @@ def test_mteb_knows_the_tasks_of_its_benchmarks():
 def test_unknown_benchmarks_are_refused():
     with pytest.raises(ValueError, match=r"There is no benchmark 'coca'\. The benchmarks are aro, coco, .* groups"):
         choose_benchmarks(["coco", "coca"])
-    expected = ["coco", "vist", "winoground", "mmvp_vlm", "mmvp_vlm_question", "vizwiz", "scienceqa"]
+    expected = ["coco", "demon", "vist", "winoground", "mmvp_vlm", "mmvp_vlm_question", "vizwiz", "scienceqa"]
     expected += ["webqa_positions", "fvqa", "webqa"]
     assert [each.name for each in choose_benchmarks(["coco", "sugar"])] == expected
 

@@ -10,7 +10,7 @@ import pytest
 
 import benchmark_files
 from evaluation_cases import HashEmbedder, Speaker
-from hf_unigd.evaluation.answer_measures import choice_accuracy, rouge_l, vqa_accuracy, yes_or_no
+from hf_unigd.evaluation.answer_measures import choice_accuracy, nearest_choice, rouge_l, vqa_accuracy, yes_or_no
 from hf_unigd.evaluation.benchmark_data import BenchmarkData, read_benchmark
 from hf_unigd.evaluation.benchmarking import run_benchmark
 from hf_unigd.evaluation.benchmarks import load_benchmarks
@@ -25,7 +25,7 @@ from tiny_models import make_image
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("questions")
-    for write in ("vizwiz", "scienceqa", "fvqa", "webqa"):
+    for write in ("vizwiz", "scienceqa", "fvqa", "webqa", "demon"):
         getattr(benchmark_files, f"write_{write}")(path)
     return path
 
@@ -268,3 +268,81 @@ def test_what_is_missing_is_said_before_anything_is_answered(folder, monkeypatch
     with pytest.raises(ImportError, match=r"hf-unigd\[retrieval\]"):
         measured("vizwiz", folder, speaker)
     assert speaker.asked == []
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [("Two dogs.", 1), ("I see dogs", 1), ("a red cat", 0), ("cat and cat, and dogs", 0), ("none", 0), ("", 0)],
+)
+def test_the_nearest_choice_is_found_by_its_words(said, score):
+    assert nearest_choice()(said, {"choices": ["a red cat", "two dogs", "people"], "answer": 1}) == score
+
+
+def test_choices_that_are_pictures_are_told_apart_by_a_letter():
+    row = {"choices": ["Image A", "Image B"], "answer": 1}
+    said = {"Image B": 1, "It must be image B": 1, "Image A": 0, "C": 0}
+    assert {text: nearest_choice()(text, row) for text in said} == said
+
+
+def test_demon_puts_pictures_where_its_texts_name_them(folder):
+    data = read_benchmark(load_benchmarks()["demon"], folder)
+    rows = {row["category"]: row for row in data.rows}
+    assert len(rows) == len(data.rows) == 29
+    story, cloze, panel = rows["VIST"], rows["RecipeQA_TextCloze"], rows["COMICS_Panel"]
+    assert story["parts"] == ["Tell it.", 0, "Caption: a cat.", 1, "Question:"]
+    assert story["choices"] is None and rows["ALFRED"]["choices"] is None and story["answers"] == ["two dogs"]
+    assert cloze["parts"][-1] == "Question: Choice list:['a cat', 'two dogs', 'people']. Your answer is:"
+    assert cloze["choices"] == ["a cat", "two dogs", "people"] and cloze["answer"] == 1
+    assert panel["choices"] == ["Image A", "Image B"] and panel["answer"] == 1
+    assert panel["parts"] == ["Tell it. Choice List:['Image A:", 0, "', ' Image B:", 1, "']Your answer is:"]
+    assert story["images"] == ["VIST/core/images/0.jpg", "VIST/core/images/1.jpg"]
+
+
+def test_demon_scores_texts_by_rouge_l_and_choices_by_the_nearest(folder):
+    result = measured("demon", folder, Speaker(cycle(["two dogs and two cats"])))
+    # Precision 2/5, recall 1.
+    assert result.metrics["VIST_score"] == result.metrics["ALFRED_score"] == pytest.approx(2 * 0.4 / 1.4)
+    assert result.metrics["TQA_score"] == 1 and result.metrics["COMICS_Panel_score"] == 0
+    assert result.metrics["score"] == pytest.approx((11 * 0.8 / 1.4 + 15) / 29)
+    assert result.counts == {"items": 29, "without_an_answer": 0}
+
+
+def test_a_question_that_is_too_long_gets_no_answer():
+    rows = [
+        {"parts": [text, 0], "images": [make_image(0)], "choices": None, "answer": None, "answers": ["a cat"]}
+        for text in ("a cat " * 2000, "what is it?")
+    ]
+    speaker = Speaker(["a cat"])
+    scores, counts = PROTOCOLS["interleaved_answers"](speaker, in_memory(rows))
+    assert scores["score"].values.tolist() == [0, 1] and counts == {"items": 2, "without_an_answer": 1}
+    assert len(speaker.asked) == 1
+    rows[1]["parts"] = ["an <image> in a text"]
+    with pytest.raises(ValueError, match=r"In the batch that begins with question 0: .*<image>"):
+        PROTOCOLS["interleaved_answers"](Speaker([]), in_memory(rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choice_list": ["a cat"]}, "sample 0 of TQA has the answer 'two dogs', which is none of its choices: a cat"),
+        ({"context": "{image#3}"}, "sample 0 of TQA names picture 3 of 2"),
+        ({"choice_list": None}, "sample 0 of TQA has no `choice_list`"),
+    ],
+)
+def test_questions_of_demon_that_cannot_be_scored_are_named(tmp_path, change, message):
+    benchmark_files.write_demon(tmp_path)
+    file = tmp_path / "demon" / "TQA" / "core" / "core.json"
+    content = json.loads(file.read_text())
+    instance = content["data"][0]["task_instance"] | change
+    content["data"][0]["task_instance"] = {name: value for name, value in instance.items() if value is not None}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(load_benchmarks()["demon"], tmp_path)
+
+
+def test_demon_says_what_has_to_be_fetched_by_hand(tmp_path):
+    for folder in (None, tmp_path):
+        with pytest.raises(
+            ValueError, match=r"DEMON \(core\) cannot be read: .* It needs: DEMON-Core of the Google Drive"
+        ):
+            read_benchmark(load_benchmarks()["demon"], folder)
