@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from ..bulk import process_state
+from ..evaluation.benchmark_data import NotFetchedError
 from ..evaluation.benchmarking import choose_benchmarks, run_benchmark
 from ..evaluation.embedders import CannotMeasureError, Embedder, load_embedder, probe_of
 from ..evaluation.matches import ImageSettings
@@ -74,14 +75,18 @@ def check_measured(args: MeasuringArguments, rows: RowArguments) -> None:
 
 def measure(model: str, args: MeasuringArguments, rows: RowArguments, output: str | None) -> list[Result]:
     """
-    Measures a model on benchmarks and rows. What its file of results holds is not measured again, and benchmarks that
-    ask for what the model does not do are left out, with a line in the log.
+    Measures a model on benchmarks and rows. What its file of results holds is not measured again. Benchmarks that ask
+    for what the model does not do are left out, with a line in the log, and so are those of a group whose files the
+    user has not fetched.
 
     Args:
         model: Its name.
         args: The settings.
         rows: The rows, if there are any.
         output: The file of its results; None for none.
+
+    Raises:
+        ValueError: nothing could be measured, or what a benchmark that was named by itself needs is not there.
     """
     is_plain = {"image_prompt": args.image_prompt, "text_prompt": args.text_prompt}
     embedder = load_embedder(model, batch_size=args.batch_size, dtype=args.dtype, **is_plain)
@@ -91,7 +96,10 @@ def measure(model: str, args: MeasuringArguments, rows: RowArguments, output: st
     for benchmark in choose_benchmarks(args.benchmarks):
         try:
             results.append(run_benchmark(embedder, benchmark, args.benchmark_folder, file, show_progress))
-        except CannotMeasureError as error:
+        except (CannotMeasureError, NotFetchedError) as error:
+            # What a group has beside what the user has fetched is no reason to stop.
+            if isinstance(error, NotFetchedError) and benchmark.name in args.benchmarks:
+                raise
             logger.warning("%s is left out: %s", benchmark.title, error)
     if args.benchmarks and not results:
         raise ValueError(f"{model} cannot be measured on any of these benchmarks; the log has the reasons.")

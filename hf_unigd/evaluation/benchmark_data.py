@@ -90,6 +90,10 @@ class BenchmarkData:
             raise ValueError(f"Row {number} {error}.") from error
 
 
+class NotFetchedError(ValueError):
+    """Raised where the rows of a benchmark are not there."""
+
+
 def read_benchmark(benchmark: Benchmark, folder: str | Path | None) -> BenchmarkData:
     """
     Reads the rows of a benchmark.
@@ -100,7 +104,8 @@ def read_benchmark(benchmark: Benchmark, folder: str | Path | None) -> Benchmark
             the Hub may be there too, as `NAME` or `NAME/CONFIGURATION`.
 
     Raises:
-        ValueError: a file is missing or cannot be read. The message says what is to be fetched.
+        NotFetchedError: a file or a dataset is not there. The message says what is to be fetched.
+        ValueError: it cannot be read.
     """
     given = None if folder is None else Path(folder)
     try:
@@ -110,7 +115,8 @@ def read_benchmark(benchmark: Benchmark, folder: str | Path | None) -> Benchmark
         knowledge = _read(benchmark.name, **benchmark.knowledge, folder=given)
     except (OSError, ValueError) as error:
         fetch = benchmark.fetch or f"the rows of {benchmark.source}, which the Hub has."
-        raise ValueError(f"{benchmark.title} cannot be read: {error}. It needs: {fetch}") from error
+        kind = NotFetchedError if isinstance(error, OSError) else ValueError
+        raise kind(f"{benchmark.title} cannot be read: {error}. It needs: {fetch}") from error
     description = {**data.description, "knowledge": {**knowledge.description, "rows": len(knowledge.rows)}}
     return replace(data, knowledge=knowledge, description=description)
 

@@ -10,6 +10,7 @@ import pytest
 
 import benchmark_files
 from evaluation_cases import HashEmbedder, Speaker
+from hf_unigd.cli.main import main
 from hf_unigd.evaluation.answer_measures import choice_accuracy, nearest_choice, rouge_l, vqa_accuracy, yes_or_no
 from hf_unigd.evaluation.benchmark_data import BenchmarkData, read_benchmark
 from hf_unigd.evaluation.benchmarking import run_benchmark
@@ -19,7 +20,7 @@ from hf_unigd.evaluation.matches import ImageSettings
 from hf_unigd.evaluation.protocols import PROTOCOLS
 from hf_unigd.evaluation.results import ResultsFile
 from hf_unigd.evaluation.tsv_images import TsvImages
-from tiny_models import make_image
+from tiny_models import make_image, make_vlm
 
 
 @pytest.fixture(scope="module")
@@ -346,3 +347,17 @@ def test_demon_says_what_has_to_be_fetched_by_hand(tmp_path):
             ValueError, match=r"DEMON \(core\) cannot be read: .* It needs: DEMON-Core of the Google Drive"
         ):
             read_benchmark(load_benchmarks()["demon"], folder)
+
+
+def test_a_group_goes_without_what_was_not_fetched(tmp_path, caplog, capsys):
+    tiny = make_vlm()
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    benchmark_files.write_mmvp(tmp_path / "data")
+    call = ["evaluate", str(tmp_path), "--benchmark_folder", str(tmp_path / "data"), "--benchmarks"]
+    main([*call, "sugar"])
+    printed = capsys.readouterr().out
+    assert "mmvp_vlm: " in printed and "webqa: " not in printed and "Table 7" in printed
+    assert "DEMON (core) is left out: " in caplog.text and "It needs: WebQA_train_val.json" in caplog.text
+    with pytest.raises(SystemExit, match="WebQA cannot be read"):
+        main([*call, "sugar", "webqa"])
