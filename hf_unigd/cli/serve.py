@@ -1,6 +1,7 @@
 """Serve a model: embeddings, chats, and, with an index, search and answers, as OpenAI's API has them."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Annotated
 
 from ..hub import load_checkpoint
@@ -30,6 +31,11 @@ class ServeArguments(Limits):
         default=None, metadata={"help": "Key that clients send. A file that `--config` names keeps it out of `ps`."}
     )
 
+    page: bool | None = field(
+        default=None,
+        metadata={"help": "Whether there is a page for a browser at `/`. By default where gradio is installed."},
+    )
+
     def __post_init__(self):
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("`--api_key` is empty. Give a key, or leave it out.")
@@ -44,6 +50,10 @@ def main(argv: list[str]) -> None:
         from ..serving.server import Server, bind, is_loopback
     except ImportError as error:
         raise ImportError(f"`hf-unigd serve` needs {error.name}: `pip install 'hf-unigd[serve]'`.") from error
+    has_gradio = find_spec("gradio") is not None
+    if args.page and not has_gradio:
+        raise ImportError("`--page` needs gradio: `pip install 'hf-unigd[app]'`.")
+    page = has_gradio if args.page is None else args.page
     bound = bind(args.host, args.port)
     if args.api_key is None and not is_loopback(bound):
         raise ValueError(
@@ -57,8 +67,10 @@ def main(argv: list[str]) -> None:
     engine = Engine(model, processor, args, Metrics())
     engine.start()
     name = args.name or args.model
-    print(f"Serving {name} at http://{args.host}:{bound.getsockname()[1]}/v1", flush=True)
+    app = create_app(engine, name, index, args.api_key, page)
+    address = f"http://{args.host}:{bound.getsockname()[1]}"
+    print(f"Serving {name} at {address}/v1" + (f", and a page at {address}/" if page else ""), flush=True)
     try:
-        Server(create_app(engine, name, index, args.api_key), engine).run(sockets=[bound])
+        Server(app, engine).run(sockets=[bound])
     finally:
         engine.stop()

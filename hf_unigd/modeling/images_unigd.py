@@ -4,7 +4,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
 MAX_PIXELS = 64_000_000  # which take 192 MB when they are decoded
@@ -83,6 +83,9 @@ def _image_errors(source):
         raise ImageError(f"has an image that Pillow refuses: {error} Raise `PIL.Image.MAX_IMAGE_PIXELS`.") from error
     except FileNotFoundError as error:
         raise ImageError(f"has a missing image: there is no file {source}.") from error
+    except UnidentifiedImageError as error:
+        named = "" if hasattr(source, "read") else f" of {source}"
+        raise ImageError(f"has a corrupt image: cannot identify the format{named}.") from error
     except Exception as error:  # Pillow's decoders raise errors of a dozen types for broken files
         raise ImageError(f"has a corrupt image: {error or type(error).__name__}.") from error
 

@@ -13,11 +13,18 @@ from .errors import add_error_handlers
 from .guard import Guard
 from .route_chat import chat_routes
 from .route_embeddings import embedding_routes
+from .route_explain import explain_routes
 from .route_retrieval import retrieval_routes
 from .service import Service
 
 
-def create_app(engine: Engine, name: str, index: EmbeddingIndex | None = None, api_key: str | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    name: str,
+    index: EmbeddingIndex | None = None,
+    api_key: str | None = None,
+    page: bool = False,
+) -> FastAPI:
     """
     The app of a model that has been started.
 
@@ -26,6 +33,10 @@ def create_app(engine: Engine, name: str, index: EmbeddingIndex | None = None, a
         name: The name that clients call it.
         index: What `/v1/search` and `/v1/answer` look into. They are there with an index alone.
         api_key: The key that all paths but `/health` ask for.
+        page: Whether the page is at `/`.
+
+    Raises:
+        ImportError: there is to be a page, and gradio is not installed.
     """
     service, created = Service(engine, name), int(time.time())
     # The pages of the documentation would load scripts from elsewhere.
@@ -34,6 +45,7 @@ def create_app(engine: Engine, name: str, index: EmbeddingIndex | None = None, a
     app.add_middleware(Guard, limits=engine.limits, metrics=engine.metrics, api_key=api_key)
     app.include_router(embedding_routes(service))
     app.include_router(chat_routes(service))
+    app.include_router(explain_routes(service))
     if index is not None:
         app.include_router(retrieval_routes(service, index))
 
@@ -50,4 +62,8 @@ def create_app(engine: Engine, name: str, index: EmbeddingIndex | None = None, a
     def metrics() -> PlainTextResponse:
         return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    if page:
+        from .page.layout import add_page
+
+        app.state.end_of_pages = add_page(app, name, engine.limits, index is not None, api_key)
     return app

@@ -111,4 +111,4 @@ class Waiting(Generic[AnyJob]):
 
 
 def closing() -> ApiError:
-    return ApiError(503, "The server is shutting down.", kind="server_error", retry_after=5)
+    return ApiError(503, "The server is shutting down.", kind="server_error", headers={"Retry-After": "5"})

@@ -64,7 +64,7 @@ class ContentReader:
         """
         contents = await self.sequences([turn.content for turn in turns], "messages")
         return [
-            {"role": turn.template_role, "content": [_as_part(part) for part in content]}
+            {"role": turn.template_role, "content": [as_part(part) for part in content]}
             for turn, content in zip(turns, contents, strict=True)
         ]
 
@@ -108,7 +108,7 @@ class ContentReader:
         return await fetch(url, self.limits.max_body, param)
 
 
-def _as_part(part: str | Image.Image) -> dict[str, Any]:
+def as_part(part: str | Image.Image) -> dict[str, Any]:
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
 
 

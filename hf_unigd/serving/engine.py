@@ -2,13 +2,14 @@
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.probe_unigd import probe_sequences
 from .batching import AnyJob, Waiting
-from .embedding import EmbeddingJob, embed_batch
+from .embedding import EMBEDDING, EmbeddingJob, embed_batch
 from .errors import as_api_error
 from .generating import GenerationJob, Generator
 from .limits import Limits
@@ -68,6 +69,12 @@ class Engine:
         """The job's result, a [`Generated`]."""
         self._generations.put(job)
         return job.result
+
+    @contextmanager
+    def alone(self) -> Iterator[tuple[UniGDForConditionalGeneration, UniGDProcessor]]:
+        """The model and its processor in a turn of their own, for what is done in no batch."""
+        with self._turns.turn(EMBEDDING), self.preparer.in_use:
+            yield self.preparer.model, self.preparer.processor
 
     def refuse(self) -> None:
         """Refuses what waits and what comes; what runs goes on."""

@@ -1,6 +1,7 @@
 """Errors in the form of OpenAI's API."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,7 +22,7 @@ class ApiError(Exception):
         message: What is wrong, and what to do.
         param: The field of the request that is wrong.
         kind, code: OpenAI's `type` and `code`.
-        retry_after: Seconds after which the request may be sent again.
+        headers: Headers of the answer.
     """
 
     def __init__(
@@ -32,12 +33,12 @@ class ApiError(Exception):
         *,
         kind: str = "invalid_request_error",
         code: str | None = None,
-        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        self.headers = headers
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)

@@ -1,6 +1,8 @@
 """What stands before the app: the key, the limits of requests and their bodies, clients that go away, and counts."""
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import re
 import secrets
@@ -71,7 +73,7 @@ class Guard:
                 f"{self._in_work} requests are in work, and no more are taken. Try again later.",
                 kind="rate_limit_error",
                 code="rate_limit_exceeded",
-                retry_after=1,
+                headers={"Retry-After": "1"},
             )
         self._in_work += 1
         try:
@@ -89,12 +91,13 @@ class Guard:
             return
         if scope["path"] in _OPEN_PATHS:
             return
-        given = headers.get(b"authorization", b"")
-        if not secrets.compare_digest(given, f"Bearer {self.api_key}".encode()):
+        given = _key_in(headers.get(b"authorization", b""))
+        if not secrets.compare_digest(given, self.api_key.encode()):
             raise ApiError(
                 401,
                 "The API key is missing or wrong. Send the header `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
+                headers={"WWW-Authenticate": 'Basic realm="hf-unigd: any name, and the API key"'},
             )
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
@@ -134,6 +137,17 @@ class Guard:
                 work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
+
+
+def _key_in(authorization: bytes) -> bytes:
+    """The key of an `Authorization` header, which browsers send as a password; empty if there is none."""
+    scheme, _, value = authorization.partition(b" ")
+    if scheme == b"Bearer":
+        return value
+    if scheme == b"Basic":
+        with contextlib.suppress(binascii.Error):
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+    return b""
 
 
 def _is_this_machine(host: str) -> bool:

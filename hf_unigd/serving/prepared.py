@@ -36,6 +36,9 @@ class Preparer:
         model: The model.
         processor: Its processor.
         max_tokens: The longest sequence.
+
+    Attributes:
+        in_use: Is held by the thread that uses the processor.
     """
 
     def __init__(self, model: UniGDForConditionalGeneration, processor: UniGDProcessor, max_tokens: int | None = None):
@@ -43,7 +46,7 @@ class Preparer:
         self.model = model
         self.processor = processor
         self.max_tokens = min(limits, default=None)
-        self._in_use = threading.Lock()
+        self.in_use = threading.Lock()
 
     def check(self, sequences: Sequence[Any], param: str, prompted: bool) -> list[int]:
         """
@@ -63,7 +66,7 @@ class Preparer:
         lengths = []
         for place, sequence in enumerate(sequences):
             try:
-                with self._in_use:
+                with self.in_use:
                     self.processor.check_sequence(sequence, prompted=prompted, max_length=self.max_tokens)
                     lengths.append(sequence_length(self.processor, sequence))
             except SequenceError as error:
@@ -88,7 +91,7 @@ class Preparer:
         jobs, texts = list(jobs), list(instructions or [])
         while jobs:
             try:
-                with self._in_use:
+                with self.in_use:
                     inputs = self.processor.process_sequences(
                         [job.sequence for job in jobs],
                         prompted=instructions is not None,

@@ -205,6 +205,19 @@ class AnswerRequest(Sampling, Retrieval):
     include_images: bool = False
 
 
+class AlignmentRequest(ModelRequest):
+    a: Content
+    b: Content
+    figure: bool = False
+
+
+class SummaryTokensRequest(ModelRequest):
+    input: Content
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    prompt_name: str = "query"
+    instruction: str | None = None
+
+
 class RerankRequest(ModelRequest):
     query: Content
     documents: Contents

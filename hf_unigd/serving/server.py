@@ -21,7 +21,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, engine: Engine):
         super().__init__(uvicorn.Config(app, log_level="info", timeout_keep_alive=30, server_header=False))
+        self._app = app
         self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if (end_of_pages := getattr(self._app.state, "end_of_pages", None)) is not None:
+            end_of_pages.set()  # a page in a browser keeps a connection open
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.refuse()

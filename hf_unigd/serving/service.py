@@ -46,6 +46,19 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error), "prompt_name") from error
 
+    async def check(self, sequence: Any, param: str) -> None:
+        """
+        Checks that a sequence can be embedded.
+
+        Args:
+            sequence: What [`UniGDProcessor.process_sequences`] takes.
+            param: How the request calls it.
+
+        Raises:
+            ApiError: it cannot.
+        """
+        await asyncio.to_thread(self.engine.preparer.check, [sequence], param, True)
+
     async def embed(
         self, sequences: Sequence[Any], param: str, instruction: str | None = None, dimensions: int | None = None
     ) -> list[Embedded]:
