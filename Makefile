@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test floors lmms-eval parity families attack lint format clean
+.PHONY: help install install-dev quickstart test browser floors lmms-eval parity families attack lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,13 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
 
 test: install-dev  ## Run every test (offline), a file on each core
 	$(PYTEST)
+
+# Debian's chromium: playwright's own download is not wanted.
+AS_ROOT = $(if $(filter 0,$(shell id -u)),,sudo)
+browser: install-dev  ## The page in a real browser, which is installed by apt-get if it is missing
+	command -v chromium >/dev/null || { $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -y -qq chromium; }
+	$(PIP) -e '.[browser]'
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/browser/check_page.py $(PYTEST_ARGS)
 
 # uv finds the lowest versions that pyproject.toml allows; pip installs them, and fails where a package needs a newer one.
 FLOORS := .venv-floors
