@@ -47,12 +47,12 @@ class Running:
 
 @contextmanager
 def serving(
-    model, processor, index: EmbeddingIndex | None = None, api_key=None, page=False, **limits
+    model, processor, index: EmbeddingIndex | None = None, api_key=None, page=False, before=None, **limits
 ) -> Iterator[Running]:
     engine = Engine(model, processor, Limits(**limits), Metrics())
     engine.start()
     bound = bind("127.0.0.1", 0)
-    server = Server(create_app(engine, NAME, index, api_key, page), engine)
+    server = Server(create_app(engine, NAME, index, api_key, page, before), engine)
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     while not server.started:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Annotated
 
 from ..hub import load_checkpoint
+from ..hub.loading import load_checkpoint_or_vlm
 from ..retrieval import EmbeddingIndex
 from ..serving.limits import Limits
 from ..settings import AtLeast
@@ -36,6 +37,14 @@ class ServeArguments(Limits):
         metadata={"help": "Whether there is a page for a browser at `/`. By default where gradio is installed."},
     )
 
+    before: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model was trained from, a plain model or a checkpoint, to show what has changed. It "
+            "takes memory of its own."
+        },
+    )
+
     def __post_init__(self):
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("`--api_key` is empty. Give a key, or leave it out.")
@@ -64,10 +73,14 @@ def main(argv: list[str]) -> None:
     model = model.to(accelerator())
     if index is not None:
         index.check_model(model, processor)
+    before = None
+    if args.before is not None:
+        other, its_processor = load_checkpoint_or_vlm(args.before, dtype=args.dtype)
+        before = other.to(accelerator()).eval(), its_processor
     engine = Engine(model, processor, args, Metrics())
     engine.start()
     name = args.name or args.model
-    app = create_app(engine, name, index, args.api_key, page)
+    app = create_app(engine, name, index, args.api_key, page, before)
     address = f"http://{args.host}:{bound.getsockname()[1]}"
     print(f"Serving {name} at {address}/v1" + (f", and a page at {address}/" if page else ""), flush=True)
     try:

@@ -13,7 +13,7 @@ from .errors import add_error_handlers
 from .guard import Guard
 from .route_chat import chat_routes
 from .route_embeddings import embedding_routes
-from .route_explain import explain_routes
+from .route_explain import ModelPair, explain_routes
 from .route_retrieval import retrieval_routes
 from .service import Service
 
@@ -24,6 +24,7 @@ def create_app(
     index: EmbeddingIndex | None = None,
     api_key: str | None = None,
     page: bool = False,
+    before: ModelPair | None = None,
 ) -> FastAPI:
     """
     The app of a model that has been started.
@@ -34,6 +35,8 @@ def create_app(
         index: What `/v1/search` and `/v1/answer` look into. They are there with an index alone.
         api_key: The key that all paths but `/health` ask for.
         page: Whether the page is at `/`.
+        before: A model and its processor, used by nobody else, whose summary tokens are shown beside those of the
+            engine's: what it was trained from.
 
     Raises:
         ImportError: there is to be a page, and gradio is not installed.
@@ -45,7 +48,7 @@ def create_app(
     app.add_middleware(Guard, limits=engine.limits, metrics=engine.metrics, api_key=api_key)
     app.include_router(embedding_routes(service))
     app.include_router(chat_routes(service))
-    app.include_router(explain_routes(service))
+    app.include_router(explain_routes(service, before))
     if index is not None:
         app.include_router(retrieval_routes(service, index))
 

@@ -16,17 +16,19 @@ from ..data.slices import slices_of
 from ..evaluation.alignment import align_slices, embed_slices
 from ..evaluation.figures import draw_alignment
 from ..evaluation.prompts.views import top_tokens
-from ..modeling import SequenceError
+from ..modeling import SequenceError, UniGDForConditionalGeneration, UniGDProcessor
 from .contents import as_part
 from .errors import ApiError
 from .requests import AlignmentRequest, Part, SummaryTokensRequest
 from .service import Service
 
 
+ModelPair = tuple[UniGDForConditionalGeneration, UniGDProcessor]
+
 _SPLITTER = SentenceSplitter()
 
 
-def explain_routes(service: Service) -> APIRouter:
+def explain_routes(service: Service, before: ModelPair | None) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/alignment")
@@ -44,12 +46,18 @@ def explain_routes(service: Service) -> APIRouter:
     @router.post("/v1/summary_tokens")
     async def summary_tokens(request: SummaryTokensRequest) -> dict[str, Any]:
         service.check_model(request.model)
-        instruction = request.instruction or service.instruction(request.prompt_name)
+        service.instruction(request.prompt_name)  # which is refused if there is none
         (sequence,) = await service.reader.sequences([request.input], "input")
         await service.check(sequence, "input")
-        found = await to_thread.run_sync(_summary_tokens, service, sequence, instruction, request.k)
-        data = [{"token": token, "probability": probability} for token, probability in found]
-        return {"object": "list", "data": data, "model": service.name}
+
+        def tokens() -> dict[str, Any]:
+            with service.engine.alone() as now:
+                return {
+                    "data": _summary_tokens(now, sequence, request),
+                    "before": None if before is None else _summary_tokens(before, sequence, request),
+                }
+
+        return {"object": "list", **await to_thread.run_sync(tokens), "model": service.name}
 
     return router
 
@@ -99,13 +107,14 @@ def _draw(a: list[Image.Image | str], b: list[Image.Image | str], posterior: tor
 
 
 @torch.inference_mode()
-def _summary_tokens(
-    service: Service, sequence: list[Any], instruction: str | None, count: int
-) -> list[tuple[str, float]]:
+def _summary_tokens(pair: ModelPair, sequence: list[Any], request: SummaryTokensRequest) -> list[dict[str, Any]]:
+    """The likeliest tokens where a model reads the embedding, at its own prompt."""
+    model, processor = pair
+    instruction = request.instruction or processor.instructions.get(request.prompt_name)
     try:
-        with service.engine.alone() as (model, processor):
-            inputs = processor.process_sequences([sequence], prompted=True, instruction=[instruction])
-            _, logits = model.embed_and_predict(**inputs.to(model.device, model.dtype))
-            return top_tokens(processor, logits[0].float().softmax(-1).cpu(), min(count, logits.shape[1]))
+        inputs = processor.process_sequences([sequence], prompted=True, instruction=[instruction])
     except SequenceError as error:
         raise ApiError(400, f"`input` {error.reason}", "input") from error
+    _, logits = model.embed_and_predict(**inputs.to(model.device, model.dtype))
+    found = top_tokens(processor, logits[0].float().softmax(-1).cpu(), min(request.k, logits.shape[1]))
+    return [{"token": token, "probability": probability} for token, probability in found]

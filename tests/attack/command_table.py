@@ -220,8 +220,8 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
         Command(
             "serve",
             "hf_unigd.cli.serve.load_checkpoint",
-            {**model, "index": here["index"], "port": "0"},
-            ("model", "index"),
+            {**model, "index": here["index"], "before": here["vlm"], "port": "0"},
+            ("model", "index", "before"),
             is_quick=False,
         ),
         Command(

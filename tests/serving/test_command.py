@@ -67,6 +67,8 @@ def is_healthy(address):
 def test_it_answers_until_it_is_told_to_end_and_finishes_its_answer(folder):
     arguments = ("--model", folder / "model", "--index", folder / "index", "--name", "ours", "--api_key", "secret")
     with started(*arguments) as (process, address, lines):
+        assert f"and a page at {address}/" in "".join(lines)
+        assert httpx.get(address, auth=("anybody", "secret")).status_code == 200
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
         assert len(client.embeddings.create(model="ours", input="a red cat").data[0].embedding) == 32
         found = client.post("/search", body={"query": "a red cat", "k": 2}, cast_to=object)

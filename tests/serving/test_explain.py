@@ -76,6 +76,18 @@ def test_summary_tokens_are_the_likeliest_after_the_prompt(server, pair, instruc
     assert [each["token"] for each in found] == [repr(processor.tokenizer.decode([token]))[1:-1] for token in ids]
 
 
+def test_summary_tokens_before_training_are_those_of_the_other_model(pair, server):
+    tiny = make_vlm(seed=1)
+    other = UniGDForConditionalGeneration.from_vlm(tiny.model).eval(), UniGDProcessor(tiny.processor)
+    with serving(*pair, before=other) as running:
+        found = post(running, "/summary_tokens", input="a red cat")
+    assert found["data"] == post(server, "/summary_tokens", input="a red cat")["data"]
+    with serving(*other) as running:
+        alone = post(running, "/summary_tokens", input="a red cat")
+    assert alone["before"] is None
+    assert found["before"] == alone["data"] != found["data"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [

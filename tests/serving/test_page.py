@@ -96,6 +96,14 @@ def test_an_alignment_is_a_picture_and_tokens_are_bars(server, picture):
     assert act(server, "look", typed("a cat")).count("<tr>") == 10
 
 
+def test_what_changed_is_shown_beside_what_is(pair):
+    tiny = make_vlm(seed=1)
+    other = UniGDForConditionalGeneration.from_vlm(tiny.model).eval(), UniGDProcessor(tiny.processor)
+    with serving(*pair, page=True, before=other) as running:
+        now, before = act(running, "look", typed("a cat")).split("Before it was trained:")
+        assert now.count("<tr>") == before.count("<tr>") == 10
+
+
 @pytest.mark.parametrize("action", ["search", "ask"])
 @pytest.mark.parametrize("nothing", [None, typed(), typed(" \n")])
 def test_an_empty_query_is_told_what_to_do(server, action, nothing):

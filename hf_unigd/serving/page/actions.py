@@ -63,7 +63,7 @@ class Actions:
     async def look(self, sequence: Input | None) -> str:
         """What the model would say at the summary token."""
         found = await self._client.post("/v1/summary_tokens", input=await _content(sequence))
-        return fragments.tokens(found["data"])
+        return fragments.tokens(found["data"], found["before"])
 
 
 async def _content(value: Input | None) -> list[dict[str, Any]]:

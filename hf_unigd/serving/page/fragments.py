@@ -54,8 +54,14 @@ def alignment(figure: str, similarity: float) -> str:
     )
 
 
-def tokens(found: Sequence[dict[str, Any]]) -> str:
-    """Tokens as bars of their probabilities."""
+def tokens(now: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] | None) -> str:
+    """Tokens as bars of their probabilities, and below them those before training, where they are known."""
+    if before is None:
+        return _bars(now)
+    return f"<p>Now:</p>{_bars(now)}<p>Before it was trained:</p>{_bars(before)}"
+
+
+def _bars(found: Sequence[dict[str, Any]]) -> str:
     most = max(each["probability"] for each in found)
     rows = [
         f"<tr><td><code>{escape(each['token'])}</code></td>"

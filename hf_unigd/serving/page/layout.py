@@ -79,7 +79,9 @@ def make_page(actions: Actions, name: str, limits: Limits, has_index: bool) -> g
             a, b = _box("First sequence"), _box("Second sequence")
             _on_submit(gr.Button("Align", variant="primary"), actions.align, [a, b])
         with gr.Tab("Inside"):
-            gr.Markdown("The tokens that the model finds likeliest where it reads the embedding.")
+            gr.Markdown(
+                "The likeliest tokens where the model reads the embedding, and before training if `--before` is set."
+            )
             sequence = _box("A text, pictures, or both")
             _on_submit(gr.Button("Look", variant="primary"), actions.look, [sequence])
     return page.queue(default_concurrency_limit=limits.max_requests, max_size=limits.max_requests)
