@@ -24,8 +24,8 @@ from .training import make_trainer
 VIEWS = 12
 # The paper's prompt, "Summarize the provided image in one word", is longer than most captions here.
 PROMPT = "In one word"
-QUESTIONS_SHARE = 0.1  # of the steps
-CAUSAL_LM_WEIGHT = 0.5
+QUESTIONS_SHARE = 0.12  # of the steps
+CAUSAL_LM_WEIGHT = 1.0
 ASKED = 200  # icons
 ICON_NAME = "icon.png"
 SHOWN_QUERIES, SHOWN_RESULTS = 8, 5
