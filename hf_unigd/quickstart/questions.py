@@ -56,7 +56,7 @@ class Neighbours:
         return by_word
 
     def of(self, icon: str, count: int, draw: random.Random) -> list[str]:
-        """The names that share most words with that of an icon, but not its own. Among equals, the draw decides."""
+        """The names that share most words with that of an icon, but not its own. Among equals, `draw` chooses."""
         shared = Counter(name for word in set(icon.split("_")) for name in self._by_word[word] if name != icon)
         names = sorted(shared, key=lambda name: (-shared[name], draw.random()))[:count]
         while len(names) < count:
@@ -175,7 +175,7 @@ def answer_questions(
         index = build_index(model, processor, known, folder, batch_size=batch_size, show_progress=False)
         for start in range(0, len(questions), batch_size):
             batch, asked = sequences[start : start + batch_size], questions[start : start + batch_size]
-            inputs = processor.process_sequences(batch, prompted=False, padding_side="left")
+            inputs = processor.process_sequences(batch, prompted=False, padding_side="left").to(model.device)
             generated = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
             alone = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             found = answer_with_retrieval(model, processor, index, batch, K, max_new_tokens=LONGEST, do_sample=False)

@@ -93,7 +93,7 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         minutes,
         summary="a small LLaVA built in code, trained from scratch on drawn icons by `hf-unigd quickstart`.",
         dataset="Material Design icons, held out",
-        objective=f"InfoNCE + next-token, 1 : {CAUSAL_LM_WEIGHT} (VladVA)",
+        objective=f"InfoNCE + next-token, 1 : {CAUSAL_LM_WEIGHT:g} (VladVA)",
         methods=["vladva"],
     )
     show_metrics(metrics)
