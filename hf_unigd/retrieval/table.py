@@ -20,8 +20,8 @@ from .upkeep import ENOUGH, KEPT, TIERS, tier_to_join
 logger = logging.getLogger(__name__)
 
 NAME = "entries"
-# Types of approximate indexes, by how LanceDB calls them, and what differs from its defaults. With one bit, RaBitQ
-# finds half of the ten nearest of a million vectors, with four all of them (docs/performance.md).
+# Types of approximate indexes, by how LanceDB calls them, and what differs from its defaults. RaBitQ with one bit a
+# number misses too many of the nearest vectors, even with candidates that are compared by the whole ones.
 ANN_TYPES: dict[str, tuple[str, dict[str, int]]] = {
     "IVF_FLAT": ("IvfFlat", {}),
     "IVF_SQ": ("IvfSq", {}),
