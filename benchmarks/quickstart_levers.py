@@ -27,7 +27,16 @@ import torch
 import torch.nn.functional as F
 from seeded_llava import DEVICE, SEEDS, VOCABULARY, Model, Setting
 
-from hf_unigd.data.icons import COLOURS, SIZES, _held_out, glyph_mask, icon_glyphs, long_caption, short_caption
+from hf_unigd.data.icons import (
+    COLOURS,
+    SIZES,
+    _held_out,
+    glyph_mask,
+    icon_glyphs,
+    long_caption,
+    named_words,
+    short_caption,
+)
 from hf_unigd.quickstart.muon import orthogonalize
 from hf_unigd.quickstart.small_llava import build_processor
 
@@ -349,8 +358,7 @@ class Run:
         """The words that a caption names."""
         end = row.index(2) if 2 in row else len(row)
         text = "".join(load().vocabulary[token] if token < VOCABULARY else "?" for token in row[:end])
-        text = text.replace("Ġ", " ").strip().removeprefix("An icon of ").split(", drawn in")[0]
-        return text.replace(" and ", " ").replace(",", "").split()
+        return named_words(text.replace("Ġ", " ").strip())
 
 
 def main() -> None:

@@ -73,15 +73,13 @@ def short_caption(icon: str) -> str:
 
 
 def long_caption(icon: str, colour: str, size: str) -> str:
-    words = icon.split("_")
-    parts = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"An icon of {parts}, drawn in {colour} at a {size} size."
+    """A sentence that begins with the name, so that a model says at the summary token what it has seen."""
+    return f"{short_caption(icon)}, a {size} {colour} icon."
 
 
 def named_words(caption: str) -> list[str]:
-    """The words that a caption in the form of [`long_caption`] names, in their order."""
-    parts = caption.removeprefix("An icon of ").split(", drawn in")[0]
-    return parts.replace(" and ", " ").replace(",", "").split()
+    """The words that a caption in the form of [`long_caption`] begins with."""
+    return caption.split(", a ")[0].split()
 
 
 def icon_captions(rows: Dataset) -> list[str]:

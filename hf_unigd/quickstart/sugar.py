@@ -51,7 +51,8 @@ def run_sugar(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         if not metrics:
             metrics["before"] = measure(trainer, test)
         print(f"\nalignment_weight {weight:g}:")
-        trainer.train()
+        with training.fast_matrix_products():
+            trainer.train()
         metrics[stage] = measure(trainer, test)
     distinct = len({image.tobytes() for place in range(len(test)) for image in test[place]["images"]})
     metrics["chance"] = {f"{query}_recall_at_{k}": k / (distinct - 4) for query in ("5c", "5c+4i") for k in (1, 5, 10)}
@@ -123,7 +124,8 @@ def make_clip(vlm_processor: LlavaProcessor, images: list[tuple], seed: int) -> 
     tokenizer.model_max_length = 32
     processor = CLIPProcessor(vlm_processor.image_processor, tokenizer)
     model = build_clip(vlm_processor, seed=seed)
-    train_clip(model, processor, images, CLIP_STEPS, seed=seed)
+    with training.fast_matrix_products():
+        train_clip(model, processor, images, CLIP_STEPS, seed=seed)
     return model, processor
 
 

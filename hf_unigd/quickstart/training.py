@@ -1,6 +1,10 @@
-"""The trainer of both recipes."""
+"""The trainer of all recipes, and how it is run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..trainer import UniGDTrainer, UniGDTrainingArguments
@@ -17,7 +21,7 @@ def make_trainer(
     optimizer: torch.optim.Optimizer | None = None,
     **recipe,
 ) -> UniGDTrainer:
-    """A trainer with the training arguments of both recipes and, as keyword arguments, those of one. The optimizer is
+    """A trainer with the training arguments of all recipes and, as keyword arguments, those of one. The optimizer is
     [`MuonWithAdamW`] by default."""
     training_args = UniGDTrainingArguments(
         output_dir=str(args.folder),
@@ -41,3 +45,20 @@ def make_trainer(
         processing_class=processor,
         optimizers=(optimizer or MuonWithAdamW(model), None),
     )
+
+
+@contextmanager
+def fast_matrix_products() -> Iterator[None]:
+    """
+    Multiplies float32 matrices in bfloat16, with sums in float32, where the processor has instructions for that. It is
+    for training: what is measured keeps its precision.
+
+    Attention is then not torch's fused one, whose products, of one row and one head each, are too small for that.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

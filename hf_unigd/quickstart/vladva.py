@@ -18,7 +18,7 @@ from .fresh_process import check_in_fresh_process
 from .questions import answer_accuracy, answer_questions, question_rows, show_answers
 from .results import write_card, write_metrics
 from .small_llava import IMAGE_SIZE, build_llava, build_processor
-from .training import make_trainer
+from .training import fast_matrix_products, make_trainer
 
 
 VIEWS = 12
@@ -68,7 +68,8 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         logging_steps=25,
     )
     before = measure(trainer)
-    trainer.train()
+    with fast_matrix_products():
+        trainer.train()
     after = measure(trainer)
     chance = {
         f"{direction}_recall_at_{k}": k / HELD_OUT

@@ -46,7 +46,9 @@ def test_half_of_the_chats_ask_behind_entries_of_other_icons(icons):
             continue
         assert [part["type"] for part in parts] == ["text", "image", "text"] and len(chat) == 2
         instruction, entries = parts[0]["text"][: len(INSTRUCTION)], parts[0]["text"][len(INSTRUCTION) :].strip()
-        told = {line.split(" An icon of ")[0] for line in entries.split("\n")}
+        captions = [line.split(", a ")[0].split() for line in entries.split("\n")]
+        assert all(words[: len(words) // 2] * 2 == words for words in captions)  # of the short and of the long caption
+        told = {" ".join(words[: len(words) // 2]) for words in captions}
         assert instruction == INSTRUCTION and len(told) == 3 and told <= names
         assert icons.with_format(None)["icon"][number].replace("_", " ") not in told
     again = question_rows(icons, seed=0)[5:6]["messages"][0]
