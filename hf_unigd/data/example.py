@@ -97,6 +97,8 @@ class Example:
         positive: The sequence that matches the anchor. `None` if the example has no match.
         negatives: Sequences that do not match the anchor.
         captions: All known captions of the anchor, an image. None of them is contrasted with it, unless as `positive`.
+        image_id: What the row calls the image of the anchor, as it stands there. Evaluation alone reads it.
+        caption_id: The same of the caption in `positive`.
         target: The text that the model learns to generate after the anchor. `None` if there is none.
         prompted: Whether the anchor is embedded, at its embedding prompt if the processor has one.
         is_chat: Whether `target` is the answer of a chat, which never follows an embedding prompt, because it is asked
@@ -115,6 +117,8 @@ class Example:
     positive: Messages | None = None
     negatives: list[Messages] = field(default_factory=list)
     captions: list[Messages] = field(default_factory=list)
+    image_id: Any = None
+    caption_id: Any = None
     target: str | None = None
     prompted: bool = True
     is_chat: bool = False

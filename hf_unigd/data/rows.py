@@ -13,7 +13,7 @@ from ..modeling.images_unigd import MAX_PIXELS
 from ..modeling.instructions_unigd import with_instruction
 from .chats import as_list, from_llava, only_answer, read_chat, read_chats
 from .example import Example, Messages, RowError, iter_parts
-from .formats import format_of, holds_many, is_negative
+from .formats import CAPTION_ID, IMAGE_ID, format_of, holds_many, is_negative
 from .images import open_image
 from .published import from_mmc4, from_mmeb
 from .slices import SentenceSplitter, slices_of
@@ -201,6 +201,8 @@ class RowParser:
             positive=None if short is None else _text_turn(short),
             negatives=negatives,
             captions=[_text_turn(text) for text in captions],
+            image_id=row.get(IMAGE_ID),
+            caption_id=_caption_id(row, "short_caption" if caption is None else "caption", short),
             target=long,
         )
 
@@ -415,6 +417,14 @@ def _are_weights(values, count: int) -> bool:
         and all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in values)
         and any(value > 0 for value in values)
     )
+
+
+def _caption_id(row, name, caption) -> Any:
+    """The id of a caption of a column: of a list beside a list of captions, that of its place."""
+    ids, captions = row.get(CAPTION_ID), as_list(row.get(name))
+    if caption is not None and isinstance(ids, (list, tuple)) and len(ids) == len(captions):
+        return ids[[text.strip() for text in captions].index(caption)]
+    return ids
 
 
 def _caption(value, name) -> str:

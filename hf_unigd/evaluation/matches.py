@@ -13,12 +13,13 @@ from accelerate.utils import gather_object
 from ..bulk import process_state
 from ..data import Example, RowError, RowParser
 from ..data.chats import as_list
-from ..data.example import Messages, content_key, iter_image_parts
+from ..data.example import Messages, iter_image_parts
 from ..data.features import without_decoding
-from ..data.formats import CAPTION_ID, IMAGE_ID, format_of
+from ..data.formats import CAPTION_ID, format_of
 from ..data.images import open_image
 from ..modeling.images_unigd import MAX_PIXELS
 from .embedders import Embedder
+from .items import Item, contradiction, items_of
 
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,9 @@ class RowReader:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, number: int) -> list[tuple[Example, Mapping[str, Any]]]:
+    def read(self, number: int) -> list[Example]:
         """
-        The examples of a row, each with the columns that it was made of. Its image is opened once.
+        The examples of a row. Its image is opened once.
 
         Raises:
             RowError: the row is bad.
@@ -108,7 +109,7 @@ class RowReader:
         examples = [self.parser(part, number) for part in parts]
         for example in examples:
             self.check(example)
-        return list(zip(examples, parts, strict=True))
+        return examples
 
     def _single_captions(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The row, once for each of its captions if it has a list of them."""
@@ -152,7 +153,7 @@ class Contents(Sequence):
         if place in self.texts:
             return self.texts[place]
         row, number = self.places[place]
-        return getattr(self.reader.read(row)[number][0], self.side)
+        return getattr(self.reader.read(row)[number], self.side)
 
 
 @dataclass
@@ -189,10 +190,9 @@ class Matches:
 
 @dataclass(frozen=True)
 class _Part:
-    """One side of an example: its content's key, the item it is of, and the content itself if it has no image."""
+    """One side of an example: the item that it is of, and the content itself if it has no image."""
 
-    key: int
-    item: tuple[str, Any]
+    item: Item
     text: Messages | None
 
 
@@ -210,9 +210,7 @@ def read_matches(reader: RowReader, skip_bad_rows: bool = False) -> Matches:
     """
     Reads all rows, on all processes that a launcher started, each its share. All call it, and receive the same.
 
-    What an item is, the dataset says itself where it can: rows of equal `image_id` show one image, and rows of equal
-    `caption_id` hold one caption. Without these columns, equal images are one item, and every caption of an image is
-    an item of its own, as in Karpathy's protocol. Of rows that are no captioned images, equal contents are one item.
+    What one item is, [`~hf_unigd.evaluation.items.items_of`] says.
 
     Args:
         reader: Reads the rows.
@@ -255,38 +253,15 @@ def read_matches(reader: RowReader, skip_bad_rows: bool = False) -> Matches:
 
 
 def _matches_of(reader: RowReader, number: int) -> Iterator[_Match]:
-    for place, (example, row) in enumerate(reader.read(number)):
-        if example.positive is None:
-            continue
-        image_id, caption_id = (_id(row, name, number) for name in (IMAGE_ID, CAPTION_ID))
-        is_caption = bool(example.captions)
-        anchor = _part(example.anchor, IMAGE_ID if is_caption else None, image_id, None)
-        own = ("row", (number, place)) if is_caption else None
-        positive = _part(example.positive, CAPTION_ID if is_caption else None, caption_id, own)
-        yield _Match(number, place, anchor, positive)
+    for place, example in enumerate(reader.read(number)):
+        if example.positive is not None:
+            anchor, positive = items_of(example)
+            yield _Match(number, place, _part(anchor, example.anchor), _part(positive, example.positive))
 
 
-def _id(row: Mapping[str, Any], name: str, number: int) -> str | int | None:
-    value = row.get(name)
-    if value is not None and not isinstance(value, (str, int)):
-        raise RowError(number, f"has a `{name}` of type {type(value).__name__}, but a number or a text is needed.")
-    return value
-
-
-def _part(messages: Messages, id_name: str | None, given_id: Any, own: tuple[str, Any] | None) -> _Part:
-    """
-    Args:
-        messages: The content.
-        id_name: What an id is called; None where rows have none.
-        given_id: The id, if the row has one.
-        own: What the item is without an id; None if equal contents are one.
-    """
-    key = content_key(messages)
-    item = own or ("content", key)
-    if id_name is not None and given_id is not None:
-        item = (id_name, given_id)
+def _part(item: Item, messages: Messages) -> _Part:
     has_image = any(True for _ in iter_image_parts(messages))
-    return _Part(key, item, None if has_image else messages)
+    return _Part(item, None if has_image else messages)
 
 
 def _side(reader: RowReader, side: str, matches: Iterable[_Match]) -> tuple[Side, list[int]]:
@@ -301,20 +276,18 @@ def _side(reader: RowReader, side: str, matches: Iterable[_Match]) -> tuple[Side
     places = []
     for match in matches:
         part = of(match)
-        content = contents.setdefault(part.key, len(contents))
+        name, value, key = part.item
+        content = contents.setdefault(key, len(contents))
         if content == len(first):
             first.append((match.row, match.number))
             if part.text is not None:
                 texts[content] = part.text
-        item = items.setdefault(part.item, len(items))
+        own = ("row", (match.row, match.number))
+        item = items.setdefault(own if value is None else (name, value), len(items))
         if item == len(content_of):
             content_of.append(content)
             owners.append(match)
         elif content_of[item] != content:
-            name, value = part.item  # an id: others are of one content each
-            raise ValueError(
-                f"Rows {owners[item].row} and {match.row} have the same `{name}` {value!r} and different content. "
-                "Correct the ids, or remove the column."
-            )
+            raise contradiction(f"`{name}` {value!r}", owners[item].row, match.row)
         places.append(item)
     return Side(Contents(reader, side, first, texts), content_of), places

@@ -162,7 +162,7 @@ def _targets(embedder: ModelEmbedder, reader: RowReader, skip_bad_rows: bool) ->
             if not skip_bad_rows:
                 raise
             continue
-        for place, (example, _) in enumerate(examples):
+        for place, example in enumerate(examples):
             if example.target is not None or example.label_history:
                 sequence = example.anchor_sequences(embedder.processor.embedding_position, embedded=False)[0]
                 yield _Target(number, place, sequence)

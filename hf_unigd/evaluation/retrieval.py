@@ -119,7 +119,7 @@ def rank_both_ways(
     Returns:
         `dict[str, Ranking]` with the keys `anchor_to_positive` and `positive_to_anchor`.
     """
-    first = [_first_rows(keys) for keys in (anchor_keys, positive_keys)]
+    first = [first_rows(keys) for keys in (anchor_keys, positive_keys)]
     rows, places = zip(*(each.unique(return_inverse=True) for each in first), strict=True)
     rankings = rank_pairs(anchors[rows[0]], positives[rows[1]], torch.stack(places, 1), k, rank)
     for ranking, (queries, candidates) in zip(rankings.values(), (rows, rows[::-1]), strict=True):
@@ -195,7 +195,7 @@ def recalls(rankings: dict[str, Ranking], ks: tuple[int, ...] = (1, 5, 10)) -> d
     }
 
 
-def _first_rows(keys: torch.Tensor) -> torch.Tensor:
+def first_rows(keys: torch.Tensor) -> torch.Tensor:
     """Returns, for every row, the index of the first row with the same key."""
     _, ids = torch.unique(keys, return_inverse=True)
     first = torch.full((int(ids.max()) + 1,), len(ids), dtype=torch.long)

@@ -14,6 +14,7 @@ from ..data.example import InputSequence, Messages, content_key, image_key, iter
 from ..data.lengths import sequence_length
 from ..data.slices import SentenceSplitter
 from ..data.streams import Skipped
+from ..evaluation.items import items_of
 from ..modeling import SequenceError, UniGDProcessor
 from ..modeling.instructions_unigd import without_instruction
 from .arguments import UniGDTrainingArguments
@@ -45,7 +46,8 @@ class UniGDDataCollator:
     - `anchor_rows` `(n,)`: indices of the rows of the embedded anchors in the dataset.
     - `anchor_keys`, `positive_keys` `(n,)`, `negative_keys` `(m,)`: content keys that mask duplicates. An instruction
       is part of a question, and not of its answer: only anchors of equal instructions have equal keys.
-    - `are_captions` `(n,)`: whether each positive is the caption of an image.
+    - `anchor_items`, `positive_items` `(n, 2)`, if `with_items`: for each of them, the key of the item that it is of
+      ([`~hf_unigd.evaluation.items.items_of`]), and that of its content.
     - `caption_keys` `(k, 2)`: content keys of images and of their captions, which mask what matches besides.
     - `structure`, if every example has slices: the inputs of [`StructureLoss`] that [`PrefixSampler`] returns.
     - `rows` `(batch_size,)`: indices of the rows in the dataset.
@@ -63,6 +65,7 @@ class UniGDDataCollator:
             anchors and another all candidates.
         contrastive: Whether anchors are embedded and contrasted.
         causal_lm: Whether targets are labelled. If not, they are only read if the example has slices.
+        with_items: Whether a batch says which items of retrieval its anchors and positives are.
         with_image_keys: Whether chunks get the `image_keys` of their images
             ([`~hf_unigd.data.example.image_key`]), with their numbers of tokens.
         stored_images: Makes the chunks whose images are all in the vision cache. They have no `pixel_values`.
@@ -79,6 +82,7 @@ class UniGDDataCollator:
     chunk_size: int | None = None
     contrastive: bool = True
     causal_lm: bool = True
+    with_items: bool = False
     with_image_keys: bool = False
     stored_images: StoredImages | None = None
 
@@ -141,7 +145,8 @@ class UniGDDataCollator:
         candidates += [negative for example in matched for negative in example.negatives]
         spans, _ = self._process(chunks, owners, [InputSequence(each) for each in candidates], None)
         wanted["positives"], wanted["negatives"] = spans[: len(matched)], spans[len(matched) :]
-        batch["are_captions"] = torch.tensor([bool(example.captions) for example in matched], dtype=torch.bool)
+        if self.with_items:
+            batch |= _items(matched)
         batch |= self._keys(examples, contrasted, candidates)
 
         table = torch.cat(list(wanted.values()))[:, 1:]
@@ -219,6 +224,12 @@ class UniGDDataCollator:
         lengths = [sequence_length(self.processor, each.messages, each.target) for each in sequences]
         places.sort(key=lambda place: -lengths[place])
         return [places[start : start + self.chunk_size] for start in range(0, len(places), self.chunk_size)]
+
+
+def _items(examples: list[Example]) -> dict[str, torch.Tensor]:
+    pairs = [[(item.key, item.content) for item in items_of(example)] for example in examples]
+    table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2, 2)
+    return {"anchor_items": table[:, 0], "positive_items": table[:, 1]}
 
 
 def collator_for_objective(

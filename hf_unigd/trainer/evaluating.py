@@ -47,7 +47,8 @@ class EvaluatingTrainer(CheckpointingTrainer):
     def _evaluation_collator(self) -> UniGDDataCollator:
         """A collator that embeds every anchor and labels every target, even if its loss has no weight."""
         collator = copy.copy(self.data_collator)
-        collator.chunk_size, collator.contrastive, collator.causal_lm = self.args.eval_batch_size, True, True
+        collator.chunk_size = self.args.eval_batch_size
+        collator.contrastive = collator.causal_lm = collator.with_items = True
         return collator
 
     def predict(
@@ -147,10 +148,9 @@ class EvaluatingTrainer(CheckpointingTrainer):
         for name, loss in parts.items():
             results.add_batch_loss(name, loss, counts[name])
         if not self.args.prediction_loss_only:
-            names = ("anchor_keys", "positive_keys", "are_captions")
             results.add_embeddings(
                 rows=batch["anchor_rows"],
-                **{name: batch[name] for name in names},
+                **{name: batch[name] for name in ("anchor_items", "positive_items")},
                 **{name: outputs.embeddings[batch["places"][name]] for name in ("anchors", "positives")},
             )
 

@@ -9,8 +9,10 @@ import torch
 from accelerate.utils import gather_object
 from transformers import EvalPrediction
 
+from ..data.formats import CAPTION_ID, IMAGE_ID
 from ..evaluation import rank_both_ways, recalls
-from ..evaluation.retrieval import rank_on_processes
+from ..evaluation.items import contradiction
+from ..evaluation.retrieval import first_rows, rank_on_processes
 
 
 RANKED = 10  # number of candidates kept per query
@@ -67,8 +69,8 @@ class EvaluationResults:
         Adds the embeddings of a block.
 
         Args:
-            tensors: `rows`, `anchors`, `positives`, `anchor_keys`, `positive_keys` and `are_captions`, with one entry
-                per row with a positive.
+            tensors: `rows`, `anchors`, `positives`, `anchor_items` and `positive_items`, with one entry per row with a
+                positive.
         """
         if len(tensors["rows"]):
             self.own["embedded"].append({name: tensor.cpu() for name, tensor in tensors.items()})
@@ -125,12 +127,17 @@ def retrieval_prediction(
         (`(n, embedding_dim)`, float32), and the rankings `anchor_to_positive` and `positive_to_anchor` (`(n, k)`,
         int64). A ranking holds, for each row, the indices in these arrays of the most similar candidates, best first.
         Candidates that are one item have the index of the first. `label_ids` is a `dict` of arrays of
-        shape `(n,)`: `rows` (indices in the dataset), `anchor_keys` and `positive_keys`, equal for one item: equal
-        contents are one, but that each caption of an image is an item of its own, as in Karpathy's protocol.
+        shape `(n,)`: `rows` (indices in the dataset), `anchor_keys` and `positive_keys`, equal for one item
+        ([`~hf_unigd.evaluation.items.items_of`]).
+
+    Raises:
+        ValueError: rows of equal ids have different content.
     """
-    # No content has a negative key.
-    own = -1 - torch.arange(len(embedded["rows"]))
-    embedded = {**embedded, "positive_keys": torch.where(embedded["are_captions"], own, embedded["positive_keys"])}
+    embedded = {
+        **embedded,
+        "anchor_keys": _item_keys(embedded["anchor_items"], embedded["rows"], IMAGE_ID),
+        "positive_keys": _item_keys(embedded["positive_items"], embedded["rows"], CAPTION_ID),
+    }
     names = ("anchors", "positives", "anchor_keys", "positive_keys")
     rank = partial(rank_on_processes, device=device)
     rankings = rank_both_ways(**{name: embedded[name] for name in names}, k=RANKED, rank=rank)
@@ -145,6 +152,17 @@ def retrieval_prediction(
     for name, queries, candidates in zip(rankings, sides, sides[::-1], strict=True):
         metrics |= {f"{name}_queries": queries, f"{name}_candidates": candidates}
     return EvalPrediction(predictions=predictions, label_ids=labels), metrics
+
+
+def _item_keys(items: torch.Tensor, rows: torch.Tensor, id_name: str) -> torch.Tensor:
+    """The keys of items, after a check that each has one content. No other item has a negative key."""
+    keys, contents = items.T
+    keys = torch.where(keys == -1, -1 - torch.arange(len(keys)), keys)
+    first = first_rows(keys)
+    if len(others := (contents[first] != contents).nonzero()):
+        second = int(others[0])
+        raise contradiction(f"`{id_name}`", int(rows[first[second]]), int(rows[second]))
+    return keys
 
 
 def block_metrics(results: EvaluationResults, weights: dict[str, float]) -> dict[str, float]:

@@ -15,6 +15,9 @@ from transformers import (
 
 from hf_unigd.data import RowError
 from hf_unigd.evaluation import rank_candidates, retrieval, retrieval_metrics
+from hf_unigd.evaluation.embedders import ModelEmbedder
+from hf_unigd.evaluation.row_evaluation import evaluate_rows
+from tiny_models import make_image
 from trainer_cases import make_rows, make_trainer
 
 
@@ -278,3 +281,56 @@ def test_a_caption_of_two_images_is_two_queries_and_an_image_of_two_rows_is_one(
     # Equal captions are equally near to both images, and each is the match of one.
     assert metrics["eval_positive_to_anchor_recall_at_1"] == 0.5
     assert metrics["eval_rows_without_match"] == 1
+
+
+def identified_rows():
+    """Two images of equal pixels and two others, each with two captions that are in every image's, some of them twice:
+    a row for each, with the ids of the image and of the caption."""
+    images = [make_image(place) for place in (0, 0, 1, 2)]
+    rows = [
+        {"image": image, "short_caption": text, "image_id": place, "caption_id": f"{place} {text}"}
+        for place, image in enumerate(images)
+        for text in ("a cat", "two dogs", "a cat on the grass")
+    ]
+    return rows + rows[2:7]
+
+
+def test_ids_say_what_an_item_is_as_in_the_command(tmp_path):
+    rows = identified_rows()
+    trainer = make_trainer(tmp_path, eval_rows=rows, eval_block_size=5)
+    metrics = trainer.evaluate()
+    embedder = ModelEmbedder(trainer.model, trainer.processing_class, "tiny")
+    expected = evaluate_rows(embedder, rows, "rows", {}, show_progress=False)
+    assert metrics["eval_anchor_to_positive_queries"] == 4 and metrics["eval_positive_to_anchor_queries"] == 12
+    for name in [*(each for each in expected.metrics if "recall" in each), *expected.counts]:
+        if name not in ("rows", "left_out", "skipped"):
+            assert metrics[f"eval_{name}"] == {**expected.metrics, **expected.counts}[name], name
+    # Without the ids, images of equal pixels are one item, and a caption that is written twice is two.
+    plain = trainer.evaluate([{name: row[name] for name in ("image", "short_caption")} for row in rows])
+    assert plain["eval_anchor_to_positive_queries"] == 3 and plain["eval_positive_to_anchor_queries"] == 17
+    assert 0 < metrics["eval_positive_to_anchor_recall_at_1"] != plain["eval_positive_to_anchor_recall_at_1"]
+
+
+def test_a_drawn_caption_has_the_id_of_its_place(tmp_path):
+    rows = [
+        {"image": make_image(0), "short_caption": ["a cat", "two dogs"], "image_id": 7, "caption_id": [70, 71]}
+        for _ in range(8)
+    ]
+    metrics = make_trainer(tmp_path, eval_rows=rows).evaluate()
+    assert metrics["eval_anchor_to_positive_queries"] == 1 and metrics["eval_positive_to_anchor_queries"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 0}, "Rows 0 and 3 have the same `image_id` and different content. Correct the ids"),
+        ({"image_id": 9, "caption_id": "0 a cat"}, "Rows 0 and 3 have the same `caption_id` and different content"),
+        ({"image_id": [1]}, "Row 3 has a `image_id` of type list, but a number or a text is needed"),
+    ],
+)
+def test_ids_that_contradict_the_rows_are_refused(tmp_path, change, message):
+    rows = identified_rows()[6:12]
+    rows[3] |= {"image": make_image(5), "short_caption": "a star", **change}
+    rows[0] |= {"image_id": 0, "caption_id": "0 a cat"}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, eval_rows=rows).evaluate()
