@@ -63,13 +63,18 @@ class MeasuringArguments(ImageArguments):
     overwrite: bool = field(default=False, metadata={"help": "Throw away the results that the output holds."})
 
 
+def measures(args: MeasuringArguments, rows: RowArguments) -> bool:
+    """Whether there are benchmarks or rows to measure on."""
+    return bool(args.benchmarks) or rows.dataset_name is not None
+
+
 def check_measured(args: MeasuringArguments, rows: RowArguments) -> None:
     """
     Raises:
         ValueError: there is nothing to measure on, or a benchmark is unknown.
     """
     choose_benchmarks(args.benchmarks)
-    if not args.benchmarks and rows.dataset_name is None:
+    if not measures(args, rows):
         raise ValueError("There is nothing to measure on. Give `benchmarks`, or rows by `dataset_name`.")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .benchmarks import load_benchmarks
+from .lmms_results import LmmsResult
 from .results import Result
 from .scores import Scores
 
@@ -26,7 +27,7 @@ _SECTIONS = {
     "retrieval_answers": "Generation",
     "mteb": "MTEB",
 }
-PERPLEXITY = "perplexity"  # the one metric of which less is better
+_PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Change:
         metric: Name of the metric.
         base, tuned: Its values.
         low, high: Bounds of the 95 % interval of `tuned - base`; None where single items are not known.
+        less_is_better: Whether less is better.
+        in_percent: Whether the metric is shown in percent. If not, it is shown as it is.
     """
 
     section: str
@@ -49,6 +52,8 @@ class Change:
     tuned: float
     low: float | None
     high: float | None
+    less_is_better: bool = False
+    in_percent: bool = True
 
     @property
     def difference(self) -> float:
@@ -60,7 +65,7 @@ class Change:
         """`"gained"` or `"lost"` if the interval says so, otherwise `"undecided"`."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "undecided"
-        return "gained" if (self.low > 0) != (self.metric == PERPLEXITY) else "lost"
+        return "gained" if (self.low > 0) != self.less_is_better else "lost"
 
 
 def compare_results(base: Sequence[Result], tuned: Sequence[Result], seed: int = 0) -> list[Change]:
@@ -72,7 +77,7 @@ def compare_results(base: Sequence[Result], tuned: Sequence[Result], seed: int =
         seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: both have no benchmark in common, or other items were scored.
+        ValueError: both have no benchmark in common, or were measured on other data or with other settings.
     """
     others = {each.benchmark: each for each in tuned}
     common = [(each, others[each.benchmark]) for each in base if each.benchmark in others]
@@ -80,35 +85,58 @@ def compare_results(base: Sequence[Result], tuned: Sequence[Result], seed: int =
         raise ValueError("Both models need results on the same benchmarks.")
     changes = []
     for before, after in common:
+        _check_same(before, after)
         for metric in before.metrics:
             if metric not in after.metrics:  # perplexity, where one model does not generate
                 continue
             low, high = None, None
-            if metric in before.scores and metric in after.scores:
+            is_known, less_is_better, in_percent = _reading(before, metric)
+            if is_known and metric in before.scores and metric in after.scores:
                 try:
                     low, high = difference_interval(before.scores[metric], after.scores[metric], seed)
                 except ValueError as error:
                     raise ValueError(f"{before.benchmark}, {metric}: {error}") from error
             changes.append(
                 Change(
-                    _section(before.benchmark, metric),
+                    section_of(before, metric),
                     before.benchmark,
                     metric,
                     before.metrics[metric],
                     after.metrics[metric],
                     low,
                     high,
+                    less_is_better,
+                    in_percent,
                 )
             )
     order = list(dict.fromkeys(_SECTIONS.values()))
     return sorted(changes, key=lambda change: order.index(change.section))
 
 
-def _section(benchmark: str, metric: str) -> str:
-    if metric == PERPLEXITY:
+def section_of(result: Result, metric: str) -> str:
+    """The kind of what a metric measures, as in [`Change.section`]."""
+    if metric == _PERPLEXITY or isinstance(result, LmmsResult):
         return "Generation"
-    declared = load_benchmarks().get(benchmark)
+    declared = load_benchmarks().get(result.benchmark)
     return "Retrieval" if declared is None else _SECTIONS[declared.protocol]
+
+
+def _reading(result: Result, metric: str) -> tuple[bool, bool, bool]:
+    """Of a metric, whether it is known what is better, whether less is, and whether it is shown in percent."""
+    if isinstance(result, LmmsResult):
+        better = (result.better or {}).get(metric)
+        return better is not None, better == "lower", False
+    return True, metric == _PERPLEXITY, metric != _PERPLEXITY
+
+
+def _check_same(before: Result, after: Result) -> None:
+    names = sorted(before.dataset.keys() | after.dataset.keys())
+    differing = [name for name in names if before.dataset.get(name) != after.dataset.get(name)]
+    if differing:
+        told = "; ".join(
+            f"`{each}` {before.dataset.get(each)!r} and {after.dataset.get(each)!r}" for each in differing
+        )
+        raise ValueError(f"{before.benchmark}: the models were measured on other data or with other settings: {told}.")
 
 
 def difference_interval(
@@ -133,16 +161,17 @@ def difference_interval(
     """
     if len(base.values) != len(tuned.values):
         raise ValueError(f"the models were scored on {len(base.values)} and {len(tuned.values)} items.")
+    before, after = (np.arange(len(each.values)) if each.groups is None else each.groups for each in (base, tuned))
+    if not np.array_equal(before, after):
+        raise ValueError("the models were scored on other items.")
     sums = [_group_sums(scores) for scores in (base, tuned)]
     count = len(sums[0][0])
-    if len(sums[1][0]) != count:
-        raise ValueError("the models were scored on items of other groups.")
     draw = np.random.default_rng(seed)
     differences: list[np.ndarray] = []
     for start in range(0, resamples, _TOGETHER):
         drawn = draw.multinomial(count, np.full(count, 1 / count), size=min(_TOGETHER, resamples - start))
-        before, after = (_metric(drawn @ totals, drawn @ weights, base) for totals, weights in sums)
-        differences.append(after - before)
+        metrics = [_metric(drawn @ totals, drawn @ weights, base) for totals, weights in sums]
+        differences.append(metrics[1] - metrics[0])
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(differences), [tail, 1 - tail])
     return float(low), float(high)
@@ -162,10 +191,12 @@ def _metric(totals: np.ndarray, weights: np.ndarray, scores: Scores) -> np.ndarr
     return np.exp(np.minimum(means, 700.0)) if scores.is_perplexity else means
 
 
-def format_value(metric: str, value: float, sign: bool = False) -> str:
-    """A metric as pages show it: in percent, or a perplexity as it is."""
-    shown = value if metric == PERPLEXITY else 100 * value
-    digits = 1 if metric != PERPLEXITY else max(0, 2 - int(math.log10(max(abs(value), 1))))
+def format_value(change: Change, value: float, sign: bool = False) -> str:
+    """A value of a metric, or a difference, as pages show it: in percent with one digit, or as it is, with digits that
+    go with the size of the metric."""
+    shown = 100 * value if change.in_percent else value
+    size = max(abs(change.base), abs(change.tuned))
+    digits = 1 if change.in_percent else 4 if size < 1 else max(0, 2 - int(math.log10(size)))
     return f"{shown:+.{digits}f}" if sign else f"{shown:.{digits}f}"
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from ..outputs import writing
-from .comparison import PERPLEXITY, Change
+from .comparison import Change
+from .lmms_results import PREFIX
 
 
 _MARK = b"tEXtSoftware\0hf-unigd"  # in a PNG file, the metadata stand before the pixels
@@ -103,15 +104,20 @@ def draw_alignment(
     save_figure(figure, output, bbox_inches="tight", pad_inches=0.15)
 
 
-_HEADLINES = re.compile(r"(question_)?accuracy|itt|tot|(text|image|group)_score|.*main_score|perplexity|.*recall_at_1")
+_HEADLINES = re.compile(
+    r"((question_|vqa_|choice_)?accuracy|rouge_l)(_with_retrieval)?|itt|tot|(text|image|group)_score|.*main_score|score"
+    r"|cider|perplexity|.*recall_at_1"
+)
+_LMMS_HEADLINES = re.compile(r".*(exact_match|accuracy|anls|cider|score)", re.IGNORECASE)
 _COLOURS = {"gained": "tab:green", "lost": "tab:red", "undecided": "tab:grey"}
 
 
 def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, title: str = "") -> None:
     """
     Draws the changes of the main metrics of benchmarks with their intervals, a panel for each model: what was gained
-    in green, what was lost in red, and what is undecided in grey. Of perplexity, the change in percent is drawn, to
-    the left where it rose, so that better is on the right everywhere.
+    in green, what was lost in red, and what is undecided in grey. Of perplexity and of lmms-eval's metrics, which may
+    have any scale, the change in percent of the base is drawn. Where less is better, it is drawn to the left where it
+    rose, so that better is on the right everywhere.
 
     Args:
         changes: The changes by the name of the model.
@@ -121,9 +127,7 @@ def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, ti
     Raises:
         ImportError: matplotlib is not installed.
     """
-    shown = {
-        name: [change for change in each if _HEADLINES.fullmatch(change.metric)] for name, each in changes.items()
-    }
+    shown = {name: [change for change in each if _is_headline(change)] for name, each in changes.items()}
     # What was measured of only some models has a line of its own all the same.
     lines = list(dict.fromkeys(f"{change.benchmark}: {change.metric}" for each in shown.values() for change in each))
     figure = make_figure(figsize=(2.6 + 3.4 * len(shown), 1.3 + 0.26 * len(lines)), layout="constrained")
@@ -132,19 +136,28 @@ def draw_changes(changes: Mapping[str, Sequence[Change]], output: str | Path, ti
     for axes, (name, each) in zip(panels, shown.items(), strict=True):
         for change in each:
             place = lines.index(f"{change.benchmark}: {change.metric}")
-            scale = -100 / change.base if change.metric == PERPLEXITY else 100
+            scale = 100 if change.in_percent else 100 / abs(change.base)
+            scale = -scale if change.less_is_better else scale
             colour = _COLOURS[change.verdict]
             if change.low is not None and change.high is not None:
                 axes.plot([scale * change.low, scale * change.high], [place, place], color=colour, linewidth=2)
             axes.plot([scale * change.difference], [place], "o", color=colour, markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(textwrap.shorten(name, 48, placeholder=" ..."), fontsize=9)
-        axes.set_xlabel("worse  <  points (perplexity: percent)  >  better", fontsize=8)
+        axes.set_xlabel("worse  <  points (perplexity, lmms-eval: percent)  >  better", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(lines)), lines)
     panels[0].invert_yaxis()
     save_figure(figure, output)
+
+
+def _is_headline(change: Change) -> bool:
+    if change.benchmark.startswith(PREFIX):
+        return (
+            _LMMS_HEADLINES.fullmatch(change.metric) is not None and change.base != 0
+        )  # of which there is no percent
+    return _HEADLINES.fullmatch(change.metric) is not None
 
 
 def _draw_slice(axes, content, cell, at, coordinates, offset) -> None:

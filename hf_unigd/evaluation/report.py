@@ -12,26 +12,37 @@ from yaml import safe_dump
 
 from ..outputs import writing
 from .benchmarks import load_benchmarks
-from .comparison import RESAMPLES, Change, compare_results, format_value, summary
+from .comparison import RESAMPLES, Change, compare_results, format_value, section_of, summary
 from .figures import draw_changes
+from .lmms_results import LmmsResult
 from .results import Result, is_results
 
 
+_TASK_TYPES = {"Generation": "image-text-to-text"}  # of the Hub
 PAGE, PICTURE, DATA = "README.md", "comparison.png", "comparison.json"
 
 
 def check_own_folder(folder: str | Path) -> None:
     """
     Raises:
-        ValueError: a folder holds files, and no results of models among them.
+        ValueError: a folder holds files, and neither results of models nor a comparison among them.
     """
     folder = Path(folder)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    if files and not any(file.is_file() and is_results(file) for file in files if file.suffix == ".json"):
+    known = [file for file in files if file.suffix == ".json" and file.is_file()]
+    if files and not any(is_results(file) or _is_comparison(file) for file in known):
         raise ValueError(
             f"{folder} holds files that no such command wrote: {', '.join(file.name for file in files[:5])}. Choose a "
             "new folder as `--output`."
         )
+
+
+def _is_comparison(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.keys() == {"base", "models", "changes"}
 
 
 def write_report(models: Mapping[str, Sequence[Result]], folder: str | Path) -> str:
@@ -55,6 +66,7 @@ def write_report(models: Mapping[str, Sequence[Result]], folder: str | Path) -> 
     changes = {name: compare_results(models[base], models[name]) for name in tuned}
     page = _page(base, changes, models)
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     draw_changes(changes, folder / PICTURE, title=f"Change from {base}")
     with writing(folder / DATA) as file:
         file.write_text(json.dumps(_as_json(base, changes, models), indent=2) + "\n", encoding="utf-8")
@@ -79,23 +91,35 @@ def _page(base: str, changes: Mapping[str, Sequence[Change]], models: Mapping[st
                 parts.append(f"**{verdict.capitalize()}**: {', '.join(named)}.")
         for section, own in groupby(each, key=lambda change: change.section):
             parts.append(f"### {section}\n\n{_table(list(own))}")
-    every = list(dict.fromkeys(result.benchmark for results in models.values() for result in results))
-    for name, results in models.items():
-        if missing := [each for each in every if each not in {result.benchmark for result in results}]:
-            parts.append(f"`{name}` was not measured on {', '.join(missing)}, which ask for what it does not do.")
+    parts += _missing(models)
     parts.append(f"![Changes and their intervals]({PICTURE})")
     counts_lines = [
         f"- {result.benchmark}: "
         + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.counts.items())
         for result in models[base]
     ]
+    sources = {(name, result.source) for name in models for result in models[name] if isinstance(result, LmmsResult)}
+    counts_lines += [f"- lmms-eval, `{name}`: {source}" for name, source in sorted(sources)]
     parts.append("### Items\n\n" + "\n".join(counts_lines))
     parts.append(
-        f"Metrics are in percent, except perplexity, of which less is better. Intervals are of 95 %, by a paired "
-        f"bootstrap of {RESAMPLES:,} draws over images, texts or stories; a change is undecided if its interval holds "
-        "zero, or if single items are not known."
+        "Metrics are in percent, except perplexity, of which less is better, and those of lmms-eval, which stand as "
+        f"it writes them. Intervals are of 95 %, by a paired bootstrap of {RESAMPLES:,} draws over images, texts, "
+        "stories or questions. A change is undecided if its interval holds zero, or if there is none (`-`), because "
+        "the scores of single items are not known."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _missing(models: Mapping[str, Sequence[Result]]) -> list[str]:
+    """A line for each model that was not measured on what others were measured on."""
+    every = {result.benchmark: isinstance(result, LmmsResult) for results in models.values() for result in results}
+    lines = []
+    for name, results in models.items():
+        own = {result.benchmark for result in results}
+        for is_given, why in ((False, "which ask for what it does not do"), (True, "of which no results were given")):
+            if missing := [each for each, of_lmms in every.items() if of_lmms == is_given and each not in own]:
+                lines.append(f"`{name}` was not measured on {', '.join(missing)}, {why}.")
+    return lines
 
 
 def _table(changes: Sequence[Change]) -> str:
@@ -103,10 +127,10 @@ def _table(changes: Sequence[Change]) -> str:
     for change in changes:
         interval = "-"
         if change.low is not None and change.high is not None:
-            low, high = (format_value(change.metric, each, sign=True) for each in (change.low, change.high))
+            low, high = (format_value(change, each, sign=True) for each in (change.low, change.high))
             interval = f"{low} to {high}"
-        values = [format_value(change.metric, each) for each in (change.base, change.tuned)]
-        difference = format_value(change.metric, change.difference, sign=True)
+        values = [format_value(change, each) for each in (change.base, change.tuned)]
+        difference = format_value(change, change.difference, sign=True)
         cells = [change.benchmark, change.metric, *values, difference, interval, change.verdict]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -121,7 +145,7 @@ def _eval_results(results: Sequence[Result]) -> list[EvalResult]:
         for metric, value in result.metrics.items():
             found.append(
                 EvalResult(
-                    task_type="image-text-to-text" if metric == "perplexity" else "feature-extraction",
+                    task_type=_TASK_TYPES.get(section_of(result, metric), "feature-extraction"),
                     dataset_type=path or result.benchmark,
                     dataset_name=declared.title if declared else result.benchmark,
                     dataset_config=result.dataset.get("config"),

@@ -64,9 +64,13 @@ def test_the_interval_of_perplexity_is_of_weighted_exponentials():
 def test_other_items_are_refused():
     with pytest.raises(ValueError, match="on 3 and 4 items"):
         difference_interval(Scores(np.ones(3)), Scores(np.ones(4)))
+    with pytest.raises(ValueError, match="on other items"):
+        difference_interval(*(Scores(np.ones(2), groups=np.array(own)) for own in ([0, 1], [0, 2])))
     result = Result("coco", {}, {"a": 1.0}, {}, {})
     with pytest.raises(ValueError, match="same benchmarks"):
         compare_results([result], [])
+    with pytest.raises(ValueError, match=r"coco: the models were measured on other data.*`split` None and 'test'"):
+        compare_results([result], [Result("coco", {"split": "test"}, {"a": 1.0}, {}, {})])
 
 
 @pytest.mark.parametrize(
@@ -81,12 +85,18 @@ def test_other_items_are_refused():
     ],
 )
 def test_verdicts(metric, low, high, verdict):
-    assert Change("Retrieval", "coco", metric, 0.5, 0.6, low, high).verdict == verdict
+    assert Change("Retrieval", "coco", metric, 0.5, 0.6, low, high, metric == "perplexity").verdict == verdict
 
 
-def test_values_are_shown_in_percent_and_perplexities_as_they_are():
-    assert format_value("accuracy", 0.1234) == "12.3" and format_value("accuracy", -0.05, sign=True) == "-5.0"
-    assert [format_value("perplexity", value) for value in (5.678, 56.78, 5678.9)] == ["5.68", "56.8", "5679"]
+def test_values_are_shown_in_percent_and_others_as_they_are():
+    def shown(value, base=0.0, in_percent=False, **sign):
+        change = Change("Retrieval", "coco", "metric", base, value, None, None, in_percent=in_percent)
+        return format_value(change, value, **sign)
+
+    assert shown(0.1234, in_percent=True) == "12.3" and shown(-0.05, in_percent=True, sign=True) == "-5.0"
+    assert [shown(value) for value in (5.678, 56.78, 5678.9)] == ["5.68", "56.8", "5679"]
+    # A change has as many digits as what it is a change of.
+    assert shown(0.01234, sign=True) == "+0.0123" and shown(0.4, base=1487.0) == "0"
 
 
 def results_of(accuracy, perplexity, seed):

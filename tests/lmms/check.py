@@ -1,5 +1,5 @@
 """Checks that lmms-eval runs our checkpoints through its entry point, in an environment of its own (`make lmms-eval`):
-a local task on a tiny checkpoint, two questions at a time."""
+a local task on a tiny checkpoint, two questions at a time; and that `hf-unigd compare` reads what it writes."""
 
 import json
 import math
@@ -65,12 +65,33 @@ def write_task(folder: Path) -> list[dict]:
 
 def check_task(folder: Path) -> None:
     """lmms-eval runs the task by its command, and the answers are those of the model alone."""
-    command = [sys.executable, "-m", "lmms_eval", "--model", "unigd", "--model_args", f"pretrained={folder}/model"]
-    command += ["--tasks", "tiny_questions", "--include_path", str(folder / "tasks"), "--batch_size", "2"]
-    subprocess.run([*command, "--output_path", str(folder / "out")], check=True)
-    (file,) = (folder / "out").rglob("*_results.json")
-    metrics = json.loads(file.read_text())["results"]["tiny_questions"]
+    metrics = run_task(folder, "model")
     assert metrics["exact,none"] == metrics["said,none"] == 1.0, metrics
+
+
+def check_comparison(folder: Path) -> None:
+    """What lmms-eval wrote of two models is what `hf-unigd compare` reads."""
+    tiny = make_vlm(seed=1)
+    tiny.model.save_pretrained(folder / "other")
+    tiny.processor.save_pretrained(folder / "other")
+    exact = run_task(folder, "other")["exact,none"]
+    names = ["model", "other"]
+    command = [sys.executable, "-m", "hf_unigd", "compare", *names, "--output", str(folder / "comparison")]
+    runs = [str(folder / "out" / name) for name in names]
+    subprocess.run([*command, "--lmms_results", *runs], check=True)
+    (changes,) = json.loads((folder / "comparison" / "comparison.json").read_text())["changes"].values()
+    found = {change["metric"]: change for change in changes}
+    assert (found["exact"]["base"], found["exact"]["tuned"]) == (1.0, exact) and exact < 1, found
+    assert found["exact"]["low"] <= exact - 1 <= found["exact"]["high"], found  # from the scores of single questions
+
+
+def run_task(folder: Path, name: str) -> dict:
+    """Runs the task on a model in the folder. Returns its metrics."""
+    command = [sys.executable, "-m", "lmms_eval", "--model", "unigd", "--model_args", f"pretrained={folder}/{name}"]
+    command += ["--tasks", "tiny_questions", "--include_path", str(folder / "tasks"), "--batch_size", "2"]
+    subprocess.run([*command, "--output_path", str(folder / "out" / name), "--log_samples"], check=True)
+    (file,) = (folder / "out" / name).rglob("*_results.json")
+    return json.loads(file.read_text())["results"]["tiny_questions"]
 
 
 def check_methods(folder: Path, rows: list[dict]) -> None:
@@ -108,4 +129,5 @@ if __name__ == "__main__":
         rows = write_task(Path(name))
         check_methods(Path(name), rows)
         check_task(Path(name))
-    print("lmms-eval runs our checkpoints.")
+        check_comparison(Path(name))
+    print("lmms-eval runs our checkpoints, and what it writes joins in a comparison.")
