@@ -5,9 +5,11 @@ from typing import Any
 import mteb
 import torch
 from accelerate.utils import broadcast_object_list
+from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 from mteb.cache import ResultCache
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+from sklearn.metrics import top_k_accuracy_score
 
 from ..bulk import process_state
 from .embedders import Embedder, Instructed
@@ -46,6 +48,24 @@ class MTEBEncoder(AbsEncoder):
         return self.model.embed(Instructed(sequences, self.model.instruction(side))).numpy()
 
 
+class TopFive(AbsTaskZeroShotClassification):
+    """Zero-shot classification that also measures `top5_accuracy`, where there are more than five classes: whether the
+    right one is among the first five. MTEB measures the first alone."""
+
+    def _calculate_scores(self, labels, probs):
+        scores: Any = super()._calculate_scores(labels, probs)
+        if probs.shape[1] > 5:
+            top_5 = top_k_accuracy_score(labels, probs, k=5, labels=range(probs.shape[1]))
+            scores = {**scores, "top5_accuracy": float(top_5)}
+        return scores
+
+
+def _with_top_5(task: Any) -> Any:
+    if not isinstance(task, AbsTaskZeroShotClassification):
+        return task
+    return type(type(task).__name__, (TopFive, type(task)), {})()
+
+
 def run_tasks(embedder: Embedder, names: list[str], show_progress: bool = False) -> dict[str, dict[str, float]]:
     """
     Runs tasks of MTEB. It writes its own JSON where it always does: to `MTEB_CACHE`, or `~/.cache/mteb`.
@@ -67,7 +87,7 @@ def run_tasks(embedder: Embedder, names: list[str], show_progress: bool = False)
 def _run(embedder: Embedder, names: list[str], show_progress: bool) -> dict[str, dict[str, float]]:
     found = mteb.evaluate(
         MTEBEncoder(embedder),
-        mteb.get_tasks(names),
+        [_with_top_5(task) for task in mteb.get_tasks(names)],
         cache=ResultCache(),
         overwrite_strategy="always",
         show_progress_bar=show_progress,

@@ -2,7 +2,7 @@
 
 import mteb
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import SentenceTransformerEncoderWrapper
@@ -80,5 +80,37 @@ def test_mtebs_tasks_run_on_whatever_embeds_and_write_its_json(tmp_path, monkeyp
         (vector @ texts[place] > vector @ texts[(place + 1) % COUNT]).item() for place, vector in enumerate(images)
     ]
     assert found[PairClassification.metadata.name]["text_acc"] == pytest.approx(sum(matched) / COUNT)
+    assert "top5_accuracy" not in found[ZeroShot.metadata.name]  # of two classes
     written = [file.name for file in (tmp_path / "cache").rglob("*.json")]
     assert f"{ZeroShot.metadata.name}.json" in written
+
+
+class SevenClasses(ZeroShot):
+    metadata = ZeroShot.metadata.model_copy(update={"name": "SevenClasses"})
+    labels = tuple(f"{number} red cats" for number in range(7))
+
+    def rows(self):
+        names = [str(number) for number in range(7)]
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        return Dataset.from_dict({"image": IMAGES, "label": [place % 7 for place in range(COUNT)]}, features=features)
+
+    def get_candidate_labels(self):
+        return list(self.labels)
+
+
+def test_zero_shot_tasks_measure_the_first_five_classes_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mteb, "get_tasks", lambda names: [SevenClasses()])
+    tiny = make_vlm()
+    model, processor = UniGDForConditionalGeneration.from_vlm(tiny.model), UniGDProcessor(tiny.processor)
+    embedder = ModelEmbedder(model, processor, "you/model")
+    found = run_tasks(embedder, ["SevenClasses"])["SevenClasses"]
+    similarities = (
+        embedder.embed([[image] for image in IMAGES]) @ embedder.embed([[text] for text in SevenClasses.labels]).T
+    )
+    ranks = [(own > own[place % 7]).sum().item() for place, own in enumerate(similarities)]
+    assert found["accuracy"] == pytest.approx(sum(rank == 0 for rank in ranks) / COUNT)
+    assert found["top5_accuracy"] == pytest.approx(sum(rank < 5 for rank in ranks) / COUNT)
+    assert found["accuracy"] < found["top5_accuracy"] < 1
+    (file,) = (tmp_path / "cache").rglob("SevenClasses.json")
+    assert "top5_accuracy" in file.read_text()
