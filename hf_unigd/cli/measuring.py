@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from ..bulk import process_state
-from ..evaluation.benchmark_data import NotFetchedError
+from ..evaluation.benchmark_data import NotFetchedError, commit_of_dataset
 from ..evaluation.benchmarking import choose_benchmarks, run_benchmark
 from ..evaluation.embedders import CannotMeasureError, Embedder, load_embedder, probe_of
 from ..evaluation.matches import ImageSettings
@@ -116,14 +116,16 @@ def measure(model: str, args: MeasuringArguments, rows: RowArguments, output: st
 def _measure_rows(embedder: Embedder, args: MeasuringArguments, arguments: RowArguments, file: ResultsFile) -> Result:
     split = arguments.dataset_test_split
     rows = arguments.load_rows(split)
+    path = str(arguments.dataset_name)
     dataset = {
-        "path": arguments.dataset_name,
+        "path": path,
         "config": arguments.dataset_config,
         "split": split,
+        "revision": commit_of_dataset(path),
         "fingerprint": rows._fingerprint if isinstance(rows, Dataset) else None,
         "skip_bad_rows": args.skip_bad_rows,
     }
-    name = "/".join(filter(None, [arguments.dataset_name, arguments.dataset_config, split]))
+    name = "/".join(filter(None, [path, arguments.dataset_config, split]))
     found = file.find(name, dataset)
     if found is not None:
         return found

@@ -45,6 +45,7 @@ def load_rows(
     rename_columns: dict[str, str] | None = None,
     data_files: str | list[str] | dict[str, str] | None = None,
     data_dir: str | None = None,
+    revision: str | None = None,
 ) -> Dataset | IterableDataset:
     """
     Loads one split of a dataset.
@@ -60,24 +61,26 @@ def load_rows(
         streaming: Return a streaming dataset instead of downloading all rows first. The offline sources ignore it.
         rename_columns: Maps old column names to new ones.
         data_files, data_dir: As in `datasets.load_dataset`, for what it loads by name.
+        revision: Commit, branch or tag of a dataset of the Hub.
 
     Raises:
         ValueError: the split does not exist, a column to rename does not exist, or a file or folder cannot be read.
     """
     with reading(name if isinstance(name, str) else ", ".join(name)):
         try:
-            rows = _load(name, config, split, streaming, data_files, data_dir)
+            rows = _load(name, config, split, streaming, data_files, data_dir, revision)
         except DatasetGenerationError as error:  # which says that an error occurred
             raise error.__cause__ or error from error
     return rows.rename_columns(rename_columns) if rename_columns else rows
 
 
-def _load(name, config, split, streaming, data_files, data_dir):
+def _load(name, config, split, streaming, data_files, data_dir, revision):
     if not isinstance(name, str):
         return _load_files(list(name), split, streaming)
     path = Path(name)
     if data_files is not None or data_dir is not None:
-        return load_dataset(name, config, data_dir=data_dir, data_files=data_files, split=split, streaming=streaming)
+        files = {"data_dir": data_dir, "data_files": data_files}
+        return load_dataset(name, config, **files, split=split, streaming=streaming, revision=revision)
     if name in OFFLINE:
         return OFFLINE[name](split)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -92,7 +95,7 @@ def _load(name, config, split, streaming, data_files, data_dir):
     metadata = metadata_file(path, split) if config is None else None
     if metadata is not None:
         return load_image_folder(metadata, split, streaming)
-    return load_dataset(name, config, split=split, streaming=streaming)
+    return load_dataset(name, config, split=split, streaming=streaming, revision=revision)
 
 
 def _load_files(names: list[str], split: str, streaming: bool) -> Dataset | IterableDataset:

@@ -142,30 +142,35 @@ def _read_rows(
     images: str | None,
     path: str,
     split: str,
-    configs: Sequence[str] = (),
-    config: str | None = None,
+    revision: str | None = None,
+    configs: Mapping[str, str] | None = None,
 ) -> Read:
-    """Rows of the Hub or of an offline source; with `configs`, the configuration is their `category`."""
+    """Rows of the Hub or of an offline source, or in their place those of a folder that the user has fetched. With
+    `configs`, those of each configuration, whose key is their `category`."""
     parts: Parts = []
-    own = None if folder is None else folder / name
+    own = None if folder is None or not (folder / name).exists() else folder / name
     fingerprints = []
-    names: Sequence[str | None] = configs or [config]
-    for each in names:
-        if own is not None and own.exists():
-            rows = load_rows(str(own / each if configs and each else own), split=split)
+    names: list[tuple[str | None, str | None]] = [*configs.items()] if configs else [(None, None)]
+    for category, config in names:
+        if own is not None:
+            rows = load_rows(str(own / config if config else own), split=split)
         else:
-            rows = load_rows(path, each, split)
+            rows = load_rows(path, config, split, revision=revision)
         fingerprints.append(rows._fingerprint if isinstance(rows, Dataset) else None)
-        parts.append((without_decoding(rows), {"category": each} if configs else {}))
-    description = {"path": path, "split": split, "revision": _commit(path), "fingerprint": fingerprints}
-    return parts, description, {}
+        parts.append((without_decoding(rows), {"category": category} if category else {}))
+    # Nobody knows the commit of a folder.
+    commit = commit_of_dataset(path, revision) if own is None and revision else None
+    return parts, {"path": path, "split": split, "revision": commit, "fingerprint": fingerprints}, {}
 
 
-def _commit(path: str) -> str | None:
-    """The commit of a dataset of the Hub that is in the cache, as `datasets` has just loaded it."""
+def commit_of_dataset(path: str, revision: str = "main") -> str | None:
+    """The commit of a dataset of the Hub, as `datasets` has just loaded it into the cache; None if it is not there."""
     from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 
-    file = Path(HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}", "refs", "main")
+    if REGEX_COMMIT_HASH.match(revision):
+        return revision
+    file = Path(HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="dataset"), "refs", revision)
     return file.read_text().strip() if file.is_file() else None
 
 
@@ -276,7 +281,13 @@ def _read_mteb(
     except ImportError as error:
         raise ImportError("MTEB is not installed: `pip install 'hf-unigd[evaluation]'`.") from error
     names = list(tasks) if benchmark is None else [task.metadata.name for task in mteb.get_benchmark(benchmark).tasks]
-    return [([{"task": each} for each in names], {})], {"tasks": names, "mteb": version("mteb")}, {}
+    # MTEB loads the commits that its tasks name.
+    metadata = [mteb.get_task(each).metadata for each in names]
+    datasets = {each.dataset["path"]: each.dataset["revision"] for each in metadata}
+    description: dict[str, Any] = {"tasks": names, "mteb": version("mteb"), "revisions": datasets}
+    if len(datasets) == 1:
+        ((description["path"], description["revision"]),) = datasets.items()
+    return [([{"task": each} for each in names], {})], description, {}
 
 
 READERS: dict[str, Callable[..., Read]] = {

@@ -107,8 +107,18 @@ def write_sugarcrepe(folder):
     save_images(folder / "coco/val2017", [f"{place:012d}.jpg" for place in range(2)])
 
 
+# The configurations of Aman-J/SugarCrepe_pp.
+SUGARCREPE_PP = {
+    "replace_obj": "replace_object",
+    "replace_att": "replace_attribute",
+    "replace_rel": "replace_relation",
+    "swap_obj": "swap_object",
+    "swap_att": "swap_atribute",
+}
+
+
 def write_sugarcrepe_pp(folder):
-    for kind in KINDS[:5]:
+    for kind, configuration in SUGARCREPE_PP.items():
         rows = [
             {
                 "id": place,
@@ -119,7 +129,7 @@ def write_sugarcrepe_pp(folder):
             }
             for place in range(2)
         ]
-        Dataset.from_list(rows).save_to_disk(str(folder / "sugarcrepe_pp" / kind))
+        Dataset.from_list(rows).save_to_disk(str(folder / "sugarcrepe_pp" / configuration))
     save_images(folder / "coco/val2017", [f"{place:012d}.jpg" for place in range(2)])
 
 

@@ -4,14 +4,18 @@ import json
 import re
 from itertools import cycle
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 
 import benchmark_files
 from benchmark_files import CATEGORIES, KINDS
 from evaluation_cases import HashEmbedder, Speaker, content_of, make_clip
 from hf_unigd.cli.main import main
+from hf_unigd.data import sources
+from hf_unigd.data.sources import OFFLINE
 from hf_unigd.evaluation import mteb_tasks
 from hf_unigd.evaluation.benchmark_data import READERS, BenchmarkData, read_benchmark
 from hf_unigd.evaluation.benchmarking import choose_benchmarks, run_benchmark
@@ -49,11 +53,40 @@ def test_a_declaration_is_complete(name):
     assert benchmark.licence and benchmark.citation and benchmark.source
     needs_files = benchmark.data["reader"] not in ("rows", "mteb") or "images" in benchmark.data
     assert bool(benchmark.fetch) >= needs_files
+    for data in (benchmark.data, benchmark.knowledge.get("data", {})):
+        is_of_hub = data.get("reader") == "rows" and data["path"].partition("/")[0] not in OFFLINE
+        assert ("revision" in data) == is_of_hub
+
+
+def test_rows_of_the_hub_are_loaded_at_their_revision(tmp_path, monkeypatch, folder):
+    asked = []
+
+    def load_dataset(path, config, split, streaming, revision):
+        asked.append((path, config, revision))
+        return load_from_disk(str(folder / "sugarcrepe_pp" / config if config else folder / "scienceqa" / split))
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    reference = tmp_path / "datasets--lmms-lab--ScienceQA-IMG" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("1a2b\n")
+    pinned = read_benchmark(load_benchmarks()["sugarcrepe_pp"], tmp_path)  # where there are images at most
+    commit = pinned.description["revision"]
+    assert len(commit) == 40 and {row["category"] for row in pinned.rows} == set(benchmark_files.SUGARCREPE_PP)
+    names = set(benchmark_files.SUGARCREPE_PP.values())
+    assert set(asked) == {("Aman-J/SugarCrepe_pp", name, commit) for name in names}
+    moving = read_benchmark(load_benchmarks()["scienceqa"], None).description
+    assert asked[-1] == ("lmms-lab/ScienceQA-IMG", None, "main")
+    assert moving["revision"] == moving["knowledge"]["revision"] == "1a2b"  # what `main` was when it was loaded
+    # Nobody knows the commit of a folder.
+    assert read_benchmark(load_benchmarks()["sugarcrepe_pp"], folder).description["revision"] is None
+    imagenet = read_benchmark(load_benchmarks()["imagenet"], None).description
+    assert imagenet["path"] == "mteb/wds_imagenet1k" and len(imagenet["revision"]) == 40
 
 
 @pytest.mark.parametrize("group", load_groups())
 def test_the_columns_of_a_table_are_metrics_that_benchmarks_have(group, folder):
-    """Each is measured, on rows of the real schema; MTEB has no top-5 accuracy."""
+    """Each is measured, on rows of the real schema; those of MTEB, which reads its own, elsewhere."""
     asking = ("mmvp_vlm_question", "vizwiz", "scienceqa", "fvqa", "webqa", "webqa_positions", "demon")
     embedders = dict.fromkeys(asking, Speaker(cycle(["A"])))
     results = {
