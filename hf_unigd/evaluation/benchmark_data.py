@@ -184,7 +184,9 @@ def _read_json(folder: Path | None, name: str, images: str | None, files: Mappin
     return parts, {"files": list(files.values())}, {}
 
 
-def _read_karpathy(folder: Path | None, name: str, images: str | None, file: str, split: str) -> Read:
+def _read_karpathy(
+    folder: Path | None, name: str, images: str | None, file: str, split: str, folder_name: str | None = None
+) -> Read:
     """A split of Karpathy's `dataset_*.json`: an image with its captions a row, and the ids of both."""
     rows = [
         {
@@ -193,17 +195,22 @@ def _read_karpathy(folder: Path | None, name: str, images: str | None, file: str
             "image_id": image["imgid"],
             "caption_id": [sentence["sentid"] for sentence in image["sentences"]],
         }
-        for image in read_json(folder, name, file)["images"]
+        for image in read_json(folder, folder_name or name, file)["images"]
         if image["split"] == split
     ]
     return [(rows, {})], {"files": [file], "split": split}, {}
 
 
 def _read_coco_captions(
-    folder: Path | None, name: str, images: str | None, file: str, category: str | None = None
+    folder: Path | None,
+    name: str,
+    images: str | None,
+    file: str,
+    category: str | None = None,
+    folder_name: str | None = None,
 ) -> Read:
     """Captions in COCO's format: an image with its captions a row, the ids of both, and a property of the image."""
-    content = read_json(folder, name, file)
+    content = read_json(folder, folder_name or name, file)
     rows = {
         image["id"]: {
             "image": image["file_name"],

@@ -25,6 +25,7 @@ _SECTIONS = {
     "answer_positions": "Generation",
     "interleaved_answers": "Generation",
     "retrieval_answers": "Generation",
+    "caption_generation": "Generation",
     "mteb": "MTEB",
 }
 _PERPLEXITY = "perplexity"

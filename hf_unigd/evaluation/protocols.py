@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .benchmark_data import BenchmarkData
+from .captions import caption_generation
 from .categories import by_category, mean_of_means
 from .embedders import Embedder
 from .matches import RowReader, read_matches
@@ -178,5 +179,6 @@ PROTOCOLS: dict[str, Callable[..., Outcome]] = {
     "answer_positions": answer_positions,
     "interleaved_answers": interleaved_answers,
     "retrieval_answers": retrieval_answers,
+    "caption_generation": caption_generation,
     "mteb": mteb_tasks,
 }
