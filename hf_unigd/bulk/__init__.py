@@ -4,7 +4,7 @@ from .captioners import LocalCaptioner
 from .captioning import caption_dataset
 from .embedding import embed_dataset
 from .endpoint import EndpointCaptioner
-from .processes import process_state
+from .processes import on_first_process, process_state
 from .slice_features import write_slice_features
 
 
@@ -13,6 +13,7 @@ __all__ = [
     "LocalCaptioner",
     "caption_dataset",
     "embed_dataset",
+    "on_first_process",
     "process_state",
     "write_slice_features",
 ]

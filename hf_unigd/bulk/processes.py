@@ -1,10 +1,15 @@
 """The processes that share the work, as `accelerate launch` or `torchrun` started them."""
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+
+Made = TypeVar("Made")
 
 
 def process_state() -> PartialState:
@@ -15,3 +20,10 @@ def process_state() -> PartialState:
     """
     is_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=is_cpu, timeout=timedelta(days=30))
+
+
+def on_first_process(make: Callable[[], Made]) -> Made:
+    """What a function returns that the first process alone calls, because it cannot be shared. All call this, and
+    receive it."""
+    found = [make() if process_state().is_main_process else None]
+    return broadcast_object_list(found)[0]

@@ -1,14 +1,16 @@
 """
 Compare prompts on images and their captions, without training: how many words could follow each, how much its
 embeddings vary, and what each pair of prompts finds. It draws figures 2 to 6 of VladVA, and names the best pair. Every
-prompt is run alone, so that all pairs of 50 image prompts and 50 text prompts take as long as 50 of each. An
-interrupted run continues where it stopped when it is started again.
+prompt is run alone, so that all pairs of 50 image prompts and 50 text prompts take as long as 50 of each. On several
+devices: `accelerate launch -m hf_unigd prompts ...`. An interrupted run continues where it stopped when it is started
+again.
 """
 
 from dataclasses import dataclass, field
 
 import yaml
 
+from ..bulk import process_state
 from ..evaluation.prompts import PromptComparison, compare_prompts, load_prompts
 from ..outputs import NewFolder
 from ..settings import NotNegative, Positive
@@ -56,7 +58,8 @@ def main(argv: list[str]) -> None:
         batch_size=args.batch_size,
         overwrite=args.overwrite,
     )
-    show(comparison, args.output)
+    if process_state().is_main_process:
+        show(comparison, args.output)
 
 
 def show(comparison: PromptComparison, output: str) -> None:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..bulk import process_state
 from ..bulk.sequences import embed_sequences
 from ..data import Example, ExampleCheck
-from ..hub import load_checkpoint
+from ..hub.loading import load_checkpoint_or_vlm
 from ..inputs import reading
 from ..modeling import UniGDConfig, UniGDForConditionalGeneration, UniGDProcessor
 from ..modeling.hub_files_unigd import commit_of, find_file, is_adapter
@@ -251,11 +251,7 @@ def load_embedder(
             )
         if kind == "sentence":
             return SentenceEmbedder(name, batch_size, dtype, revision)
-        if kind == "vlm":
-            model = UniGDForConditionalGeneration.from_vlm_pretrained(name, dtype=dtype, revision=revision)
-            processor = UniGDProcessor.from_vlm_pretrained(name, prompts, revision=revision)
-        else:
-            model, processor = load_checkpoint(name, dtype=dtype, revision=revision)
+        model, processor = load_checkpoint_or_vlm(name, prompts, dtype=dtype, revision=revision)
     return ModelEmbedder(model, processor, name, batch_size, commit_of(name, where))
 
 

@@ -139,12 +139,20 @@ class Contents(Sequence):
     Args:
         reader: Reads the rows again.
         side: `"anchor"` or `"positive"`.
+        keys: The hash of each content ([`~hf_unigd.data.example.content_key`]).
         places: For each content, its row and the number of its example there.
         texts: The contents without images, by their place.
     """
 
-    def __init__(self, reader: RowReader, side: str, places: list[tuple[int, int]], texts: dict[int, Messages]):
-        self.reader, self.side, self.places, self.texts = reader, side, places, texts
+    def __init__(
+        self,
+        reader: RowReader,
+        side: str,
+        keys: list[int],
+        places: list[tuple[int, int]],
+        texts: dict[int, Messages],
+    ):
+        self.reader, self.side, self.keys, self.places, self.texts = reader, side, keys, places, texts
 
     def __len__(self) -> int:
         return len(self.places)
@@ -206,15 +214,16 @@ class _Match:
     positive: _Part
 
 
-def read_matches(reader: RowReader, skip_bad_rows: bool = False) -> Matches:
+def read_matches(reader: RowReader, skip_bad_rows: bool = False, numbers: Sequence[int] | None = None) -> Matches:
     """
-    Reads all rows, on all processes that a launcher started, each its share. All call it, and receive the same.
+    Reads rows, on all processes that a launcher started, each its share. All call it, and receive the same.
 
     What one item is, [`~hf_unigd.evaluation.items.items_of`] says.
 
     Args:
         reader: Reads the rows.
         skip_bad_rows: Leave bad rows out, each with its reason in the log, instead of stopping.
+        numbers: Which rows to read; all by default.
 
     Raises:
         RowError: a row is bad and `skip_bad_rows` is off.
@@ -224,7 +233,8 @@ def read_matches(reader: RowReader, skip_bad_rows: bool = False) -> Matches:
     found: list[_Match] = []
     left_out, skipped = 0, []
     error: RowError | None = None
-    for number in range(state.process_index, len(reader), state.num_processes):
+    numbers = range(len(reader)) if numbers is None else numbers
+    for number in numbers[state.process_index :: state.num_processes]:
         try:
             own = list(_matches_of(reader, number))
         except RowError as reason:
@@ -242,7 +252,7 @@ def read_matches(reader: RowReader, skip_bad_rows: bool = False) -> Matches:
         raise min(errors, key=lambda each: each.row)
     matches = sorted((each for share in gathered for each in share[0]), key=lambda each: (each.row, each.number))
     counts = {
-        "rows": len(reader),
+        "rows": len(numbers),
         "left_out": sum(share[1] for share in gathered),
         "skipped": sum(len(share[2]) for share in gathered),
     }
@@ -290,4 +300,4 @@ def _side(reader: RowReader, side: str, matches: Iterable[_Match]) -> tuple[Side
         elif content_of[item] != content:
             raise contradiction(f"`{name}` {value!r}", owners[item].row, match.row)
         places.append(item)
-    return Side(Contents(reader, side, first, texts), content_of), places
+    return Side(Contents(reader, side, list(contents), first, texts), content_of), places

@@ -1,17 +1,17 @@
 """MTEB's tasks, run by MTEB on whatever embeds."""
 
+from functools import partial
 from typing import Any
 
 import mteb
 import torch
-from accelerate.utils import broadcast_object_list
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 from mteb.cache import ResultCache
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from sklearn.metrics import top_k_accuracy_score
 
-from ..bulk import process_state
+from ..bulk import on_first_process
 from .embedders import Embedder, Instructed
 
 
@@ -78,10 +78,8 @@ def run_tasks(embedder: Embedder, names: list[str], show_progress: bool = False)
     Returns:
         By the name of a task, its numbers by name: the mean over its splits and subsets.
     """
-    state = process_state()
-    # The first process alone: MTEB writes files, and knows of no others.
-    results = [_run(embedder, names, show_progress) if state.is_main_process else None]
-    return broadcast_object_list(results)[0]
+    # MTEB writes files, and knows of no other processes.
+    return on_first_process(partial(_run, embedder, names, show_progress))
 
 
 def _run(embedder: Embedder, names: list[str], show_progress: bool) -> dict[str, dict[str, float]]:

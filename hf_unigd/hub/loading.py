@@ -28,13 +28,16 @@ def load_checkpoint(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration,
         return _load(name, kwargs)
 
 
-def load_checkpoint_or_vlm(name: str, **kwargs) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
+def load_checkpoint_or_vlm(
+    name: str, prompts: dict[str, str] | None = None, **kwargs
+) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
     """
     Loads a checkpoint as [`load_checkpoint`] does, or else a plain vision-language model, which embeds without a head,
-    at the default prompts.
+    at prompts.
 
     Args:
         name: A Hub id or folder.
+        prompts: The prompts of a plain model, by modality, in place of the default ones.
         kwargs: As in [`load_checkpoint`].
 
     Raises:
@@ -48,7 +51,7 @@ def load_checkpoint_or_vlm(name: str, **kwargs) -> tuple[UniGDForConditionalGene
             return _load(name, kwargs)
         kwargs.pop("verify", None)  # a plain model has no probe
         model = UniGDForConditionalGeneration.from_vlm_pretrained(name, **kwargs)
-        model.processor = UniGDProcessor.from_vlm_pretrained(name, **hub_arguments(kwargs))
+        model.processor = UniGDProcessor.from_vlm_pretrained(name, prompts, **hub_arguments(kwargs))
         return model, model.processor
 
 

@@ -1,13 +1,17 @@
 """`hf-unigd prompts` on tiny models, compared with plain transformers and numpy."""
 
 import csv
+import io
 import json
 import re
+import socket
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from datasets import Dataset
 from PIL import Image
@@ -92,8 +96,10 @@ class Oracle:
         self.images = [Image.open(folder / f"{place}.png").convert("RGB") for place in range(5)]
         self.texts = ["a cat 0", "dog 0", "dog dog 1", "a cat 2", "dog dog dog 2", "a cat 3", "dog dog dog dog 3"]
         self.texts += ["a cat 4", "dog dog dog dog dog 4", "a cat 5", "dog dog dog dog dog dog 5"]
-        owners = [{0, 1}, {0}, {1}, {2}, {2}, {3}, {3}, {4}, {4}, {4}, {4}]
-        self.matches = np.array([[image in owner for owner in owners] for image in range(5)])
+        # The first caption is that of two images, and as an item of each its own.
+        self.items = [0, 1, 0, *range(2, 11)]
+        owners = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
+        self.matches = np.array([[image == owner for owner in owners] for image in range(5)])
 
     def run(self, modality, prompt):
         embeddings, entropies, mean = [], [], 0
@@ -112,10 +118,11 @@ class Oracle:
         return np.stack(embeddings), np.array(entropies), mean
 
     def recalls(self, images, texts):
-        similarities = images @ texts.T
+        similarities = images @ texts[self.items].T
         found = []
         for scores, matches in ((similarities, self.matches), (similarities.T, self.matches.T)):
-            order = np.argsort(-scores, axis=1)
+            # What is equally similar, such as the same caption of another image, comes before the match.
+            order = np.lexsort((matches, -scores.round(9)), axis=1)
             hits = np.take_along_axis(matches, order, axis=1)
             found += [hits[:, :k].any(1).mean() for k in (1, 5, 10)]
         return found
@@ -275,6 +282,39 @@ def test_an_interrupted_run_goes_on_and_refuses_another_model(folder, tmp_path, 
         assert (tmp_path / "parts" / f"{name}.csv").read_text() == (tmp_path / "whole" / f"{name}.csv").read_text()
 
 
+def prompts_on_rank(rank, port, folder, output):
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**environment, "ACCELERATE_USE_CPU": "true"}.items():
+            patch.setenv(name, str(value))
+        patch.setattr(passes, "BLOCK", 2)
+        summarize, done = passes.summarize, []
+        patch.setattr(passes, "summarize", lambda *args, **kwargs: done.append(1) or summarize(*args, **kwargs))
+        with redirect_stdout(io.StringIO()) as printed:
+            prompts(folder, output, before=folder / "other")
+        torch.save((len(done), printed.getvalue()), folder / f"rank_{rank}.pt")
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_work_and_write_what_one_does(folder, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(prompts_on_rank, (port, folder, tmp_path / "two"), nprocs=2)
+    monkeypatch.setattr(passes, "BLOCK", 2)
+    prompts(folder, tmp_path / "one", before=folder / "other")
+    (first, printed), (second, nothing) = (torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1))
+    assert first + second == 2 * (3 + 6) and abs(first - second) <= 2  # blocks of images and captions, of two models
+    assert "The best hand-written prompts" in printed and "hand-written" not in nothing
+    files = {file.name for file in (tmp_path / "one").iterdir()}
+    assert {file.name for file in (tmp_path / "two").iterdir()} == files
+    for name in sorted(each for each in files if each.endswith(".csv")):
+        rows = [table(tmp_path / run / name) for run in ("one", "two")]
+        assert rows[0] == rows[1], name
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "two"]  # no parts are left
+
+
 def test_soft_prompts_are_compared_as_they_are_and_not_recommended(folder, tmp_path, capsys):
     prompts(folder, tmp_path / "out", model=folder / "soft")
     model, processor = load_checkpoint(str(folder / "soft"))
@@ -296,15 +336,16 @@ def test_rows_are_read_at_equal_distances_and_streams_from_their_beginning():
     rows = [{"image": make_image(place), "short_caption": f"a cat {place}"} for place in range(10)]
     rows[4]["long_caption"] = "A cat on the grass."
     processor = UniGDProcessor(make_vlm().processor)
-    items = read_captioned_images(rows, processor, 5, show_progress=False)
-    assert items.images == items.text_rows == [0, 2, 4, 6, 8]
+    items = read_captioned_images(rows, processor, 5)
+    numbers = [0, 2, 4, 6, 8]
+    assert all(items.read(modality, range(5))[1] == numbers for modality in ("image", "text"))
     captions = [sequence[0]["content"][0]["text"] for sequence in items.read("text", range(5))[0]]
-    assert captions == [f"a cat {place}" for place in items.images]
+    assert captions == [f"a cat {place}" for place in numbers]
     assert items.read("image", [1])[0][0][0]["content"][0]["image"].tobytes() == make_image(2).tobytes()
     assert torch.equal(items.matches, torch.eye(5, dtype=torch.bool))
     stream = Dataset.from_list(rows).to_iterable_dataset()
-    items = read_captioned_images(stream, processor, 5, show_progress=False)
-    assert items.images == [0, 1, 2, 3, 4]
+    items = read_captioned_images(stream, processor, 5)
+    assert items.read("image", range(5))[1] == [0, 1, 2, 3, 4]
     assert items.read("image", [3])[0][0][0]["content"][0]["image"].tobytes() == make_image(3).tobytes()
 
 

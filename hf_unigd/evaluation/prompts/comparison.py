@@ -46,7 +46,13 @@ class PromptComparison:
             show_progress: Whether to draw progress bars.
         """
         image, text = (summaries[modality] for modality in MODALITIES)
-        pairs = pair_recalls(image.embeddings, text.embeddings, items.matches, model.device, show_progress)
+        pairs = pair_recalls(
+            image.embeddings[:, items.side("image").items],
+            text.embeddings[:, items.side("text").items],
+            items.matches,
+            model.device,
+            show_progress,
+        )
 
         def by_prompt(values):
             return {modality: dict(zip(names[modality], values(modality), strict=True)) for modality in MODALITIES}

@@ -6,9 +6,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
+from ...bulk import process_state
 from ...bulk.parts import PartFolder, check_same
 from ...bulk.probe import probe, probes_differ
 from ...modeling import UniGDForConditionalGeneration, UniGDProcessor
@@ -32,7 +34,8 @@ def begin_parts(
     overwrite: bool = False,
 ) -> PartFolder:
     """
-    The folder of finished blocks, which is hidden beside `output`.
+    The folder of finished blocks, which is hidden beside `output`. If a launcher started several processes, all call
+    this, and the first makes it.
 
     Args:
         output: Folder that the results are written to in the end.
@@ -46,16 +49,28 @@ def begin_parts(
     Raises:
         ValueError: it was begun with another model, other prompts or other rows.
     """
+    parts = PartFolder(output.parent / f".{output.name}.parts")
+    state = process_state()
+    if state.is_main_process:
+        _begin(parts, output, _description(model, processors, items, model_name, batch_size), overwrite)
+    state.wait_for_everyone()
+    return parts
+
+
+def _description(model, processors, items: CaptionedImages, model_name: str, batch_size: int) -> dict[str, Any]:
+    """What the blocks depend on."""
     processor = next(iter(processors["image"].values()))
-    description: dict[str, Any] = {
+    return {
         "model": model_name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "probe": probe(model, processor),
-        "rows": Hasher.hash(items.keys),
+        "rows": Hasher.hash([items.keys, items.found.pairs.tolist()]),
         "rows_per_part": max(BLOCK, batch_size),
         **{f"{modality}_prompts": list(processors[modality]) for modality in MODALITIES},
     }
-    parts = PartFolder(output.parent / f".{output.name}.parts")
+
+
+def _begin(parts: PartFolder, output: Path, description: dict[str, Any], overwrite: bool) -> None:
     if overwrite:
         parts.remove()
     elif (made := parts.description()) is not None:
@@ -66,7 +81,6 @@ def begin_parts(
                 "since. Choose another `--output`, or start anew with `--overwrite true`."
             )
     parts.begin(description)
-    return parts
 
 
 def run_prompts(
@@ -78,7 +92,8 @@ def run_prompts(
     show_progress: bool = True,
 ) -> dict[str, Summaries]:
     """
-    What the model makes of every image with every image prompt, and of every caption with every text prompt.
+    What the model makes of every image with every image prompt, and of every caption with every text prompt. If a
+    launcher started several processes, each runs its share of the blocks, and all receive all of them.
 
     Args:
         model: The model.
@@ -94,34 +109,40 @@ def run_prompts(
     Raises:
         RowError: an image or caption cannot be processed.
     """
+    state = process_state()
     finished, size = parts.finished(), max(BLOCK, batch_size)
     found: dict[str, Summaries] = {}
-    number = 0
+    blocks = [(modality, first) for modality in MODALITIES for first in range(0, items.count(modality), size)]
+    share = range(state.process_index, len(blocks), state.num_processes)
     for modality in MODALITIES:
         count = items.count(modality)
+        own = {
+            number: range(first, min(first + size, count))
+            for number in share
+            for kind, first in [blocks[number]]
+            if kind == modality
+        }
         title = f"{len(processors[modality])} {modality} prompts"
-        with tqdm(total=count, desc=title, unit=modality, disable=not show_progress) as progress:
-            blocks = []
-            for first in range(0, count, size):
-                places = range(first, min(first + size, count))
+        made: dict[int, Summaries] = {}
+        with tqdm(total=sum(map(len, own.values())), desc=title, unit=modality, disable=not show_progress) as progress:
+            for number, places in own.items():
                 if number in finished:
-                    blocks.append(_from_table(parts.read(number), len(places)))
+                    made[number] = _from_table(parts.read(number), len(places))
                     progress.update(len(places))
-                else:
-                    sequences, rows = items.read(modality, places)
-                    block = summarize(
-                        model,
-                        list(processors[modality].values()),
-                        sequences,
-                        rows,
-                        SIDES[modality],
-                        batch_size,
-                        progress.update,
-                    )
-                    parts.write(number, _to_table(block), len(places))
-                    blocks.append(block)
-                number += 1
-        found[modality] = Summaries.join(blocks)
+                    continue
+                sequences, rows = items.read(modality, places)
+                made[number] = summarize(
+                    model,
+                    list(processors[modality].values()),
+                    sequences,
+                    rows,
+                    SIDES[modality],
+                    batch_size,
+                    progress.update,
+                )
+                parts.write(number, _to_table(made[number]), len(places))
+        every = {number: block for each in gather_object([made]) for number, block in each.items()}
+        found[modality] = Summaries.join([every[number] for number in sorted(every)])
     return found
 
 
