@@ -41,8 +41,9 @@ def main(argv: list[str]) -> None:
     parser = CommandParser("compare", CompareArguments, RowArguments, description=__doc__)
     args, rows = parser.parse(argv)
     names = [args.base, *args.tuned]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{', '.join(sorted(repeated))} is given twice. Name each model once.")
+    files = [_file_name(name) for name in names]  # also of `model` and `model/`
+    if repeated := [name for name, file in zip(names, files, strict=True) if files.count(file) > 1]:
+        raise ValueError(f"{repeated[0]} is given twice. Name each model once.")
     check_own_folder(args.output)
     # Both before the first is measured for hours.
     others = _read_others(args.lmms_results, names)

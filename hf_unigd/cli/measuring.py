@@ -71,9 +71,11 @@ def measures(args: MeasuringArguments, rows: RowArguments) -> bool:
 def check_measured(args: MeasuringArguments, rows: RowArguments) -> None:
     """
     Raises:
-        ValueError: there is nothing to measure on, or a benchmark is unknown.
+        ValueError: there is nothing to measure on, or more than one dataset, or a benchmark is unknown.
     """
     choose_benchmarks(args.benchmarks)
+    if rows.datasets:
+        raise ValueError("This command reads one dataset. Give `dataset_name` instead of `datasets`.")
     if not measures(args, rows):
         raise ValueError("There is nothing to measure on. Give `benchmarks`, or rows by `dataset_name`.")
 

@@ -166,11 +166,11 @@ def _read_rows(
 def commit_of_dataset(path: str, revision: str = "main") -> str | None:
     """The commit of a dataset of the Hub, as `datasets` has just loaded it into the cache; None if it is not there."""
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
+    from huggingface_hub.file_download import REGEX_COMMIT_HASH
 
     if REGEX_COMMIT_HASH.match(revision):
         return revision
-    file = Path(HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="dataset"), "refs", revision)
+    file = Path(HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}", "refs", revision)
     return file.read_text().strip() if file.is_file() else None
 
 

@@ -177,6 +177,7 @@ def test_the_command_compares_and_goes_on(tmp_path, capsys):
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "rows"))
     models = [str(tmp_path / name) for name in ("base", "tuned", "other")]
     work = ["--benchmarks", "sugarcrepe", "winoground", "--benchmark_folder", str(tmp_path / "files")]
+    (tmp_path / "datasets.yaml").write_text(yaml.safe_dump({"datasets": [{"path": str(tmp_path / "rows")}]}))
     call = ["compare", *models, *work, "--dataset_name", str(tmp_path / "rows"), "--output", str(tmp_path / "out")]
     main(call)
     printed = capsys.readouterr().out
@@ -190,6 +191,8 @@ def test_the_command_compares_and_goes_on(tmp_path, capsys):
     assert (tmp_path / "out" / "README.md").read_text() == page
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items())
     with pytest.raises(SystemExit, match="given twice"):
-        main(["compare", models[0], models[0], *work])
+        main(["compare", models[0], f"{models[0]}/", *work])
     with pytest.raises(SystemExit, match="There is nothing to measure on"):
         main(["compare", *models])
+    with pytest.raises(SystemExit, match="This command reads one dataset"):
+        main(["compare", *models, *work, "--config", str(tmp_path / "datasets.yaml")])
