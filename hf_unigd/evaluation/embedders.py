@@ -196,6 +196,11 @@ class SentenceEmbedder:
         content = [part for part in content if part["type"] != INSTRUCTION]
         kinds = [part["type"] for part in content]
         if len(turns) == 1 and len(kinds) == len(set(kinds)):  # at most one text and one image
+            if not self.model.supports(kinds[0] if len(kinds) == 1 else tuple(sorted(kinds))):
+                embedded = ", ".join(map(str, self.model.modalities))
+                raise CannotMeasureError(
+                    f"{self.name} embeds {embedded}, and not {' and '.join(sorted(kinds))} in one input."
+                )
             return ("+".join(sorted(kinds)), instruction), {part["type"]: part[part["type"]] for part in content}
         if "message" not in self.model.modalities:
             raise CannotMeasureError(

@@ -2,11 +2,21 @@
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel
 
 from evaluation_cases import make_clip, make_siglip
-from hf_unigd.evaluation.embedders import Instructed, ModelEmbedder, SentenceEmbedder, load_embedder
+from hf_unigd.cli.main import main
+from hf_unigd.evaluation.embedders import (
+    CannotMeasureError,
+    Instructed,
+    ModelEmbedder,
+    SentenceEmbedder,
+    load_embedder,
+)
 from tiny_adapters import make_adapter
 from tiny_models import make_image, make_vlm
+from tiny_models.building import make_tokenizer
 
 
 TEXTS = ["a red cat", "two blue dogs on the green grass", "a"]
@@ -99,3 +109,19 @@ def test_what_cannot_embed_is_refused_by_name(tmp_path, llava):
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has its own way to embed\. Leave out `image_prompt`"):
         load_embedder(str(tmp_path), image_prompt="Describe it.")
+
+
+def test_a_model_of_texts_is_left_out_where_there_are_images(tmp_path, caplog):
+    tokenizer = make_tokenizer([], bos="<s>")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    SentenceTransformer(str(tmp_path / "bert")).save(str(tmp_path / "texts"))
+    embedder = load_embedder(str(tmp_path / "texts"))
+    assert embedder.embed([["a red cat"], ["a dog"]]).shape == (2, 16)
+    for sequence, reason in (([make_image()], "not image in one input"), ([make_image(), "a"], "not image and text")):
+        with pytest.raises(CannotMeasureError, match=f"texts embeds text, and {reason}"):
+            embedder.embed([sequence])
+    with pytest.raises(SystemExit, match="cannot be measured on any of these benchmarks"):
+        main(["evaluate", str(tmp_path / "texts"), "--benchmarks", "scenes_winoground"])
+    assert "Scenes (Winoground) is left out" in caplog.text
