@@ -31,6 +31,7 @@ def make_trainer(
         freeze_vision_tower=False,  # the projector is new and must be trained, even to a tower that is frozen
         check_rows="off",  # the rows are drawn in code
         trust_caption_columns=True,  # their long captions are short sentences
+        dataloader_num_workers=1,  # draws the next rows while a step runs
         dataloader_pin_memory=torch.accelerator.is_available(),
         seed=args.seed,
         save_strategy="no",
