@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test browser floors lmms-eval parity families attack lint format clean
+.PHONY: help install install-dev quickstart test browser floors lmms-eval parity families attack docs lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -85,6 +85,11 @@ families: install-dev  ## Every backbone family through everything: docs/backbon
 attack: install-dev  ## Awkward pictures, rows, checkpoints and command lines: every outcome is right or a named refusal
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m attack $(ATTACK)
 
+SITE := build/docs
+docs: install-dev  ## Build the documentation site in build/docs; a link or reference that leads nowhere is an error
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs $(SITE)
+	@echo "The site is $(SITE)/index.html"
+
 lint: install-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,4 +100,4 @@ format: install-dev  ## Let ruff rewrite
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environments and what runs wrote
-	rm -rf $(VENV) $(FLOORS) $(LMMS) runs
+	rm -rf $(VENV) $(FLOORS) $(LMMS) $(SITE) runs

@@ -39,7 +39,7 @@ class Batch(Protocol):
 
 
 class Parts(Protocol):
-    """Where the parts go, such as a [`PartFolder`]."""
+    """Where the parts go, such as a [`~hf_unigd.bulk.parts.PartFolder`]."""
 
     def finished(self) -> Iterable[int]:
         """Numbers of the parts that are there."""

@@ -1,4 +1,6 @@
-"""Reads rows with images that are not decoded yet, so that all images are opened in one way, by [`open_image`]."""
+"""Reads rows with images that are not decoded yet, so that all images are opened in one way
+([`~hf_unigd.data.images.open_image`]).
+"""
 
 from typing import Any
 

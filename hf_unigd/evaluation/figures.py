@@ -75,7 +75,7 @@ def draw_alignment(
     Args:
         a, b: Images and sentences of the two sequences.
         posterior (`torch.FloatTensor` of shape `(len(a), len(b))`): Values of the cells, from 0 to 1, as
-            [`align_slices`] returns them.
+            [`~hf_unigd.evaluation.alignment.align_slices`] returns them.
         output: PNG file to write.
         title: Title, drawn below the heat map.
 

@@ -183,7 +183,7 @@ def retrieval_metrics(
         ks: The values of k.
 
     Returns:
-        Recalls between 0 and 1 by name: `anchor_to_positive_recall_at_1`, ..., `positive_to_anchor_recall_at_1`, ...
+        Recalls between 0 and 1 by name (`anchor_to_positive_recall_at_1`, ..., `positive_to_anchor_recall_at_1`, ...).
     """
     return recalls(rank_both_ways(anchors, positives, anchor_keys, positive_keys, max(ks)), ks)
 

@@ -94,7 +94,7 @@ def examine_endpoint(
 
 
 def _cases(embeddings: torch.Tensor, instructions: dict[str, str]) -> Iterator[_Case]:
-    """The rows of a probe, as [`make_probe`] orders them."""
+    """The rows of a probe, as [`~hf_unigd.modeling.probe_unigd.make_probe`] orders them."""
     sequences = probe_sequences()
     subjects = ("text", "image and text", "image")
     for subject, sequence, wanted in zip(subjects, sequences, embeddings, strict=False):

@@ -25,15 +25,17 @@ MAX_LOGITS = 1 << 26  # how many are in memory at once: 256 MB in float32
 
 @dataclass
 class UniGDModelOutput(ModelOutput):
-    r"""
-    embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`):
-        L2-normalised float32 embeddings, one per span, in the order of `spans`; one per row if `spans` is not given.
-    inverse_temperature (`torch.FloatTensor` of shape `()`):
-        The contrastive loss multiplies similarities by it.
-    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-        Output of the decoder's last layer after its final norm.
-    hidden_states, attentions:
-        As the backbone returns them, if they are requested.
+    """
+    Attributes:
+        embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`):
+            L2-normalised float32 embeddings, one per span, in the order of `spans`; one per row if `spans` is not
+            given.
+        inverse_temperature (`torch.FloatTensor` of shape `()`):
+            The contrastive loss multiplies similarities by it.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Output of the decoder's last layer after its final norm.
+        hidden_states, attentions:
+            As the backbone returns them, if they are requested.
     """
 
     embeddings: torch.Tensor | None = None
@@ -45,17 +47,18 @@ class UniGDModelOutput(ModelOutput):
 
 @dataclass
 class UniGDCausalLMOutput(ModelOutput):
-    r"""
-    loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` or `shift_labels` is given):
-        Next-token cross-entropy over the labelled positions.
-    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
-        Next-token scores, or `None` if they are skipped (see `skip_logits`).
-    embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`, *optional*):
-        As in [`UniGDModelOutput`], or `None` while decoding from a cache without `spans`.
-    inverse_temperature (`torch.FloatTensor` of shape `()`):
-        The contrastive loss multiplies similarities by it.
-    past_key_values, hidden_states, attentions:
-        As the backbone returns them, if they are requested.
+    """
+    Attributes:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` or `shift_labels` is given):
+            Next-token cross-entropy over the labelled positions.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
+            Next-token scores, or `None` if they are skipped (see `skip_logits`).
+        embeddings (`torch.FloatTensor` of shape `(num_spans, embedding_dim)`, *optional*):
+            As in [`UniGDModelOutput`], or `None` while decoding from a cache without `spans`.
+        inverse_temperature (`torch.FloatTensor` of shape `()`):
+            The contrastive loss multiplies similarities by it.
+        past_key_values, hidden_states, attentions:
+            As the backbone returns them, if they are requested.
     """
 
     loss: torch.Tensor | None = None
@@ -233,8 +236,8 @@ class UniGDPreTrainedModel(UniGDCheckpointModel):
             inputs: A batch as [`UniGDProcessor`] returns it, with images.
 
         Returns:
-            The backbone's own output, whole: families differ in what their language model reads of it. `forward` and
-            `embed` accept it as `image_features` instead of `pixel_values`.
+            The backbone's own output, whole, because families differ in what their language model reads of it.
+            `forward` and `embed` accept it as `image_features` instead of `pixel_values`.
         """
         return image_features(self.vlm, inputs)
 

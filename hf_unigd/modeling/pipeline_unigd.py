@@ -20,8 +20,8 @@ class UniGDFeatureExtractionPipeline(FeatureExtractionPipeline):
     Args:
         model ([`UniGDModel`] or [`UniGDForConditionalGeneration`]): The model.
         processor ([`UniGDProcessor`]): Its processor.
-        kwargs: Arguments of [`Pipeline`]. Calls take `return_tensors`: `True` for `torch.FloatTensor`s of shape
-            `(1, embedding_dim)`, `False` (default) for nested lists of the same shape; and `prompt_name` or
+        kwargs: Arguments of [`~transformers.Pipeline`]. Calls take `return_tensors`: `True` for `torch.FloatTensor`s
+            of shape `(1, embedding_dim)`, `False` (default) for nested lists of the same shape; and `prompt_name` or
             `instruction`, as [`UniGDProcessor.process_sequences`] does.
 
     Example:

@@ -37,8 +37,9 @@ _Found = TypeVar("_Found")
 
 class EmbeddingIndex:
     """
-    A table of entries that [`build_index`] wrote, as it was when it was opened, [`refresh`]ed, or last changed by this
-    object. If others have removed that version meanwhile, a search moves on to the latest one, which the log says.
+    A table of entries that [`build_index`] wrote, as it was when it was opened, refreshed ([`refresh`]), or last
+    changed by this object. If others have removed that version meanwhile, a search moves on to the latest one, which
+    the log says.
 
     The first search reads all vectors into memory if they fit, and later ones multiply. A table whose vectors do not
     fit, or that has an approximate index, is searched by LanceDB.

@@ -61,12 +61,12 @@ class Engine:
         self._begin("generation", _GENERATION_THREADS, self._generations, self._generator.run)
 
     def embed(self, job: EmbeddingJob) -> Future:
-        """The job's result, an [`Embedded`]."""
+        """The job's result, an [`~hf_unigd.serving.embedding.Embedded`]."""
         self._embeddings.put(job)
         return job.result
 
     def generate(self, job: GenerationJob) -> Future:
-        """The job's result, a [`Generated`]."""
+        """The job's result, a [`~hf_unigd.serving.generating.Generated`]."""
         self._generations.put(job)
         return job.result
 

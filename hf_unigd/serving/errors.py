@@ -53,7 +53,8 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Gives the errors of FastAPI the form of OpenAI's. [`Guard`] does so with all others."""
+    """Gives the errors of FastAPI the form of OpenAI's. [`~hf_unigd.serving.guard.Guard`] does so with
+    all others."""
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

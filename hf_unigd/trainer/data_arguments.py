@@ -14,7 +14,7 @@ from ..data.dataset import Rows
 @dataclass
 class DatasetConfig(TRLDatasetConfig):
     r"""
-    An entry of `datasets:` in a YAML file: TRL's [`~trl.DatasetConfig`], and more.
+    An entry of `datasets:` in a YAML file: TRL's [`~trl.scripts.utils.DatasetConfig`], and more.
 
     Args:
         path (`str`):

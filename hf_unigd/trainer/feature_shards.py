@@ -3,7 +3,7 @@
 A folder holds any number of shards, safetensors files that no one changes once they have their names. Any number of
 processes may read and write in it at once. What a process had not written when it was killed is missing, and nothing
 else: it is computed again. A tensor is named after its image, the number of tokens that the image became, and the
-[`split_images`] name of the tensor: `5f0a...-576/pooler_output`.
+[`~hf_unigd.bulk.image_features.split_images`] name of the tensor: `5f0a...-576/pooler_output`.
 """
 
 import json

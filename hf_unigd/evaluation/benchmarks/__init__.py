@@ -18,9 +18,9 @@ class Benchmark:
         name: Name of its file.
         title: What papers call it.
         protocol: Name of the function that measures it
-            ([`PROTOCOLS`][hf_unigd.evaluation.protocols.PROTOCOLS]).
+            ([`~hf_unigd.evaluation.protocols.PROTOCOLS`]).
         data: Where its rows are: the `reader` that reads them
-            ([`READERS`][hf_unigd.evaluation.benchmark_data.READERS]) and its arguments.
+            ([`~hf_unigd.evaluation.benchmark_data.READERS`]) and its arguments.
         columns: Columns of the rows, by the names that the protocol gives them.
         settings: Arguments of the protocol.
         knowledge: Other rows, which a model may retrieve: their `data` and `columns`.

@@ -52,7 +52,7 @@ def draw_variances(
     figure 3).
 
     Args:
-        curves: By modality and prompt, what [`cumulative_variance`] returns.
+        curves: By modality and prompt, what [`~hf_unigd.evaluation.prompts.statistics.cumulative_variance`] returns.
         entropies: As in [`draw_entropies`]. They colour the lines.
         best: The chosen prompt of each modality, which is drawn in red.
         output: PNG file to write.
