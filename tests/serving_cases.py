@@ -1,8 +1,11 @@
 """A server in a thread of this process, and what requests of it are made of."""
 
 import base64
+import os
+import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import httpx
 import openai
 from PIL import Image
 
@@ -47,12 +51,19 @@ class Running:
 
 @contextmanager
 def serving(
-    model, processor, index: EmbeddingIndex | None = None, api_key=None, page=False, before=None, **limits
+    model,
+    processor,
+    index: EmbeddingIndex | None = None,
+    api_key=None,
+    page=False,
+    before=None,
+    allowed_hosts=(),
+    **limits,
 ) -> Iterator[Running]:
     engine = Engine(model, processor, Limits(**limits), Metrics())
     engine.start()
     bound = bind("127.0.0.1", 0)
-    server = Server(create_app(engine, NAME, index, api_key, page, before), engine)
+    server = Server(create_app(engine, NAME, index, api_key, page, before, allowed_hosts), engine)
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     while not server.started:
@@ -64,6 +75,45 @@ def serving(
         server.handle_exit(signal.SIGTERM, None)
         thread.join()
         engine.stop()
+
+
+@contextmanager
+def started_process(words: Sequence[str], **kwargs) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
+    """
+    A process that runs `hf-unigd serve`, its address, and the lines that it has printed.
+
+    Args:
+        words: The command.
+        kwargs: Of `subprocess.Popen`: `cwd`, and `env`, which is added to that of this process.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **kwargs
+    )
+    lines: list[str] = []
+    thread = threading.Thread(target=lambda: lines.extend(process.stdout))
+    thread.start()
+    try:
+        eventually(lambda: process.poll() is not None or _address_in(lines), seconds=200)
+        assert process.poll() is None, "".join(lines)
+        eventually(lambda: _is_healthy(_address_in(lines)))
+        yield process, _address_in(lines), lines
+    finally:
+        process.kill()
+        thread.join()
+        process.wait()
+
+
+def _address_in(lines: list[str]) -> str | None:
+    found = re.findall(r"Serving \S+ at (http\S+)/v1", "".join(list(lines)))
+    return found[0].replace("0.0.0.0", "127.0.0.1") if found else None
+
+
+def _is_healthy(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health").json() == {"status": "ok"}
+    except httpx.ConnectError:
+        return False
 
 
 def data_url(image: Image.Image, kind: str = "PNG") -> str:

@@ -22,6 +22,7 @@ COMMANDS = {
     "mine": "Add hard negatives to a dataset, from an index of what its rows are to find",
     "generate": "Generate text from images, a text, or both",
     "serve": "Serve a model: embeddings and chats, and search and answers from an index, by OpenAI's API",
+    "app": "Write a folder that runs as a Space of the Hub: a page and a server of a model",
     "explain": "Plot how the alignment kernel matches the images and sentences of two rows",
     "push": "Upload a saved checkpoint to the Hub in one commit",
     "doctor": "Check a checkpoint, and which libraries can load it here",

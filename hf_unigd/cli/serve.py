@@ -1,5 +1,6 @@
 """Serve a model: embeddings, chats, and, with an index, search and answers, as OpenAI's API has them."""
 
+import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Annotated
@@ -25,11 +26,20 @@ class ServeArguments(Limits):
     dtype: str = dtype_field("Data type to load the backbone in.")
     host: str = field(
         default="127.0.0.1",
-        metadata={"help": "Address to listen at. One that other machines reach needs `--api_key`."},
+        metadata={
+            "help": "Address to listen at. One that other machines reach needs `--api_key`, or `--allowed_hosts`."
+        },
     )
     port: Annotated[int, AtLeast(0)] = field(default=8000, metadata={"help": "Port to listen at; 0 for a free one."})
     api_key: str | None = field(
         default=None, metadata={"help": "Key that clients send. A file that `--config` names keeps it out of `ps`."}
+    )
+    allowed_hosts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a key, the names by which anybody may ask, such as that of a proxy which lets in whom "
+            "it should."
+        },
     )
 
     page: bool | None = field(
@@ -48,6 +58,11 @@ class ServeArguments(Limits):
     def __post_init__(self):
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("`--api_key` is empty. Give a key, or leave it out.")
+        if self.allowed_hosts and self.api_key is not None:
+            raise ValueError("Give `--api_key`, with which any host may be asked, or `--allowed_hosts`, not both.")
+        for host in self.allowed_hosts or []:
+            if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", host):
+                raise ValueError(f"`--allowed_hosts {host}` is no name such as model.example, without scheme or port.")
 
 
 def main(argv: list[str]) -> None:
@@ -64,9 +79,10 @@ def main(argv: list[str]) -> None:
         raise ImportError("`--page` needs gradio: `pip install 'hf-unigd[app]'`.")
     page = has_gradio if args.page is None else args.page
     bound = bind(args.host, args.port)
-    if args.api_key is None and not is_loopback(bound):
+    if args.api_key is None and not args.allowed_hosts and not is_loopback(bound):
         raise ValueError(
-            f"`--host {args.host}` lets other machines in. Give `--api_key KEY`, or listen at 127.0.0.1 alone."
+            f"`--host {args.host}` lets other machines in. Give `--api_key KEY`, listen at 127.0.0.1 alone, or name "
+            "the hosts that anybody may ask (`--allowed_hosts`)."
         )
     index = None if args.index is None else EmbeddingIndex.load(args.index)
     model, processor = load_checkpoint(args.model, dtype=args.dtype)
@@ -80,7 +96,7 @@ def main(argv: list[str]) -> None:
     engine = Engine(model, processor, args, Metrics())
     engine.start()
     name = args.name or args.model
-    app = create_app(engine, name, index, args.api_key, page, before)
+    app = create_app(engine, name, index, args.api_key, page, before, args.allowed_hosts or ())
     address = f"http://{args.host}:{bound.getsockname()[1]}"
     print(f"Serving {name} at {address}/v1" + (f", and a page at {address}/" if page else ""), flush=True)
     try:

@@ -1,8 +1,11 @@
-"""Pushing a saved checkpoint to the Hub, in one commit."""
+"""Pushing a saved checkpoint, or the folder of a Space, to the Hub in one commit."""
 
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import starmap
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -72,30 +75,14 @@ def push_checkpoint(
             commit.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{folder} holds no checkpoint: there is neither config.json nor adapter_config.json.")
-    if not (folder / "processor_config.json").is_file():
-        raise ValueError(
-            f"{folder} has no processor, without which nobody can use the checkpoint. Save it there too: "
-            f"`processor.save_pretrained({str(folder)!r})`."
-        )
-    whole = ("model.safetensors", "model.safetensors.index.json")
-    if (folder / "adapter_config.json").is_file() and any((folder / name).is_file() for name in whole):
-        raise ValueError(
-            f"{folder} holds a whole model and an adapter, one of them from an earlier save. Remove that one, or save "
-            "to another folder."
-        )
-    adapter_file, base = folder / "adapter_config.json", None
-    if adapter_file.is_file():
-        base = json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        check_base_is_on_hub(base)
+    base = check_checkpoint(folder)
     names = pushed_files(folder)
     stays = left_behind(folder)
     if stays:
         logger.warning("Not uploaded, because a checkpoint is not made of it: %s", ", ".join(stays))
     additions = [CommitOperationAdd(name, folder / name) for name in sorted(names)]
     api = HfApi(token=token)
-    try:
+    with _explained(repo_id, "choose a name of your own, or pass `--create_pr true`."):
         if not create_pr:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private:
@@ -114,14 +101,67 @@ def push_checkpoint(
             revision=revision,
             create_pr=create_pr,
         )
-    except (HfHubHTTPError, RuntimeError) as error:  # the client raises a RuntimeError for an interrupted upload
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        remedy = {
-            401: "The token is missing or wrong: `hf auth login`, or `--token`.",
-            403: "The token may not write there: choose a name of your own, or pass `--create_pr true`.",
-        }.get(status, "Nothing was committed; another push sends what is still missing.")
-        reason = getattr(error, "server_message", None) or error
-        raise ValueError(f"{repo_id}: {reason} {remedy}") from error
+
+
+def push_space(folder: str | Path, repo_id: str, private: bool | None = None, token: str | None = None) -> CommitInfo:
+    """
+    Makes a folder all that a Docker Space holds, in one commit.
+
+    Args:
+        folder: What [`~hf_unigd.serving.space.write_space`] wrote.
+        repo_id: The Space, which is created if it does not exist.
+        private, token: As in [`push_checkpoint`].
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: the Space is public although it should be private, or the Hub refuses the commit.
+    """
+    names = {file.relative_to(folder).as_posix(): file for file in sorted(Path(folder).rglob("*")) if file.is_file()}
+    api = HfApi(token=token)
+    with _explained(repo_id, "choose a name of your own."):
+        space = api.create_repo(repo_id, repo_type="space", space_sdk="docker", private=private, exist_ok=True)
+        if private:
+            check_is_private(api, space.repo_id, "space")
+        there = api.list_repo_files(space.repo_id, repo_type="space")
+        stale = [path for path in there if path not in names and path != ".gitattributes"]
+        return api.create_commit(
+            space.repo_id,
+            [*starmap(CommitOperationAdd, names.items()), *map(CommitOperationDelete, stale)],
+            commit_message="Upload of a Space by hf-unigd",
+            repo_type="space",
+        )
+
+
+def check_checkpoint(folder: str | Path) -> str | None:
+    """
+    The base model of the adapter in a folder, or None if it holds a whole model.
+
+    Raises:
+        ValueError: the folder holds no checkpoint that others could use, or an adapter whose base model is not on the
+            Hub.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{folder} holds no checkpoint: there is neither config.json nor adapter_config.json.")
+    if not (folder / "processor_config.json").is_file():
+        raise ValueError(
+            f"{folder} has no processor, without which nobody can use the checkpoint. Save it there too: "
+            f"`processor.save_pretrained({str(folder)!r})`."
+        )
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    if (folder / "adapter_config.json").is_file() and any((folder / name).is_file() for name in whole):
+        raise ValueError(
+            f"{folder} holds a whole model and an adapter, one of them from an earlier save. Remove that one, or save "
+            "to another folder."
+        )
+    adapter_file = folder / "adapter_config.json"
+    if not adapter_file.is_file():
+        return None
+    base = json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    check_base_is_on_hub(base)
+    return base
 
 
 def pushed_files(folder: str | Path) -> set[str]:
@@ -166,12 +206,12 @@ def _pictures(card: Path) -> list[str]:
     return re.findall(r"!\[[^\]]*\]\(([\w.-]+)\)", text)
 
 
-def check_is_private(api: HfApi, repo_id: str) -> None:
+def check_is_private(api: HfApi, repo_id: str, repo_type: str = "model") -> None:
     """
     Raises:
         ValueError: the repository is public.
     """
-    if not api.model_info(repo_id).private:
+    if not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(
             f"{repo_id} exists already and is public, so nothing was uploaded. Make it private first (in its settings "
             "on the Hub), or choose another name."
@@ -189,6 +229,21 @@ def check_base_is_on_hub(base: str | None) -> None:
             "the base model first and write its id into adapter_config.json as `base_model_name_or_path`, or push "
             "what `hf-unigd merge ADAPTER --output DIR` writes."
         )
+
+
+@contextmanager
+def _explained(repo_id: str, if_forbidden: str) -> Iterator[None]:
+    """Tells what the Hub refuses, and what helps."""
+    try:
+        yield
+    except (HfHubHTTPError, RuntimeError) as error:  # the client raises a RuntimeError for an interrupted upload
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+        remedy = {
+            401: "The token is missing or wrong: `hf auth login`, or `--token`.",
+            403: f"The token may not write there: {if_forbidden}",
+        }.get(status, "Nothing was committed; another push sends what is still missing.")
+        reason = getattr(error, "server_message", None) or error
+        raise ValueError(f"{repo_id}: {reason} {remedy}") from error
 
 
 def _make_card(folder: Path, repo_id: str, base: str | None) -> str:

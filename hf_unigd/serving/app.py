@@ -1,6 +1,7 @@
 """The app that answers requests."""
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +26,7 @@ def create_app(
     api_key: str | None = None,
     page: bool = False,
     before: ModelPair | None = None,
+    allowed_hosts: Collection[str] = (),
 ) -> FastAPI:
     """
     The app of a model that has been started.
@@ -37,6 +39,7 @@ def create_app(
         page: Whether the page is at `/`.
         before: A model and its processor, used by nobody else, whose summary tokens are shown beside those of the
             engine's: what it was trained from.
+        allowed_hosts: Names, beside this machine's, that requests may give their host where there is no key.
 
     Raises:
         ImportError: there is to be a page, and gradio is not installed.
@@ -45,7 +48,8 @@ def create_app(
     # The pages of the documentation would load scripts from elsewhere.
     app = FastAPI(title="hf-unigd", version=__version__, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    app.add_middleware(Guard, limits=engine.limits, metrics=engine.metrics, api_key=api_key)
+    hosts = {host.lower() for host in allowed_hosts}
+    app.add_middleware(Guard, limits=engine.limits, metrics=engine.metrics, api_key=api_key, allowed_hosts=hosts)
     app.include_router(embedding_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(explain_routes(service, before))

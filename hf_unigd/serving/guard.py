@@ -7,6 +7,7 @@ import contextlib
 import re
 import secrets
 import time
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,13 +31,22 @@ class Guard:
         metrics: What is counted.
         api_key: The key that all paths but `/health` ask for. Without one, requests must name this machine as their
             host, so that no page in a browser can reach it by a name of its own that leads here (DNS rebinding).
+        allowed_hosts: Other names that requests without a key may give their host, in small letters.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        metrics: Metrics,
+        api_key: str | None,
+        allowed_hosts: Collection[str] = (),
+    ):
         self.app = app
         self.limits = limits
         self.metrics = metrics
         self.api_key = api_key
+        self.allowed_hosts = allowed_hosts
         self._in_work = 0
         metrics.in_work.set_function(lambda: self._in_work)
 
@@ -85,9 +95,14 @@ class Guard:
     def _check_key(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         if self.api_key is None:
-            if not _is_this_machine(host := headers.get(b"host", b"").decode("latin-1")):
-                message = f"The host {host[:80]!r} is not this machine. Ask at 127.0.0.1, or set a key (`--api_key`)."
-                raise ApiError(403, message)
+            host = headers.get(b"host", b"").decode("latin-1")
+            name = re.sub(r":\d+$", "", host).lower()
+            if not _is_this_machine(name) and name not in self.allowed_hosts:
+                raise ApiError(
+                    403,
+                    f"The host {host[:80]!r} is not this machine. Ask at 127.0.0.1, set a key (`--api_key`), or allow "
+                    "the name (`--allowed_hosts`).",
+                )
             return
         if scope["path"] in _OPEN_PATHS:
             return
@@ -150,7 +165,6 @@ def _key_in(authorization: bytes) -> bytes:
     return b""
 
 
-def _is_this_machine(host: str) -> bool:
-    """Whether a `Host` header names this machine."""
-    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+def _is_this_machine(name: str) -> bool:
+    """Whether the name in a `Host` header is this machine's."""
     return name == "localhost" or bool(re.fullmatch(r"127(\.\d{1,3}){3}|\[::1\]", name))

@@ -225,6 +225,13 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             is_quick=False,
         ),
         Command(
+            "app",
+            "hf_unigd.cli.app.load_checkpoint",
+            {"space": "ada/space", **model, "index": here["index"]},
+            ("model", "index"),
+            "output",
+        ),
+        Command(
             "mine",
             "hf_unigd.cli.mine.load_checkpoint",
             {"index": here["captions_index"], **model, **rows},

@@ -151,8 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"name": user, "type": "user"}) if user else self._error(401, "", "Invalid credentials")
         if parts[:3] == ["api", "repos", "create"]:
             return self._create(json.loads(self.body))
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
+        if parts[0] == "api" and parts[1] in ("models", "spaces") and len(parts) >= 4:
             return self._in_repository("/".join(parts[2:4]), parts[4:])
+        if parts[0] == "spaces":
+            parts = parts[1:]
         if len(parts) > 3 and parts[2] == "resolve":
             return self._in_repository("/".join(parts[:2]), parts[2:])
         if len(parts) > 2 and parts[1].endswith(".git"):
@@ -170,7 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         if owner != user:
             return self._error(403, "", f"You don't have the rights to create a model under the namespace {owner!r}")
         repo_id = f"{owner}/{wanted['name']}"
-        answer = {"url": f"{self.server.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
+        spaces = "spaces/" if wanted.get("type") == "space" else ""
+        answer = {"url": f"{self.server.endpoint}/{spaces}{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.server.repositories:
             return self._json({**answer, "error": "You already created this model repo"}, 409)
         repository = Repository(wanted.get("visibility") == "private" or bool(wanted.get("private")))

@@ -1,13 +1,8 @@
 """`hf-unigd serve`, as a process of its own."""
 
-import os
-import re
 import signal
 import socket
-import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 
 import httpx
 import openai
@@ -17,7 +12,7 @@ from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.cli.main import main
 from hf_unigd.retrieval import build_index
 from index_cases import knowledge
-from serving_cases import eventually
+from serving_cases import started_process
 from tiny_models import make_vlm
 
 
@@ -33,35 +28,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-@contextmanager
 def started(*arguments):
-    """The process of a server, its address, and the lines that it has printed."""
-    words = [sys.executable, "-m", "hf_unigd", "serve", "--port", "0", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    lines = []
-    thread = threading.Thread(target=lambda: lines.extend(process.stdout))
-    thread.start()
-    try:
-        eventually(lambda: process.poll() is not None or address_in(lines), seconds=200)
-        assert process.poll() is None, "".join(lines)
-        eventually(lambda: is_healthy(address_in(lines)))
-        yield process, address_in(lines), lines
-    finally:
-        process.kill()
-        thread.join()
-        process.wait()
-
-
-def address_in(lines):
-    return next(iter(re.findall(r"Serving \S+ at (http\S+)/v1", "".join(list(lines)))), None)
-
-
-def is_healthy(address):
-    try:
-        return httpx.get(f"{address}/health").json() == {"status": "ok"}
-    except httpx.ConnectError:
-        return False
+    return started_process([sys.executable, "-m", "hf_unigd", "serve", "--port", "0", *map(str, arguments)])
 
 
 def test_it_answers_until_it_is_told_to_end_and_finishes_its_answer(folder):
@@ -107,6 +75,16 @@ def test_other_machines_need_a_key(folder):
     message = refused("--model", "nothing", "--host", "0.0.0.0", "--port", 0)
     assert message.startswith("hf-unigd serve: `--host 0.0.0.0` lets other machines in. Give `--api_key KEY`")
     assert "`--api_key` is empty" in refused("--model", "nothing", "--api_key", " ")
+
+
+@pytest.mark.parametrize("host", ["", "https://model.example", "model.example:80", "*", "*.example", "model example"])
+def test_an_allowed_host_is_a_name(folder, host):
+    assert f"`--allowed_hosts {host}` is no name" in refused("--model", "nothing", "--allowed_hosts", host)
+
+
+def test_a_key_and_allowed_hosts_exclude_each_other(folder):
+    message = refused("--model", "nothing", "--api_key", "secret", "--allowed_hosts", "model.example")
+    assert "not both" in message
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

@@ -55,6 +55,10 @@ def test_without_a_key_a_page_cannot_reach_it_by_a_name_of_its_own(pair):
     with serving(*pair) as running:
         for host, status in hosts.items():
             assert httpx.get(f"{running.address}/v1/models", headers={"Host": host}).status_code == status
+    allowed = {"a.example": 200, "A.Example:443": 200, "b.example": 200, "b.a.example": 403, "example": 403}
+    with serving(*pair, allowed_hosts=["a.example", "B.example"]) as running:
+        for host, status in {**hosts, **allowed}.items():
+            assert httpx.get(f"{running.address}/v1/models", headers={"Host": host}).status_code == status
     with serving(*pair, api_key="secret") as running:
         headers = {"Host": "model.example", "Authorization": "Bearer secret"}
         assert httpx.get(f"{running.address}/v1/models", headers=headers).status_code == 200
