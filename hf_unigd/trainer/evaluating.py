@@ -14,6 +14,7 @@ from .checkpoints import CheckpointingTrainer
 from .collator import UniGDDataCollator
 from .dataloaders import block_loader
 from .evaluation import EvaluationResults, block_metrics, retrieval_prediction
+from .pictures import RetrievalPictures
 
 
 class EvaluatingTrainer(CheckpointingTrainer):
@@ -24,6 +25,8 @@ class EvaluatingTrainer(CheckpointingTrainer):
     def __init__(self, *args, **kwargs):
         self._evaluation_loaders: dict[str | None, tuple[Any, DataLoader]] = {}
         super().__init__(*args, **kwargs)
+        self._pictures = RetrievalPictures(self.callback_handler.callbacks)
+        self.add_callback(self._pictures)
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # rows given to `evaluate`
@@ -123,6 +126,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
         if embedded is not None:
             prediction, recalls = retrieval_prediction(embedded, self.args.device)
             predictions, labels = prediction.predictions, prediction.label_ids
+            self._pictures.keep(dataloader.dataset, predictions, labels, metric_key_prefix)
             metrics |= {**recalls, "rows_without_match": results.num_rows - len(embedded["rows"])}
             if self.compute_metrics is not None:
                 metrics |= denumpify_detensorize(self.compute_metrics(prediction))
