@@ -3,9 +3,12 @@ FROM python:3.12-slim
 
 # Which of PyTorch's builds to install, as its index names them: cpu, cu126, cu130, ...
 ARG TORCH=cpu
+# Of hf-unigd: the server with its page (app) or without (serve), and the index.
+ARG EXTRAS=app,retrieval
 
 # Threads that spin for each other would slow the preparation of the next batch.
 ENV OMP_WAIT_POLICY=passive \
+    MPLCONFIGDIR=/tmp/matplotlib \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1
 
@@ -16,7 +19,7 @@ RUN grep '^torch==' constraints.txt > torch.txt \
     && pip install --requirement torch.txt --index-url "https://download.pytorch.org/whl/${TORCH}"
 COPY pyproject.toml README.md LICENSE ./
 COPY hf_unigd hf_unigd
-RUN pip install --constraint constraints.txt '.[serve,retrieval]' \
+RUN pip install --constraint constraints.txt ".[${EXTRAS}]" \
     && useradd --uid 1000 --create-home server
 
 USER 1000

@@ -91,9 +91,11 @@ docs: install-dev  ## Build the documentation site in build/docs; a link or refe
 	@echo "The site is $(SITE)/index.html"
 
 lint: install-dev  ## ruff and mypy
+lint: install-dev  ## ruff, mypy and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile hf_unigd/serving/space/Dockerfile
 
 format: install-dev  ## Let ruff rewrite
 	$(BIN)/ruff check --fix .

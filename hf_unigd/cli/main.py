@@ -10,6 +10,7 @@ from .errors import one_line
 COMMANDS = {
     "quickstart": "Train a small LLaVA on drawn icons in minutes, offline, and show what it finds and says",
     "caption": "Add the captions that a dataset of images lacks, with any vision-language model",
+    "plan": "Estimate the memory and the time that a recipe takes",
     "train": "Train a vision-language model with the joint objective",
     "embed-slices": "Embed the images and sentences of a dataset with the structure loss's teachers",
     "evaluate": "Measure whatever embeds on benchmarks, or on a dataset",

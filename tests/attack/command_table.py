@@ -134,6 +134,16 @@ def _commands(here: Workplace, teachers: dict[str, str]) -> list[Command]:
             is_quick=False,
         ),
         Command(
+            "plan",
+            "hf_unigd.cli.plan.plan_model",
+            train,
+            ("model_name_or_path",),
+            # Nothing but the config is read.
+            unread=tuple(
+                f"model_name_or_path *{name} is cut" for name in ("model.safetensors", "tok*", "proc*", "probe*")
+            ),
+        ),
+        Command(
             "train",
             "hf_unigd.cli.train.load_for_training",
             train,
