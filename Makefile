@@ -90,7 +90,6 @@ docs: install-dev  ## Build the documentation site in build/docs; a link or refe
 	$(BIN)/python -m sphinx -E -W --keep-going -q docs $(SITE)
 	@echo "The site is $(SITE)/index.html"
 
-lint: install-dev  ## ruff and mypy
 lint: install-dev  ## ruff, mypy and hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
