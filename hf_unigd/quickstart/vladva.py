@@ -25,7 +25,7 @@ VIEWS = 12
 # The paper's prompt, "Summarize the provided image in one word", is longer than most captions here.
 PROMPT = "In one word"
 QUESTIONS_SHARE = 0.12  # of the steps
-CAUSAL_LM_WEIGHT = 10.0  # captions are learned more slowly than recall
+CAUSAL_LM_WEIGHT = 6.0  # captions are learned more slowly than recall
 ASKED = 200  # icons
 ICON_NAME = "icon.png"
 SHOWN_QUERIES, SHOWN_RESULTS = 8, 5
