@@ -54,7 +54,6 @@ def run_scenes(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         processor,
         DatasetMixture([DatasetSource(train, "scenes"), DatasetSource(chats, "scenes/chats")]),
         test,
-        batch_by_source=True,  # few tokens of a batch of both would be answers
         per_device_eval_batch_size=BATCH_SIZE,
         causal_lm_weight=CAUSAL_LM_WEIGHT,
         logging_steps=25,
