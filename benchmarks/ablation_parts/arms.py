@@ -1,0 +1,122 @@
+"""The arms of the study, each a declaration of what is trained on what, and the tables that they stand in."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    A way to turn the base model into an embedder.
+
+    Attributes:
+        title: Its row in tables.
+        contrastive: Weight of the contrastive loss.
+        next_token: Weight of the next-token loss on long captions.
+        lora: Whether LoRA is trained: rank 16, alpha 16, on all linear layers of the language model.
+        soft_prompts: Whether the prompts are trained, from those that are written by hand.
+        positive: Column of the captions that pictures are contrasted with.
+    """
+
+    title: str
+    contrastive: float = 1.0
+    next_token: float = 0.0
+    lora: bool = True
+    soft_prompts: bool = True
+    positive: str = "short_caption"
+
+    @property
+    def is_trained(self) -> bool:
+        return self.lora or self.soft_prompts
+
+
+ARMS = {
+    "as_it_is": Arm("as it is, best prompt", contrastive=0.0, lora=False, soft_prompts=False),
+    "soft_prompts": Arm("+ soft prompts", lora=False),
+    "lora": Arm("+ LoRA", soft_prompts=False),
+    "both": Arm("+ LoRA + soft prompts"),
+    "joint": Arm("+ LoRA + soft prompts + next-token", next_token=1.0),
+    "long_contrastive": Arm("long captions contrasted", positive="long_caption"),
+    "joint_0.1": Arm("1 : 0.1", next_token=0.1),
+    "joint_0.5": Arm("1 : 0.5", next_token=0.5),
+    "joint_2": Arm("1 : 2", next_token=2.0),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    A column of a table.
+
+    Attributes:
+        title: Its heading.
+        metrics: Names of metrics, whose mean it is.
+        is_share: Whether the metrics are shares, which are printed in per cent.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    is_share: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    A table of the study.
+
+    Attributes:
+        title: Its heading.
+        question: What it asks.
+        rows: Names of arms, with their titles where the table has its own.
+        columns: Its columns.
+        reference: The arm that every other one is compared with.
+    """
+
+    title: str
+    question: str
+    rows: dict[str, str]
+    columns: tuple[Column, ...]
+    reference: str
+
+
+def own_titles(*names: str) -> dict[str, str]:
+    return {name: ARMS[name].title for name in names}
+
+
+RETRIEVAL = (
+    Column("text to image R@1", ("text_to_image_recall_at_1",)),
+    Column("image to text R@1", ("image_to_text_recall_at_1",)),
+)
+KINDS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+SUGARCREPE = tuple(Column(kind.replace("_", " "), (f"sugarcrepe_{kind}",)) for kind in KINDS)
+LANGUAGE = (
+    Column("perplexity", ("perplexity",), is_share=False),
+    Column("questions", ("pope_accuracy",)),
+)
+VLADVA = (*RETRIEVAL, *SUGARCREPE, *LANGUAGE)
+TABLES = {
+    "components": Table(
+        "The parts of VladVA (its Table 4)",
+        "What do soft prompts, LoRA and the next-token loss on long captions each add?",
+        own_titles("as_it_is", "soft_prompts", "lora", "both", "joint"),
+        VLADVA,
+        reference="both",
+    ),
+    "long_captions": Table(
+        "Long captions in the contrastive loss",
+        "Does it collapse to contrast pictures with long captions, as VladVA says, instead of predicting these?",
+        {
+            "both": "short captions contrasted",
+            "long_contrastive": ARMS["long_contrastive"].title,
+            "joint": "short captions contrasted, long ones predicted",
+        },
+        (*VLADVA, Column("contrastive loss at the end", ("final_contrastive_loss",), is_share=False)),
+        reference="joint",
+    ),
+    "mixture": Table(
+        "The mixture of the two losses",
+        "What does a weight on the next-token loss cost in retrieval, and what does it keep of generation?",
+        {"both": "1 : 0", **own_titles("joint_0.1", "joint_0.5"), "joint": "1 : 1", **own_titles("joint_2")},
+        VLADVA,
+        reference="joint",
+    ),
+}

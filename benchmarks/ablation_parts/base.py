@@ -1,0 +1,95 @@
+"""The generative model that every arm starts from: a LLaVA of five million parameters that has learned to speak."""
+
+import json
+import time
+from pathlib import Path
+
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.outputs import writing
+from hf_unigd.quickstart.muon import MuonWithAdamW
+from hf_unigd.quickstart.small_llava import build_llava, build_processor
+
+from . import records
+from .captions import caption_accuracy
+from .corpus import SIDE, pretraining_rows, texts
+
+
+FOLDER, FACTS = Path("runs/ablations/base"), "pretraining.json"
+PATCH_SIZE, VOCABULARY = 16, 3000
+SHAPE = {"hidden_size": 224, "vision_layers": 4, "text_layers": 3}
+STEPS, BATCH_SIZE = 800, 128
+
+
+def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """An untrained model, and a processor whose tokenizer is trained on the texts of the training rows."""
+    processor = build_processor(list(texts()), SIDE, PATCH_SIZE, VOCABULARY)
+    return build_llava(processor, **SHAPE), processor
+
+
+def pretrain(folder: Path = FOLDER, steps: int = STEPS) -> None:
+    """
+    Trains a base model by next-token prediction alone, from where it was stopped, and writes it with
+    `pretraining.json`.
+
+    Args:
+        folder: The folder to write. `FOLDER-training` beside it keeps the checkpoints.
+        steps: Number of steps.
+    """
+    start = time.perf_counter()
+    vlm, vlm_processor = build()
+    parameters = sum(parameter.numel() for parameter in vlm.parameters())
+    print(f"A LLaVA of {parameters / 1e6:.1f} million parameters.", flush=True)
+    model, processor = UniGDForConditionalGeneration.from_vlm(vlm), UniGDProcessor(vlm_processor)
+    model.verify_saves = False
+    checkpoints = folder.with_name(f"{folder.name}-training")
+    trainer = UniGDTrainer(
+        model,
+        UniGDTrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            warmup_steps=50,
+            contrastive_weight=0.0,
+            freeze_vision_tower=False,
+            check_rows="off",
+            batch_by_source=True,
+            save_steps=100,
+            save_total_limit=1,
+            logging_steps=25,
+            report_to=[],
+            use_cpu=True,
+        ),
+        train_dataset=pretraining_rows(),
+        processing_class=processor,
+        optimizers=(MuonWithAdamW(model), None),
+    )
+    stopped = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=stopped)
+    record = {
+        "parameters": parameters,
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+    }
+    with writing(folder) as unfinished:
+        vlm.save_pretrained(unfinished)
+        vlm_processor.save_pretrained(unfinished)
+        (unfinished / FACTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def make_base(folder: Path = FOLDER) -> None:
+    """Pretrains the base model if it does not exist, and records how often its captions of unseen pictures are
+    right."""
+    if not folder.is_dir():
+        pretrain(folder)
+    own = records.digest(folder / "model.safetensors")
+    file = records.RESULTS / "base.json"
+    if records.read(file).get("base") != own:
+        model = UniGDForConditionalGeneration.from_vlm_pretrained(str(folder))
+        captions = caption_accuracy(model, UniGDProcessor.from_vlm_pretrained(str(folder)))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        records.write(file, {"base": own, **facts, "captions": captions})
+        print(json.dumps(captions, indent=1), flush=True)

@@ -1,0 +1,116 @@
+"""How often generated captions of unseen pictures are right."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.data.scene_pictures import COLOURS, SHAPES
+
+from .corpus import ICON_OPENING, QUESTIONS, clip_art, icons, scenes
+
+
+ICONS = 300
+LONGEST = 64  # tokens of a caption
+BATCH_SIZE = 100
+
+
+@torch.no_grad()
+def generate_captions(
+    model: UniGDForConditionalGeneration, processor: UniGDProcessor, images: Sequence[Image.Image], question: str
+) -> list[str]:
+    """What the model answers to a question about each image, greedily."""
+    model.eval()
+    said: list[str] = []
+    for start in range(0, len(images), BATCH_SIZE):
+        sequences = [[image, question] for image in images[start : start + BATCH_SIZE]]
+        batch = processor.process_sequences(sequences, prompted=False, padding_side="left").to(model.device)
+        generated = model.generate(**batch, max_new_tokens=LONGEST, do_sample=False)
+        said += processor.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in said]
+
+
+def caption_accuracy(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> dict[str, dict[str, float]]:
+    """
+    The shares of captions that are right, of pictures that training has not shown: scenes of held-out combinations
+    (kinds, colours, place, and all of these), held-out icons (the first word of the name, all words, the colour), and
+    held-out clip art (a word of the title or a keyword, and a word of the title).
+    """
+    drawn: dict[str, Any] = {
+        "scenes": scenes("test")[:],
+        "icons": icons("test")[:ICONS],
+        "clip art": clip_art("test")[:],
+    }
+    said = {
+        name: generate_captions(model, processor, rows["image"], QUESTIONS["description"][0])
+        for name, rows in drawn.items()
+    }
+    found = {
+        "scenes": [judge_scene(*each) for each in zip(said["scenes"], drawn["scenes"]["long_caption"], strict=True)],
+        "icons": [judge_icon(*each) for each in zip(said["icons"], drawn["icons"]["long_caption"], strict=True)],
+        "clip art": [
+            judge_clip_art(*each) for each in zip(said["clip art"], drawn["clip art"]["long_caption"], strict=True)
+        ],
+    }
+    return {
+        name: {part: round(fmean(each[part] for each in judged), 4) for part in judged[0]}
+        for name, judged in found.items()
+    }
+
+
+def judge_scene(said: str, true: str) -> dict[str, bool]:
+    """Whether a long caption of a scene names the kinds, the colours of each, and the place of one beside the other as
+    the true one does. A caption may begin with either thing."""
+    one, other = read_scene(said), read_scene(true)
+    kinds = one.keys() == other.keys()
+    colours = kinds and all(one[kind][0] == other[kind][0] for kind in other)
+    place = kinds and all(one[kind][1] == other[kind][1] for kind in other)
+    return {"kinds": kinds, "colours": colours, "place": place, "all": colours and place}
+
+
+def read_scene(caption: str) -> dict[str, tuple[str | None, str | None]]:
+    """The colour of each kind that a long caption of a scene names, and the side on which it says that this is."""
+    found: dict[str, tuple[str | None, str | None]] = {}
+    sides = {"left": "left", "right": "right", "top": "top", "bottom": "bottom"}
+    side = colour = None
+    sentences = caption.split(". ")
+    for word in (sentences[1] if len(sentences) > 1 else "").lower().replace(",", "").rstrip(".").split():
+        side = sides.get(word, side)
+        colour = word if word in COLOURS else colour
+        kind = next((shape for shape in SHAPES if word in (shape, f"{shape}s")), None)
+        if kind is not None:
+            found[kind] = (colour, side)
+            colour = None
+    return found
+
+
+def judge_icon(said: str, true: str) -> dict[str, bool]:
+    (names, colour), (true_names, true_colour) = _read_icon(said), _read_icon(true.removeprefix(ICON_OPENING))
+    return {
+        "first word": names[:1] == true_names[:1],
+        "all words": sorted(names) == sorted(true_names),
+        "colour": colour == true_colour,
+    }
+
+
+def _read_icon(caption: str) -> tuple[list[str], str]:
+    """The words of the name and of the colour."""
+    names, _, rest = caption.partition(", drawn in ")
+    return names.replace(" and ", " ").replace(",", "").split(), rest.partition(" ")[0]
+
+
+def judge_clip_art(said: str, true: str) -> dict[str, bool]:
+    (title, words), (true_title, true_words) = _read_clip_art(said), _read_clip_art(true)
+    return {"a word of title or keywords": bool(words & true_words), "a word of the title": bool(title & true_title)}
+
+
+def _read_clip_art(caption: str) -> tuple[set[str], set[str]]:
+    """The words of the title, and those of the title and the keywords."""
+    title, _, rest = caption.partition(". Keywords: ")
+    keywords = rest.partition(".")[0].replace(",", "")
+    # Words as short as "of" are in many titles.
+    own = {word for word in title.rstrip(".").split() if len(word) > 2}
+    return own, own | set(keywords.split())

@@ -1,0 +1,55 @@
+"""Does the joint objective work? Trains small models with parts of it left out: `python benchmarks/ablations.py`.
+
+    base              build the model that every arm starts from, and count how many of its captions are right
+    run [TABLE ...]   run the arms of tables with three seeds: components, long_captions, mixture
+    report            write the tables and pictures of docs/evidence.md
+
+The base model is a LLaVA that has learned to speak about drawn pictures by next-token prediction alone
+(runs/ablations/base). It needs the rows of benchmarks/openclipart.py, whose help says how to get them. An arm tunes it
+with UniGDTrainer, after its learning rate was chosen on validation scenes, and is measured on held-out scenes.
+
+Every result is a file of benchmarks/results/evidence, written as soon as it is there. `run` does what is missing, so
+that it can be stopped at any time and called again; it builds the base model first if there is none.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+# The folder of a script comes first on the path, where kernels.py would hide Hugging Face's library `kernels`.
+if not sys.flags.safe_path:
+    sys.path.pop(0)
+sys.path.append(str(Path(__file__).parent))
+
+import transformers
+from ablation_parts.arms import TABLES
+from ablation_parts.base import make_base
+from ablation_parts.report import write_report
+from ablation_parts.running import run
+from ablation_parts.tables import seeds_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["base", "run", "report"])
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of `run`: {', '.join(TABLES)}; all by default")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.tables) - TABLES.keys():
+        parser.error(f"there is no table {', '.join(sorted(unknown))}; the tables are {', '.join(TABLES)}")
+    if arguments.tables and arguments.what != "run":
+        parser.error(f"`{arguments.what}` takes no tables")
+    transformers.logging.set_verbosity_error()
+    if arguments.what == "report":
+        write_report()
+        return
+    make_base()
+    if arguments.what == "run":
+        names = dict.fromkeys(name for table in arguments.tables or TABLES for name in TABLES[table].rows)
+        for name in names:
+            for seed in seeds_of(name):
+                run(name, seed)
+
+
+if __name__ == "__main__":
+    main()

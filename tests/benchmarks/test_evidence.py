@@ -1,0 +1,190 @@
+"""The study of `benchmarks/ablations.py`: its statistics, its page, and a run of two steps."""
+
+import json
+from importlib.util import find_spec
+
+import openclipart
+import pytest
+import torch
+from ablation_parts import records, report, running, tables
+from ablation_parts.arms import ARMS, TABLES, Column, Table
+from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
+from ablation_parts.spread import Sample
+
+from hf_unigd.data import load_scenes
+from hf_unigd.quickstart.small_llava import build_llava, build_processor
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty folder of results."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_a_difference_counts_where_it_is_larger_than_both_spreads():
+    one, other = Sample((10.0, 14.0, 12.0)), Sample((17.0, 16.0, 18.0))
+    assert (one.mean, one.spread) == (12.0, 4.0)
+    assert one.difference(other) == -5.0
+    assert Sample((13.0, 15.0)).difference(Sample((14.0, 20.0))) is None  # 3 is not larger than 6
+    assert Sample((14.0, 20.0)).difference(Sample((11.0, 11.0))) is None  # nor is 6 larger than 6
+    assert Sample((14.0,)).difference(other) is None  # the spread of one seed is not known
+    assert Sample((14.0,), is_random=False).difference(other) == -3.0
+
+
+def test_a_table_shows_every_seed_and_what_has_not_run(results):
+    table = Table(
+        "",
+        "",
+        {"as_it_is": "base", "lora": "LoRA", "both": "both", "joint": "joint"},
+        (Column("R@1", ("one", "other")), Column("perplexity", ("perplexity",), is_share=False)),
+        reference="both",
+    )
+
+    def write(arm, seed, recalls, perplexity, base="a"):
+        metrics = {"one": recalls[0], "other": recalls[1], "perplexity": perplexity}
+        (results / f"{arm}-{seed}.json").write_text(json.dumps({"base": base, "metrics": metrics}))
+
+    write("as_it_is", 0, (0.1, 0.3), 2.0)
+    for seed, (recalls, perplexity) in enumerate([((0.5, 0.5), 3.0), ((0.5, 0.6), 3.5), ((0.6, 0.6), 3.25)]):
+        write("both", seed, recalls, perplexity)
+    write("joint", 0, (0.6, 0.8), 2.125)
+    write("joint", 2, (0.7, 0.8), 2.25)
+    # Means of both: (50 + 55 + 60) / 3 and (3 + 3.5 + 3.25) / 3; of joint: (70 + 75) / 2 and (2.125 + 2.25) / 2.
+    filled = tables.fill_table(table)
+    assert filled.splitlines()[2:8] == [
+        "| | R@1 | perplexity |",
+        "|---|---|---|",
+        "| base | 20.0 | 2.00 |",
+        "| LoRA | not run yet | not run yet |",
+        "| both | 55.0 (10.0) | 3.25 (0.50) |",
+        "| joint (2 of 3 seeds) | 72.5 (5.0) | 2.19 (0.12) |",
+    ]
+    assert "| both | 50.0, 55.0, 60.0 | 3.00, 3.50, 3.25 |" in filled
+    assert filled.splitlines()[-3:] == [
+        "| base | -35.0 | -1.25 |",
+        "| LoRA | not run yet | not run yet |",
+        "| joint (2 of 3 seeds) | +17.5 | -1.06 |",
+    ]
+    write("joint", 1, (0.6, 0.8), 2.0, base="b")
+    with pytest.raises(ValueError, match="different base models"):
+        tables.fill_table(table)
+
+
+def test_the_page_holds_what_the_results_hold():
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.fill(page) == page, "run `python benchmarks/ablations.py report`"
+    parts = {name for _, name, _ in report.PART.findall(page)}
+    assert parts == {"base", "settings", *TABLES}
+    for table in TABLES.values():
+        assert table.reference in table.rows and table.rows.keys() <= ARMS.keys()
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    """An untrained base model and scenes to tune it on."""
+    rows = load_scenes("train", count=16, size=64).remove_columns("negatives")
+    stored = rows.with_format(None)
+    processor = build_processor([*stored["short_caption"], *stored["long_caption"]], 64, 16, 400)
+    folder = tmp_path_factory.mktemp("base")
+    build_llava(processor, hidden_size=32, vision_layers=1, text_layers=1).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, rows
+
+
+@pytest.mark.parametrize("name", ["soft_prompts", "lora", "joint", "long_contrastive"])
+def test_an_arm_trains_what_it_declares(name, tiny_base, monkeypatch):
+    folder, rows = tiny_base
+    monkeypatch.setattr(running, "BATCH_SIZE", 4)
+    arm = ARMS[name]
+    model, processor, losses = running.train(arm, 0, 1e-2, "In one word", folder, steps=2, rows=rows)
+    before, _ = running.load(folder, "In one word")
+    before_weights = dict(before.vlm.named_parameters())
+    changed = {
+        key
+        for key, weight in model.vlm.named_parameters()
+        if key in before_weights and weight.shape == before_weights[key].shape
+        if not torch.equal(weight, before_weights[key])
+    }
+    assert not any("vision_tower" in key or "projector" in key for key in changed)
+    assert any("self_attn" in key for key in changed) == arm.lora
+    assert bool(processor.soft_prompts) == arm.soft_prompts
+    assert all(("causal_lm_loss" in each) == bool(arm.next_token) for each in losses)
+    if arm.soft_prompts:  # they have moved away from the words that they started from
+        ids = processor.soft_prompt_tokens
+        table = model.get_input_embeddings().weight
+        assert not torch.equal(table[ids["token_ids"]], table[ids["source_ids"]])
+
+
+def test_a_run_writes_a_file_and_goes_on_where_it_was_stopped(tiny_base, results, monkeypatch):
+    folder, _ = tiny_base
+    monkeypatch.setattr(records, "circumstances", dict)
+    trained = []
+
+    def train(arm, seed, learning_rate, *args):
+        trained.append((seed, learning_rate))
+        return None, None, [{"step": 10, "contrastive_loss": 0.25}]
+
+    recall = iter([0.1, 0.7, 0.2])  # the second learning rate is the best
+    monkeypatch.setattr(running, "train", train)
+    monkeypatch.setattr(running, "best_prompt", lambda folder: "In one word")
+    monkeypatch.setattr(running, "validate", lambda *args: next(recall))
+    monkeypatch.setattr(running, "measure", lambda *args: {"perplexity": 2.0})
+    for _ in range(2):
+        for seed in (0, 1):
+            running.run("lora", seed, folder)
+    tuning = [(running.TUNING_SEED, rate) for rate in running.LEARNING_RATES]
+    assert trained == [*tuning, (0, running.LEARNING_RATES[1]), (1, running.LEARNING_RATES[1])]
+    record = json.loads((results / "lora-1.json").read_text())
+    assert record["metrics"] == {"perplexity": 2.0, "final_contrastive_loss": 0.25}
+    assert record["settings"]["learning_rate"] == running.LEARNING_RATES[1]
+
+
+def test_captions_are_right_in_kinds_colours_and_place():
+    true = load_scenes("test", count=1).with_format(None)[0]["long_caption"]
+    assert judge_scene(true, true) == {"kinds": True, "colours": True, "place": True, "all": True}
+    said = (
+        "On a white ground there are three drawn icons. On the left is a small red star, and on the right are two "
+        "large blue cars. The star is to the left of the cars."
+    )
+    converse = said.replace("On the left is a small red star", "On the right are two large blue cars").replace(
+        "on the right are two large blue cars", "on the left is a small red star"
+    )
+    assert judge_scene(converse, said)["all"]
+    wrong_colour = said.replace("red", "green")
+    assert judge_scene(wrong_colour, said) == {"kinds": True, "colours": False, "place": True, "all": False}
+    swapped = (
+        said.replace("On the left", "On the RIGHT").replace("on the right", "on the left").replace("RIGHT", "right")
+    )
+    assert judge_scene(swapped, said) == {"kinds": True, "colours": True, "place": False, "all": False}
+    assert not any(judge_scene(said.replace("star", "heart"), said).values())
+    icon = "arrow, left and bold, drawn in red at a small size."
+    assert judge_icon("arrow, bold and left, drawn in blue at a small size.", icon) == {
+        "first word": True,
+        "all words": True,
+        "colour": False,
+    }
+    drawn = judge_clip_art("big dog. Keywords: animal.", "cat. Keywords: animal, mammal.")
+    assert drawn == {"a word of title or keywords": True, "a word of the title": False}
+
+
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="20mm" height="10mm" viewBox="0 0 20 10">
+<metadata><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:cc="http://web.resource.org/cc/"
+xmlns:dc="http://purl.org/dc/elements/1.1/"><cc:Work><dc:title>Big_Dog</dc:title>
+<dc:description>A dog.</dc:description>
+<dc:subject><rdf:Bag><rdf:li>mammal</rdf:li><rdf:li>hash</rdf:li><rdf:li></rdf:li><rdf:li>animal</rdf:li></rdf:Bag>
+</dc:subject><dc:creator><cc:Agent><dc:title>Somebody</dc:title></cc:Agent></dc:creator></cc:Work></rdf:RDF></metadata>
+<rect width="20" height="10" fill="#ff0000"/></svg>"""
+
+
+def test_a_drawing_has_a_title_and_keywords():
+    drawing = openclipart.read_drawing(SVG, "dog.svg")
+    assert (drawing.title, drawing.keywords) == ("big dog", ("animal", "mammal"))
+    assert drawing.long_caption == "big dog. Keywords: animal, mammal. a dog."
+
+
+@pytest.mark.skipif(find_spec("resvg_py") is None, reason="needs `pip install resvg-py`")
+def test_a_drawing_stands_in_the_middle_of_a_white_square():
+    picture = openclipart.render(SVG, 40)
+    assert picture.size == (40, 40)
+    assert [picture.getpixel((20, y)) for y in (4, 20, 35)] == [(255, 255, 255), (255, 0, 0), (255, 255, 255)]
