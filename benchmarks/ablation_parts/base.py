@@ -15,6 +15,7 @@ from hf_unigd.quickstart.small_llava import build_llava, build_processor
 from . import records
 from .captions import caption_accuracy
 from .corpus import SIDE, pretraining_rows, texts
+from .precision import fast_products
 
 
 FOLDER, FACTS = Path("runs/ablations/base"), "pretraining.json"
@@ -67,12 +68,14 @@ def pretrain(folder: Path = FOLDER, steps: int = STEPS) -> None:
         optimizers=(MuonWithAdamW(model), None),
     )
     stopped = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=stopped)
+    with fast_products():
+        trainer.train(resume_from_checkpoint=stopped)
     record = {
         "parameters": parameters,
         "steps": steps,
         "batch_size": BATCH_SIZE,
-        "minutes": round((time.perf_counter() - start) / 60, 1),
+        # Of a run that was stopped, the minutes before are not known.
+        "minutes": None if stopped else round((time.perf_counter() - start) / 60, 1),
     }
     with writing(folder) as unfinished:
         vlm.save_pretrained(unfinished)

@@ -25,9 +25,10 @@ def fill_base() -> str:
     record = records.read(records.RESULTS / "base.json")
     if not record:
         return NOT_RUN
+    minutes = f" in {record['minutes']:.0f} minutes" if record["minutes"] else ""
     lines = [
-        f"{record['parameters'] / 1e6:.1f} million parameters, {record['steps']} steps of {record['batch_size']} rows "
-        f"in {record['minutes']:.0f} minutes.\n",
+        f"{record['parameters'] / 1e6:.1f} million parameters, {record['steps']} steps of {record['batch_size']} rows"
+        f"{minutes}.\n",
         "| captions of unseen pictures | right in | share |",
         "|---|---|---|",
     ]

@@ -14,6 +14,7 @@ from . import base, records
 from .arms import ARMS, Arm
 from .corpus import QUESTIONS, scenes
 from .measuring import measure, validate
+from .precision import fast_products
 
 
 STEPS, BATCH_SIZE = 100, 128
@@ -109,7 +110,8 @@ def train(
             processing_class=processor,
             peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=None if arm.lora else []),
         )
-        trainer.train()
+        with fast_products():
+            trainer.train()
     losses = [
         {name: round(value, 5) for name, value in each.items() if name == "step" or name.endswith("_loss")}
         for each in trainer.state.log_history

@@ -56,6 +56,10 @@ class MuonWithAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, beta2))
         self.add_param_group({"params": [each for each in trained if each in linear], "lr": matrix_lr, "muon": True})
 
+    def __setstate__(self, state):
+        # AdamW's own would look for what it keeps of a parameter in what Muon keeps of a matrix.
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()

@@ -77,3 +77,18 @@ def test_one_schedule_moves_both_rates_and_frozen_weights_stay():
     take_steps(network, optimizer)
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == set(before) - {"wide.weight", "wide.bias"}
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not():
+    torch.manual_seed(0)
+    whole = Network()
+    stopped = copy.deepcopy(whole)
+    optimizer = MuonWithAdamW(whole)
+    take_steps(whole, optimizer)
+    take_steps(whole, optimizer)
+    first = MuonWithAdamW(stopped)
+    take_steps(stopped, first)
+    second = MuonWithAdamW(stopped)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    take_steps(stopped, second)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in stopped.state_dict().items())
