@@ -29,7 +29,30 @@ class Arm:
         return self.lora or self.soft_prompts
 
 
-ARMS = {
+@dataclass(frozen=True)
+class SugarArm:
+    """
+    A way to add Sugar's head to the base model, with LoRA and the next-token loss, on stories and scenes.
+
+    Attributes:
+        title: Its row in tables.
+        contrastive: Weight of the contrastive loss on the captions of scenes.
+        structure: Weight of the structure loss.
+        target: What it regresses similarities onto: `"kernel"`, or `"mean_slice"` (without GAK).
+        triple_kernel: Whether slices of one modality have a teacher of their own.
+        image_pooling: The tokens of a picture that are pooled: the `"mean"` of all, or the `"last"`.
+    """
+
+    title: str
+    contrastive: float = 0.0
+    structure: float = 0.0
+    target: str = "kernel"
+    triple_kernel: bool = True
+    image_pooling: str = "mean"
+    is_trained = True
+
+
+ARMS: dict[str, Arm | SugarArm] = {
     "as_it_is": Arm("as it is, best prompt", contrastive=0.0, lora=False, soft_prompts=False),
     "soft_prompts": Arm("+ soft prompts", lora=False),
     "lora": Arm("+ LoRA", soft_prompts=False),
@@ -39,6 +62,13 @@ ARMS = {
     "joint_0.1": Arm("1 : 0.1", next_token=0.1),
     "joint_0.5": Arm("1 : 0.5", next_token=0.5),
     "joint_2": Arm("1 : 2", next_token=2.0),
+    "sugar_next_token": SugarArm("next-token alone"),
+    "sugar_info_nce": SugarArm("+ InfoNCE", contrastive=1.0),
+    "sugar": SugarArm("+ structure loss", structure=1.0),
+    "sugar_both": SugarArm("+ InfoNCE + structure loss", contrastive=1.0, structure=1.0),
+    "sugar_mean_slice": SugarArm("structure loss without GAK", structure=1.0, target="mean_slice"),
+    "sugar_one_teacher": SugarArm("structure loss without TK", structure=1.0, triple_kernel=False),
+    "sugar_last_token": SugarArm("structure loss without AvgPool", structure=1.0, image_pooling="last"),
 }
 
 
@@ -111,6 +141,24 @@ TABLES = {
         },
         (*VLADVA, Column("contrastive loss at the end", ("final_contrastive_loss",), is_share=False)),
         reference="joint",
+    ),
+    "structure": Table(
+        "The structure loss (Sugar's Table 4b)",
+        "Is it the structure loss that helps, beside next-token alone, InfoNCE, and without its parts?",
+        own_titles(
+            *("sugar_next_token", "sugar_info_nce", "sugar", "sugar_both"),
+            *("sugar_mean_slice", "sugar_one_teacher", "sugar_last_token"),
+        ),
+        (
+            Column("stories, 5c R@5", ("5c_recall_at_5",)),
+            Column("stories, 5c+4i R@5", ("5c+4i_recall_at_5",)),
+            Column("scenes, text to image R@5", ("text_to_image_recall_at_5",)),
+            Column("scenes, pairs of pictures", ("winoground_image_score",)),
+            Column("questions", ("pope_accuracy",)),
+            Column("perplexity of answers", ("answers_perplexity",), is_share=False),
+            Column("perplexity of captions", ("perplexity",), is_share=False),
+        ),
+        reference="sugar_next_token",
     ),
     "mixture": Table(
         "The mixture of the two losses",

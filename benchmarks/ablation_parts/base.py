@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -14,14 +16,33 @@ from hf_unigd.quickstart.small_llava import build_llava, build_processor
 
 from . import records
 from .captions import caption_accuracy
-from .corpus import SIDE, pretraining_rows, texts
+from .corpus import ALL_ANSWERS, SHORT_ANSWERS, SIDE, pretraining_rows, texts
 from .precision import fast_products
 
 
 FOLDER, FACTS = Path("runs/ablations/base"), "pretraining.json"
 PATCH_SIZE, VOCABULARY = 16, 3000
 SHAPE = {"hidden_size": 224, "vision_layers": 4, "text_layers": 3}
-STEPS, BATCH_SIZE = 800, 128
+BATCH_SIZE, WARMUP_STEPS = 128, 50
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    A stage of pretraining.
+
+    Attributes:
+        shares: Shares of the rows.
+        steps: Number of steps.
+        batch_by_source: Whether each batch holds one kind of rows, so that long answers are not padded to.
+    """
+
+    shares: Mapping[tuple[str, str], float]
+    steps: int
+    batch_by_source: bool
+
+
+STAGES = (Stage(SHORT_ANSWERS, 300, False), Stage(ALL_ANSWERS, 300, True))
 
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -30,14 +51,13 @@ def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return build_llava(processor, **SHAPE), processor
 
 
-def pretrain(folder: Path = FOLDER, steps: int = STEPS) -> None:
+def pretrain(folder: Path = FOLDER) -> None:
     """
     Trains a base model by next-token prediction alone, from where it was stopped, and writes it with
     `pretraining.json`.
 
     Args:
         folder: The folder to write. `FOLDER-training` beside it keeps the checkpoints.
-        steps: Number of steps.
     """
     start = time.perf_counter()
     vlm, vlm_processor = build()
@@ -45,37 +65,40 @@ def pretrain(folder: Path = FOLDER, steps: int = STEPS) -> None:
     print(f"A LLaVA of {parameters / 1e6:.1f} million parameters.", flush=True)
     model, processor = UniGDForConditionalGeneration.from_vlm(vlm), UniGDProcessor(vlm_processor)
     model.verify_saves = False
-    checkpoints = folder.with_name(f"{folder.name}-training")
-    trainer = UniGDTrainer(
-        model,
-        UniGDTrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            warmup_steps=50,
-            contrastive_weight=0.0,
-            freeze_vision_tower=False,
-            check_rows="off",
-            batch_by_source=True,
-            save_steps=100,
-            save_total_limit=1,
-            logging_steps=25,
-            report_to=[],
-            use_cpu=True,
-        ),
-        train_dataset=pretraining_rows(),
-        processing_class=processor,
-        optimizers=(MuonWithAdamW(model), None),
-    )
-    stopped = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    with fast_products():
-        trainer.train(resume_from_checkpoint=stopped)
+    was_stopped = False
+    for number, stage in enumerate(STAGES):
+        checkpoints = folder.with_name(f"{folder.name}-training") / str(number)
+        stopped = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        was_stopped = was_stopped or stopped is not None
+        trainer = UniGDTrainer(
+            model,
+            UniGDTrainingArguments(
+                output_dir=str(checkpoints),
+                max_steps=stage.steps,
+                per_device_train_batch_size=BATCH_SIZE,
+                warmup_steps=WARMUP_STEPS,
+                contrastive_weight=0.0,
+                freeze_vision_tower=False,
+                check_rows="off",
+                batch_by_source=stage.batch_by_source,
+                save_steps=100,
+                save_total_limit=1,
+                logging_steps=25,
+                report_to=[],
+                use_cpu=True,
+            ),
+            train_dataset=pretraining_rows(stage.shares),
+            processing_class=processor,
+            optimizers=(MuonWithAdamW(model), None),
+        )
+        with fast_products():
+            trainer.train(resume_from_checkpoint=stopped)
     record = {
         "parameters": parameters,
-        "steps": steps,
+        "steps": sum(stage.steps for stage in STAGES),
         "batch_size": BATCH_SIZE,
         # Of a run that was stopped, the minutes before are not known.
-        "minutes": None if stopped else round((time.perf_counter() - start) / 60, 1),
+        "minutes": None if was_stopped else round((time.perf_counter() - start) / 60, 1),
     }
     with writing(folder) as unfinished:
         vlm.save_pretrained(unfinished)

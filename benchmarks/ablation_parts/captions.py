@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.data.icons import COLOURS as ICON_COLOURS
 from hf_unigd.data.scene_pictures import COLOURS, SHAPES
 
-from .corpus import ICON_OPENING, QUESTIONS, clip_art, icons, scenes
+from .corpus import QUESTIONS, clip_art, icon_description, icons, scenes
 
 
 ICONS = 300
@@ -48,9 +49,10 @@ def caption_accuracy(model: UniGDForConditionalGeneration, processor: UniGDProce
         name: generate_captions(model, processor, rows["image"], QUESTIONS["description"][0])
         for name, rows in drawn.items()
     }
+    described = [icon_description(row) for row in icons("test").select(range(ICONS))]
     found = {
         "scenes": [judge_scene(*each) for each in zip(said["scenes"], drawn["scenes"]["long_caption"], strict=True)],
-        "icons": [judge_icon(*each) for each in zip(said["icons"], drawn["icons"]["long_caption"], strict=True)],
+        "icons": [judge_icon(*each) for each in zip(said["icons"], described, strict=True)],
         "clip art": [
             judge_clip_art(*each) for each in zip(said["clip art"], drawn["clip art"]["long_caption"], strict=True)
         ],
@@ -88,7 +90,8 @@ def read_scene(caption: str) -> dict[str, tuple[str | None, str | None]]:
 
 
 def judge_icon(said: str, true: str) -> dict[str, bool]:
-    (names, colour), (true_names, true_colour) = _read_icon(said), _read_icon(true.removeprefix(ICON_OPENING))
+    """Whether a caption begins with the first word of an icon's name, has exactly its words, and its colour."""
+    (names, colour), (true_names, true_colour) = _read_icon(said), _read_icon(true)
     return {
         "first word": names[:1] == true_names[:1],
         "all words": sorted(names) == sorted(true_names),
@@ -97,9 +100,9 @@ def judge_icon(said: str, true: str) -> dict[str, bool]:
 
 
 def _read_icon(caption: str) -> tuple[list[str], str]:
-    """The words of the name and of the colour."""
-    names, _, rest = caption.partition(", drawn in ")
-    return names.replace(" and ", " ").replace(",", "").split(), rest.partition(" ")[0]
+    """The words of the name, and the colour, of "arrow left, a small red icon."."""
+    name, _, rest = caption.partition(",")
+    return name.split(), next((word for word in rest.split() if word in ICON_COLOURS), "")
 
 
 def judge_clip_art(said: str, true: str) -> dict[str, bool]:

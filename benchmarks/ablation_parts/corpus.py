@@ -1,15 +1,17 @@
 """What the base model learns to say: answers about drawn pictures and about texts, each after a question."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset, load_from_disk
 from torch.utils import data
 
 from hf_unigd.data import DatasetMixture, DatasetSource, load_icons, load_scenes
+from hf_unigd.data.icons import COLOURS, SIZES
 
 
 SIDE = 64
@@ -19,78 +21,134 @@ QUESTIONS = {
     "caption": ("Write a caption.", "Say it shortly."),
     "word": ("In one word", "Name it in one word."),
 }
-# Of the batches. Each holds questions of one kind about one kind of rows, so that little is padded.
-SHARES = {
-    "scenes": {"description": 0.2, "caption": 0.22, "word": 0.04},
-    "icons": {"description": 0.08, "caption": 0.03, "word": 0.02},
-    "clip art": {"description": 0.05, "caption": 0.01, "word": 0.01},
-    "texts": {"description": 0.04, "caption": 0.05, "word": 0.03},
-    "questions": {"answer": 0.22},
-}
 SCENES, VALIDATION, ICON_VIEWS = 16_000, 500, 4
+FACTS = 3  # questions of a chat
 CLIP_ART = Path("runs/openclipart/rows")
-# A caption that begins with the name of what is shown is learned faster.
-ICON_OPENING = "An icon of "
 
-Answers = Callable[[dict[str, Any], random.Random], dict[str, str]]
+# The shares of rows in the two stages of pretraining. In the first one all answers are short: a model that begins with
+# long ones learns their wording, and does not look at the picture.
+SHORT_ANSWERS = {
+    ("scenes", "facts"): 0.4,
+    ("scenes", "caption"): 0.25,
+    ("scenes", "word"): 0.05,
+    ("icons", "facts"): 0.15,
+    ("texts", "caption"): 0.08,
+    ("texts", "word"): 0.04,
+    ("clip art", "word"): 0.03,
+}
+ALL_ANSWERS = {
+    ("scenes", "description"): 0.25,
+    ("scenes", "caption"): 0.15,
+    ("scenes", "facts"): 0.1,
+    ("scenes", "word"): 0.03,
+    ("icons", "description"): 0.09,
+    ("icons", "caption"): 0.02,
+    ("clip art", "description"): 0.05,
+    ("clip art", "word"): 0.02,
+    ("texts", "description"): 0.05,
+    ("texts", "caption"): 0.04,
+    ("texts", "word"): 0.03,
+    ("questions", ""): 0.17,
+}
+
+Row = dict[str, Any]
+Turns = list[tuple[str, str]]
 
 
 class Conversations(data.Dataset):
     """
-    A question and its answer about each row, drawn by the number of the row.
+    A chat about each row, drawn by the number of the row.
 
     Args:
-        rows: Rows with `image`, and what `answers` reads.
-        answers: Gives the answers to each kind of question about a row, and for texts what it is about, by `"text"`.
-        kind: The kind of questions.
+        rows: Rows with `image`, and what `turns` reads.
+        turns: Gives the questions about a row, with their answers.
+        about_text: Whether the short caption of a row stands for its picture.
     """
 
-    def __init__(self, rows: Any, answers: Answers, kind: str):
-        self.rows, self.answers, self.kind = rows, answers, kind
+    def __init__(self, rows: Any, turns: Callable[[Row, random.Random], Turns], about_text: bool = False):
+        self.rows, self.turns, self.about_text = rows, turns, about_text
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
+    def __getitem__(self, place: int) -> Row:
         row = self.rows[place]
-        draw = random.Random(place)
-        answers = self.answers(row, draw)
-        question = draw.choice(QUESTIONS[self.kind])
-        asked = f"{answers['text']}\n{question}" if "text" in answers else f"<image>{question}"
-        return chat(asked, answers[self.kind], row)
+        return chat(row, self.turns(row, random.Random(place)), self.about_text)
 
 
-def chat(question: str, answer: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A row with one question, whose image tag stands for the picture of `row`."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, **({"images": [row["image"]]} if "<image>" in question else {})}
+def chat(row: Row, turns: Turns, about_text: bool = False) -> Row:
+    """A row with questions about the picture of `row`, or about its short caption, and their answers."""
+    opening = f"{row['short_caption']}\n" if about_text else "<image>"
+    messages = []
+    for question, answer in turns:
+        messages += [
+            {"role": "user", "content": f"{'' if messages else opening}{question}"},
+            {"role": "assistant", "content": answer},
+        ]
+    return {"messages": messages} if about_text else {"messages": messages, "images": [row["image"]]}
 
 
-def scene_answers(row: dict[str, Any], draw: random.Random) -> dict[str, str]:
-    word = draw.choice(row["icons"])["shape"]
-    return {"description": row["long_caption"], "caption": row["short_caption"], "word": word}
+def describe(row: Row, draw: random.Random) -> Turns:
+    return [(draw.choice(QUESTIONS["description"]), row["long_caption"])]
 
 
-def text_answers(row: dict[str, Any], draw: random.Random) -> dict[str, str]:
-    """A text is the short caption of a scene."""
-    return {"text": row["short_caption"], **scene_answers(row, draw)}
+def describe_icon(row: Row, draw: random.Random) -> Turns:
+    return [(draw.choice(QUESTIONS["description"]), icon_description(row))]
 
 
-def icon_answers(row: dict[str, Any], draw: random.Random) -> dict[str, str]:
-    names = row["icon"].split("_")
-    return {
-        "description": row["long_caption"].removeprefix(ICON_OPENING),
-        "caption": row["short_caption"],
-        "word": draw.choice(names),
-    }
+def icon_description(row: Row) -> str:
+    """A caption that begins with the name of what is shown, as such captions are learned faster."""
+    colour, size = icon_attributes(row)
+    return f"{row['short_caption']}, a {size} {colour} icon."
 
 
-def clip_art_answers(row: dict[str, Any], draw: random.Random) -> dict[str, str]:
-    return {
-        "description": row["long_caption"],
-        "caption": row["short_caption"],
-        "word": draw.choice(row["short_caption"].split()),
-    }
+def icon_attributes(row: Row) -> tuple[str, str]:
+    """The colour and the size of an icon, which its long caption says at its end."""
+    words = row["long_caption"].rstrip(".").split()[::-1]
+    return next(word for word in words if word in COLOURS), next(word for word in words if word in SIZES)
+
+
+def caption(row: Row, draw: random.Random) -> Turns:
+    return [(draw.choice(QUESTIONS["caption"]), row["short_caption"])]
+
+
+def name(row: Row, draw: random.Random) -> Turns:
+    """One of the things of a scene, or a word of a name or a title."""
+    words = [icon["shape"] for icon in row["icons"]] if "icons" in row else row["short_caption"].split()
+    return [(draw.choice(QUESTIONS["word"]), draw.choice(words))]
+
+
+def scene_facts(row: Row, draw: random.Random) -> Turns:
+    """Questions about the colour, the size, the number and the side of both things, and about what is on a side."""
+    things: dict[str, list[Row]] = {}
+    for icon in row["icons"]:
+        things.setdefault(icon["shape"], []).append(icon)
+    (across, down), (other_across, other_down) = (
+        (fmean(icon["x"] for icon in icons), fmean(icon["y"] for icon in icons)) for icons in things.values()
+    )
+    is_beside = abs(across - other_across) > abs(down - other_down)
+    sides = ("left", "right") if is_beside else ("top", "bottom")
+    is_first = across < other_across if is_beside else down < other_down
+    found: Turns = []
+    for (shape, icons), side in zip(things.items(), sides if is_first else sides[::-1], strict=True):
+        found += [
+            (f"Which colour is the {shape}?", icons[0]["colour"]),
+            (f"How large is the {shape}?", icons[0]["size"]),
+            (f"How often is the {shape} there?", ("once", "twice")[len(icons) - 1]),
+            (f"Where is the {shape}?", side),
+            (f"What is at the {side}?", shape),
+        ]
+    return draw.sample(found, FACTS)
+
+
+def icon_facts(row: Row, draw: random.Random) -> Turns:
+    """The colour and the size of an icon, and a word of its name."""
+    colour, size = icon_attributes(row)
+    return draw.sample([("Which colour is it?", colour), ("How large is it?", size), *name(row, draw)], FACTS)
+
+
+KINDS = {"description": describe, "caption": caption, "word": name, "facts": scene_facts}
+ICON_KINDS = {**KINDS, "description": describe_icon, "facts": icon_facts}
 
 
 def scenes(split: str) -> Dataset:
@@ -124,21 +182,24 @@ def icons(split: str) -> Dataset:
     return load_icons(split, views=ICON_VIEWS if split == "train" else 1, size=SIDE)
 
 
-def pretraining_rows() -> DatasetMixture:
-    """All that the base model is trained on."""
+def pretraining_rows(shares: Mapping[tuple[str, str], float]) -> DatasetMixture:
+    """The rows of a stage of pretraining, by their shares."""
+    captioned = scenes("train")
     drawn = {
-        "scenes": (scenes("train"), scene_answers),
-        "icons": (icons("train"), icon_answers),
-        "clip art": (clip_art("train"), clip_art_answers),
-        "texts": (WithoutImages(scenes("train")), text_answers),
+        "scenes": captioned,
+        "icons": icons("train"),
+        "clip art": clip_art("train"),
+        "texts": WithoutImages(captioned),
+        "questions": questions("train"),
     }
-    sources = [
-        DatasetSource(Conversations(*drawn[name], kind), f"{name}, {kind}", share)
-        for name, shares in SHARES.items()
-        if name in drawn
-        for kind, share in shares.items()
-    ]
-    return DatasetMixture([*sources, DatasetSource(questions("train"), "questions", SHARES["questions"]["answer"])])
+
+    def rows(source: str, kind: str) -> Any:
+        if source == "questions":
+            return drawn[source]
+        turns = (ICON_KINDS if source == "icons" else KINDS)[kind]
+        return Conversations(drawn[source], turns, about_text=source == "texts")
+
+    return DatasetMixture([DatasetSource(rows(*each), ", ".join(each), share) for each, share in shares.items()])
 
 
 class WithoutImages(Sequence):
@@ -160,9 +221,11 @@ def texts() -> Iterator[str]:
         yield from (row["short_caption"], row["long_caption"])
     for row in WithoutImages(questions("train")):
         yield from (turn["content"] for turn in row["messages"])
-    for row in icons("train").select_columns(["icon", "attributes", "glyph"]):
-        yield from (row["short_caption"], row["long_caption"].removeprefix(ICON_OPENING))
+    for row in icons("train"):
+        yield from (row["short_caption"], icon_description(row))
     for row in clip_art("train").select_columns(["short_caption", "long_caption"]):
         yield from (row["short_caption"], row["long_caption"])
+    for place, row in enumerate(WithoutImages(scenes("train").select(range(1000)))):
+        yield from chain.from_iterable(scene_facts(row, random.Random(place)))
     for question in chain.from_iterable(QUESTIONS.values()):
         yield from [f"USER: \n{question} ASSISTANT:"] * 500

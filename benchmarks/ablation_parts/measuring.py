@@ -18,8 +18,13 @@ from .corpus import QUESTIONS, chat, scenes
 
 
 BATCH_SIZE = 125
-# The benchmarks, what their metrics begin with in our files, and how these end in theirs.
-BENCHMARKS = {"scenes_retrieval": "", "scenes_sugarcrepe": "sugarcrepe_", "scenes_pope": "pope_"}
+# The benchmarks, and what their metrics begin with in our files.
+BENCHMARKS = {
+    "scenes_retrieval": "",
+    "scenes_sugarcrepe": "sugarcrepe_",
+    "scenes_winoground": "winoground_",
+    "scenes_pope": "pope_",
+}
 
 
 class Described(data.Dataset):
@@ -33,7 +38,7 @@ class Described(data.Dataset):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         row = self.rows[place]
-        return chat(f"<image>{QUESTIONS['description'][0]}", row["long_caption"], row)
+        return chat(row, [(QUESTIONS["description"][0], row["long_caption"])])
 
 
 def measure(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> dict[str, float]:
@@ -41,8 +46,9 @@ def measure(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> 
     Measures a model on held-out scenes.
 
     Returns:
-        `text_to_image_recall_at_1`, ...; `sugarcrepe_KIND`; `pope_accuracy`, `pope_CATEGORY`; and `perplexity`, that
-        of long captions after the question that the base model learned them by.
+        `text_to_image_recall_at_1`, ...; `sugarcrepe_KIND`; `winoground_text_score`, ...; `pope_accuracy`,
+        `pope_CATEGORY`; and `perplexity`, that of long captions after the question that the base model learned them
+        by.
     """
     embedder = ModelEmbedder(model, processor, "arm", BATCH_SIZE)
     benchmarks = load_benchmarks()

@@ -39,10 +39,10 @@ def fill_base() -> str:
 
 def fill_settings() -> str:
     """Which prompts and which learning rates were tried."""
-    prompts = records.read(records.RESULTS / "prompts.json").get("recall_at_1", {})
+    prompts = records.read(records.RESULTS / "prompts.json").get("validation", {})
     lines = ["| prompt | R@1 on the validation scenes |", "|---|---|"]
     lines += [f"| {prompt} | {value:.1%} |" for prompt, value in sorted(prompts.items(), key=lambda each: -each[1])]
-    tuned = {name: records.read(records.tuning_file(name)).get("recall_at_1", {}) for name in ARMS}
+    tuned = {name: records.read(records.tuning_file(name)).get("validation", {}) for name in ARMS}
     rates = sorted({rate for each in tuned.values() for rate in each}, key=float)
     lines += ["", f"| learning rate | {' | '.join(rates)} |", "|---" * (len(rates) + 1) + "|"]
     for name, each in tuned.items():

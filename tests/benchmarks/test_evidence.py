@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import openclipart
 import pytest
 import torch
-from ablation_parts import records, report, running, tables
+from ablation_parts import records, report, running, sugar, tables, vladva
 from ablation_parts.arms import ARMS, TABLES, Column, Table
 from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
 from ablation_parts.spread import Sample
@@ -93,12 +93,11 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["soft_prompts", "lora", "joint", "long_contrastive"])
-def test_an_arm_trains_what_it_declares(name, tiny_base, monkeypatch):
+def test_an_arm_trains_what_it_declares(name, tiny_base):
     folder, rows = tiny_base
-    monkeypatch.setattr(running, "BATCH_SIZE", 4)
-    arm = ARMS[name]
-    model, processor, losses = running.train(arm, 0, 1e-2, "In one word", folder, steps=2, rows=rows)
-    before, _ = running.load(folder, "In one word")
+    arm, settings = ARMS[name], {"prompt": "In one word", "steps": 2, "batch_size": 4}
+    model, processor, losses = vladva.train(arm, 0, 1e-2, folder, rows, **settings)
+    before, _ = vladva.load(folder, "In one word")
     before_weights = dict(before.vlm.named_parameters())
     changed = {
         key
@@ -109,6 +108,7 @@ def test_an_arm_trains_what_it_declares(name, tiny_base, monkeypatch):
     assert not any("vision_tower" in key or "projector" in key for key in changed)
     assert any("self_attn" in key for key in changed) == arm.lora
     assert bool(processor.soft_prompts) == arm.soft_prompts
+    assert [each["step"] for each in losses] == [1, 2]
     assert all(("causal_lm_loss" in each) == bool(arm.next_token) for each in losses)
     if arm.soft_prompts:  # they have moved away from the words that they started from
         ids = processor.soft_prompt_tokens
@@ -126,10 +126,10 @@ def test_a_run_writes_a_file_and_goes_on_where_it_was_stopped(tiny_base, results
         return None, None, [{"step": 10, "contrastive_loss": 0.25}]
 
     recall = iter([0.1, 0.7, 0.2])  # the second learning rate is the best
-    monkeypatch.setattr(running, "train", train)
-    monkeypatch.setattr(running, "best_prompt", lambda folder: "In one word")
-    monkeypatch.setattr(running, "validate", lambda *args: next(recall))
-    monkeypatch.setattr(running, "measure", lambda *args: {"perplexity": 2.0})
+    monkeypatch.setattr(vladva, "train", train)
+    monkeypatch.setattr(vladva, "best_prompt", lambda folder: "In one word")
+    monkeypatch.setattr(vladva, "validate", lambda *args: next(recall))
+    monkeypatch.setattr(vladva, "measure", lambda *args: {"perplexity": 2.0})
     for _ in range(2):
         for seed in (0, 1):
             running.run("lora", seed, folder)
@@ -158,8 +158,8 @@ def test_captions_are_right_in_kinds_colours_and_place():
     )
     assert judge_scene(swapped, said) == {"kinds": True, "colours": True, "place": False, "all": False}
     assert not any(judge_scene(said.replace("star", "heart"), said).values())
-    icon = "arrow, left and bold, drawn in red at a small size."
-    assert judge_icon("arrow, bold and left, drawn in blue at a small size.", icon) == {
+    icon = "arrow left bold, a small red icon."
+    assert judge_icon("arrow bold left, a small blue icon.", icon) == {
         "first word": True,
         "all words": True,
         "colour": False,
@@ -188,3 +188,22 @@ def test_a_drawing_stands_in_the_middle_of_a_white_square():
     picture = openclipart.render(SVG, 40)
     assert picture.size == (40, 40)
     assert [picture.getpixel((20, y)) for y in (4, 20, 35)] == [(255, 255, 255), (255, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("name", ["sugar_info_nce", "sugar_both"])
+def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, monkeypatch):
+    folder, _ = tiny_base
+    small = {"FOLDER": tmp_path, "STORIES": 8, "SCENES": 8, "CLIP_STEPS": 1, "STEPS": 2, "BATCH_SIZE": 4, "CAST": 16}
+    for setting, value in small.items():
+        monkeypatch.setattr(sugar, setting, value)
+    monkeypatch.setattr(sugar, "scenes", lambda split: load_scenes(split, count=8, size=64))
+    model, processor, losses = sugar.train(ARMS[name], 0, 1e-2, folder)
+    assert (processor.embedding_position, model.config.head_type) == ("last_slice", "mlp")
+    trained = {loss for loss in losses[-1] if loss != "step"}
+    assert (
+        trained
+        == {
+            "sugar_info_nce": {"contrastive_loss", "causal_lm_loss"},
+            "sugar_both": {"contrastive_loss", "causal_lm_loss", "alignment_loss"},
+        }[name]
+    )

@@ -1,0 +1,164 @@
+"""Arms of Sugar: an embedding head and LoRA on stories and scenes, with teachers that compare their slices."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch.utils import data
+from transformers import CLIPProcessor, LlavaProcessor, set_seed
+
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
+from hf_unigd.bulk import write_slice_features
+from hf_unigd.data import (
+    DatasetMixture,
+    DatasetSource,
+    MixedDataset,
+    RowParser,
+    TeacherArguments,
+    load_stories,
+    make_examples,
+)
+from hf_unigd.data.icons import COLOURS, draw_icon, icon_glyphs
+from hf_unigd.data.stories import captions_of, cast_of_icons, describe
+from hf_unigd.evaluation.embedders import ModelEmbedder
+from hf_unigd.evaluation.matches import ImageSettings, RowReader
+from hf_unigd.evaluation.perplexity import perplexity
+from hf_unigd.evaluation.stories import story_scores
+from hf_unigd.outputs import writing
+from hf_unigd.quickstart.small_clip import build_clip, train_clip
+from hf_unigd.quickstart.sugar import sentence_encoder
+
+from . import measuring, records
+from .arms import SugarArm
+from .corpus import SIDE, scenes
+from .training import Trained, tune_model
+
+
+STEPS, BATCH_SIZE = 100, 64
+CAST = 200
+STORIES, SCENES, TESTED, VALIDATED = 2000, 3000, 300, 200
+CLIP_STEPS, EMBEDDING_DIM = 600, 128
+FOLDER = Path("runs/ablations/sugar")  # of the teachers and their features
+
+
+def stories(split: str) -> Dataset:
+    """Stories to train on (`"train"`), to choose settings by (`"validation"`), or to measure on (`"test"`)."""
+    if split == "train":
+        return load_stories("train", STORIES, CAST, SIDE)
+    rows = load_stories("test", VALIDATED + TESTED, CAST, SIDE)
+    return rows.select(range(VALIDATED) if split == "validation" else range(VALIDATED, VALIDATED + TESTED))
+
+
+class Captioned(data.Dataset):
+    """Scenes with their long captions, which are predicted, and if asked their short ones, which are contrasted."""
+
+    def __init__(self, rows: Dataset, columns: Sequence[str]):
+        self.rows, self.columns = rows, columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        row = self.rows[place]
+        return {name: row[name] for name in self.columns}
+
+
+def training_rows(is_contrasted: bool) -> DatasetMixture:
+    columns = ("image", "long_caption", *(("short_caption",) if is_contrasted else ()))
+    captioned = Captioned(scenes("train").select(range(SCENES)), columns)
+    return DatasetMixture([DatasetSource(stories("train"), "stories"), DatasetSource(captioned, "scenes")])
+
+
+def make_teachers(folder: Path) -> TeacherArguments:
+    """MiniLM, and a CLIP that is trained on the pictures of stories and scenes, once for each base model."""
+    home = FOLDER / records.digest(folder / "model.safetensors")
+    clip = home / "clip"
+    if not clip.is_dir():
+        vlm_processor = LlavaProcessor.from_pretrained(folder)
+        tokenizer = copy.deepcopy(vlm_processor.tokenizer)
+        tokenizer.model_max_length = 64
+        processor = CLIPProcessor(vlm_processor.image_processor, tokenizer)
+        model = build_clip(vlm_processor)
+        train_clip(model, processor, captioned_pictures(), CLIP_STEPS)
+        home.mkdir(parents=True, exist_ok=True)
+        with writing(clip) as unfinished:
+            model.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
+    return TeacherArguments(image_teacher=str(clip), text_teacher=sentence_encoder(), cross_teacher=str(clip))
+
+
+def captioned_pictures() -> list[tuple]:
+    """Pictures of stories with the sentences that may be about them, and scenes with both of their captions."""
+    glyphs = icon_glyphs()
+    drawn = [
+        (draw_icon(glyphs[icon], colour, "large", SIDE), [describe(icon, colour), *captions_of(icon, colour)])
+        for icon in cast_of_icons(CAST)
+        for colour in COLOURS
+    ]
+    shown = scenes("train").select(range(SCENES))[:]
+    return drawn + [
+        (image, [short, *long.split(". ")[1:]])
+        for image, short, long in zip(shown["image"], shown["short_caption"], shown["long_caption"], strict=True)
+    ]
+
+
+def make_slice_features(is_contrasted: bool, teachers: TeacherArguments) -> Path:
+    """What the teachers say of the slices of the training rows, written once."""
+    output = Path(teachers.cross_teacher).parent / ("features_contrasted" if is_contrasted else "features")
+    parser = RowParser(len, 0 if not is_contrasted else 30, trust_caption_columns=True, splitter=teachers.splitter)
+    parts = [
+        make_examples(source.rows, source.parser(parser), check_rows="off")
+        for source in training_rows(is_contrasted).sources
+    ]
+    write_slice_features(MixedDataset(parts), teachers, output, batch_size=128)
+    return output
+
+
+def settings(arm: SugarArm, folder: Path) -> dict[str, Any]:
+    return {"steps": STEPS, "batch_size": BATCH_SIZE, "stories": STORIES, "scenes": SCENES, "clip_steps": CLIP_STEPS}
+
+
+def train(arm: SugarArm, seed: int, learning_rate: float, folder: Path) -> Trained:
+    """Trains an arm from a base model, as `vladva.train` does."""
+    set_seed(seed)  # of the head
+    model = UniGDForConditionalGeneration.from_vlm_pretrained(
+        str(folder), head_type="mlp", embedding_dim=EMBEDDING_DIM
+    )
+    processor = UniGDProcessor.from_vlm_pretrained(
+        str(folder), embedding_position="last_slice", image_pooling=arm.image_pooling
+    )
+    objective: dict[str, Any] = {"contrastive_weight": arm.contrastive, "alignment_weight": arm.structure}
+    if arm.structure:
+        teachers = make_teachers(folder)
+        objective |= {
+            **vars(teachers),
+            "slice_features": str(make_slice_features(bool(arm.contrastive), teachers)),
+            "alignment_target": arm.target,
+            "triple_kernel": arm.triple_kernel,
+        }
+    rows = training_rows(bool(arm.contrastive))
+    return tune_model(model, processor, rows, seed, learning_rate, STEPS, BATCH_SIZE, **objective)
+
+
+def validate(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> float:
+    """Mean of the recall at 1 of the last pictures of validation stories and of validation scenes."""
+    embedder = ModelEmbedder(model, processor, "arm", measuring.BATCH_SIZE)
+    told = story_scores(embedder, stories("validation"), ks=(1,))
+    return (told["5c+4i_unseen_recall_at_1"].metric + measuring.validate(model, processor)) / 2
+
+
+def measure(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> dict[str, float]:
+    """What is measured of every arm, the recall of the last pictures of stories (`5c_recall_at_1`, ...), and
+    `answers_perplexity`, that of what these show."""
+    embedder = ModelEmbedder(model, processor, "arm", measuring.BATCH_SIZE)
+    rows = stories("test")
+    told = {
+        name.replace("_unseen", ""): each.metric
+        for name, each in story_scores(embedder, rows).items()
+        if "_unseen_" in name
+    }
+    answers = perplexity(embedder, RowReader.of(rows.remove_columns("captions"), embedder, ImageSettings(), 0))
+    assert answers is not None
+    return {**measuring.measure(model, processor), **told, "answers_perplexity": answers.metric}
