@@ -52,7 +52,24 @@ class SugarArm:
     is_trained = True
 
 
-ARMS: dict[str, Arm | SugarArm] = {
+@dataclass(frozen=True)
+class ClipArm:
+    """
+    Two towers of the size of the base model, which are trained from scratch on captioned scenes with CLIP's loss.
+
+    Attributes:
+        title: Its row in tables.
+        like_tuning, like_pretraining: Whether it takes as many steps as the other arms take from the base model, and
+            as this took.
+    """
+
+    title: str
+    like_tuning: bool = True
+    like_pretraining: bool = True
+    is_trained = True
+
+
+ARMS: dict[str, Arm | SugarArm | ClipArm] = {
     "as_it_is": Arm("as it is, best prompt", contrastive=0.0, lora=False, soft_prompts=False),
     "soft_prompts": Arm("+ soft prompts", lora=False),
     "lora": Arm("+ LoRA", soft_prompts=False),
@@ -62,6 +79,8 @@ ARMS: dict[str, Arm | SugarArm] = {
     "joint_0.1": Arm("1 : 0.1", next_token=0.1),
     "joint_0.5": Arm("1 : 0.5", next_token=0.5),
     "joint_2": Arm("1 : 2", next_token=2.0),
+    "clip": ClipArm("two towers, as many steps as the base model and an arm"),
+    "clip_short": ClipArm("two towers, as many steps as an arm", like_pretraining=False),
     "sugar_next_token": SugarArm("next-token alone"),
     "sugar_info_nce": SugarArm("+ InfoNCE", contrastive=1.0),
     "sugar": SugarArm("+ structure loss", structure=1.0),
@@ -159,6 +178,13 @@ TABLES = {
             Column("perplexity of captions", ("perplexity",), is_share=False),
         ),
         reference="sugar_next_token",
+    ),
+    "towers": Table(
+        "Beside two towers",
+        "How does a tuned generative model compare with two towers of its size?",
+        own_titles("both", "joint", "clip_short", "clip"),
+        (*RETRIEVAL, *SUGARCREPE),
+        reference="joint",
     ),
     "mixture": Table(
         "The mixture of the two losses",

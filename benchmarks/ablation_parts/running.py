@@ -4,14 +4,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import base, records, sugar, vladva
-from .arms import ARMS, Arm, SugarArm
+from . import base, clip, records, sugar, vladva
+from .arms import ARMS, Arm, ClipArm, SugarArm
 
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 100  # not one of those that are reported
 # Each has `settings`, `train`, `validate` and `measure`.
-RECIPES: dict[type, Any] = {Arm: vladva, SugarArm: sugar}
+RECIPES: dict[type, Any] = {Arm: vladva, SugarArm: sugar, ClipArm: clip}
 
 
 def tune(name: str, folder: Path = base.FOLDER) -> float:
@@ -24,8 +24,8 @@ def tune(name: str, folder: Path = base.FOLDER) -> float:
         record = {"arm": name, "seed": TUNING_SEED, "base": own, "validation": {}}
     for rate in LEARNING_RATES:
         if str(rate) not in record["validation"]:
-            model, processor, _ = recipe.train(arm, TUNING_SEED, rate, folder)
-            record["validation"][str(rate)] = recipe.validate(model, processor)
+            embedder, _ = recipe.train(arm, TUNING_SEED, rate, folder)
+            record["validation"][str(rate)] = recipe.validate(embedder)
             print(f"{name}, learning rate {rate:g}: {record['validation'][str(rate)]:.3f}", flush=True)
             records.write(records.tuning_file(name), record)
     return float(max(record["validation"], key=record["validation"].get))
@@ -42,9 +42,9 @@ def run(name: str, seed: int, folder: Path = base.FOLDER) -> None:
     rate = tune(name, folder) if arm.is_trained else None
     settings = recipe.settings(arm, folder)
     start = time.perf_counter()
-    model, processor, losses = recipe.train(arm, seed, rate, folder)
+    embedder, losses = recipe.train(arm, seed, rate, folder)
     trained = time.perf_counter()
-    metrics = recipe.measure(model, processor)
+    metrics = recipe.measure(embedder)
     metrics |= {f"final_{loss}": value for loss, value in (losses[-1].items() if losses else ()) if loss != "step"}
     record = {
         "arm": name,

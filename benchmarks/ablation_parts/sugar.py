@@ -1,6 +1,5 @@
 """Arms of Sugar: an embedding head and LoRA on stories and scenes, with teachers that compare their slices."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,9 @@ from hf_unigd.quickstart.sugar import sentence_encoder
 
 from . import measuring, records
 from .arms import SugarArm
+from .clip import end_texts
 from .corpus import SIDE, scenes
+from .precision import fast_products
 from .training import Trained, tune_model
 
 
@@ -76,16 +77,16 @@ def make_teachers(folder: Path) -> TeacherArguments:
     home = FOLDER / records.digest(folder / "model.safetensors")
     clip = home / "clip"
     if not clip.is_dir():
-        vlm_processor = LlavaProcessor.from_pretrained(folder)
-        tokenizer = copy.deepcopy(vlm_processor.tokenizer)
-        tokenizer.model_max_length = 64
-        processor = CLIPProcessor(vlm_processor.image_processor, tokenizer)
-        model = build_clip(vlm_processor)
-        train_clip(model, processor, captioned_pictures(), CLIP_STEPS)
+        processor = LlavaProcessor.from_pretrained(folder)
+        end_texts(processor.tokenizer)
+        model = build_clip(processor)
+        clip_processor = CLIPProcessor(processor.image_processor, processor.tokenizer)
+        with fast_products():
+            train_clip(model, clip_processor, captioned_pictures(), CLIP_STEPS)
         home.mkdir(parents=True, exist_ok=True)
         with writing(clip) as unfinished:
             model.save_pretrained(unfinished)
-            processor.save_pretrained(unfinished)
+            clip_processor.save_pretrained(unfinished)
     return TeacherArguments(image_teacher=str(clip), text_teacher=sentence_encoder(), cross_teacher=str(clip))
 
 
@@ -142,17 +143,15 @@ def train(arm: SugarArm, seed: int, learning_rate: float, folder: Path) -> Train
     return tune_model(model, processor, rows, seed, learning_rate, STEPS, BATCH_SIZE, **objective)
 
 
-def validate(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> float:
+def validate(embedder: ModelEmbedder) -> float:
     """Mean of the recall at 1 of the last pictures of validation stories and of validation scenes."""
-    embedder = ModelEmbedder(model, processor, "arm", measuring.BATCH_SIZE)
     told = story_scores(embedder, stories("validation"), ks=(1,))
-    return (told["5c+4i_unseen_recall_at_1"].metric + measuring.validate(model, processor)) / 2
+    return (told["5c+4i_unseen_recall_at_1"].metric + measuring.validate(embedder)) / 2
 
 
-def measure(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> dict[str, float]:
+def measure(embedder: ModelEmbedder) -> dict[str, float]:
     """What is measured of every arm, the recall of the last pictures of stories (`5c_recall_at_1`, ...), and
     `answers_perplexity`, that of what these show."""
-    embedder = ModelEmbedder(model, processor, "arm", measuring.BATCH_SIZE)
     rows = stories("test")
     told = {
         name.replace("_unseen", ""): each.metric
@@ -161,4 +160,4 @@ def measure(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> 
     }
     answers = perplexity(embedder, RowReader.of(rows.remove_columns("captions"), embedder, ImageSettings(), 0))
     assert answers is not None
-    return {**measuring.measure(model, processor), **told, "answers_perplexity": answers.metric}
+    return {**measuring.measure(embedder), **told, "answers_perplexity": answers.metric}

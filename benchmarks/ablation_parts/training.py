@@ -6,11 +6,14 @@ from typing import Any
 from peft import LoraConfig
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.evaluation.embedders import Embedder, ModelEmbedder
 
 from .precision import fast_products
 
 
-Trained = tuple[UniGDForConditionalGeneration, UniGDProcessor, list[dict[str, float]]]
+EVALUATION_BATCH_SIZE = 125
+# What measures an arm, and the losses that were logged.
+Trained = tuple[Embedder, list[dict[str, float]]]
 
 
 def tune_model(
@@ -38,7 +41,7 @@ def tune_model(
         objective: Training arguments in which arms differ.
 
     Returns:
-        The model, its processor, and the losses that were logged.
+        The model, into which the adapter is merged, and the losses that were logged.
     """
     with tempfile.TemporaryDirectory() as output:
         trainer = UniGDTrainer(
@@ -70,4 +73,8 @@ def tune_model(
         for each in trainer.state.log_history
         if "learning_rate" in each
     ]
-    return trainer.model.merge_and_unload(), processor, losses
+    return as_embedder(trainer.model.merge_and_unload(), processor), losses
+
+
+def as_embedder(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> ModelEmbedder:
+    return ModelEmbedder(model, processor, "arm", EVALUATION_BATCH_SIZE)

@@ -11,7 +11,7 @@ from . import records
 from .arms import Arm
 from .corpus import QUESTIONS, scenes
 from .measuring import measure, validate
-from .training import Trained, tune_model
+from .training import Trained, as_embedder, tune_model
 
 
 __all__ = ["measure", "settings", "train", "validate"]
@@ -54,7 +54,7 @@ def best_prompt(folder: Path) -> str:
         record = {"base": own, "validation": {}}
     for prompt in PROMPTS:
         if prompt not in record["validation"]:
-            record["validation"][prompt] = validate(*load(folder, prompt))
+            record["validation"][prompt] = validate(as_embedder(*load(folder, prompt)))
             print(f"prompt {prompt!r}: {record['validation'][prompt]:.3f}", flush=True)
             records.write(file, record)
     return max(record["validation"], key=record["validation"].get)
@@ -79,7 +79,7 @@ def train(arm: Arm, seed: int, learning_rate: float | None, folder: Path, rows: 
     chosen = given or settings(arm, folder)
     model, processor = load(folder, chosen["prompt"])
     if learning_rate is None:
-        return model, processor, []
+        return as_embedder(model, processor), []
     if arm.soft_prompts:
         model.add_soft_prompts(**processor.add_soft_prompts())
     return tune_model(

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import openclipart
 import pytest
 import torch
-from ablation_parts import records, report, running, sugar, tables, vladva
+from ablation_parts import clip, records, report, running, sugar, tables, vladva
 from ablation_parts.arms import ARMS, TABLES, Column, Table
 from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
 from ablation_parts.spread import Sample
@@ -96,7 +96,8 @@ def tiny_base(tmp_path_factory):
 def test_an_arm_trains_what_it_declares(name, tiny_base):
     folder, rows = tiny_base
     arm, settings = ARMS[name], {"prompt": "In one word", "steps": 2, "batch_size": 4}
-    model, processor, losses = vladva.train(arm, 0, 1e-2, folder, rows, **settings)
+    embedder, losses = vladva.train(arm, 0, 1e-2, folder, rows, **settings)
+    model, processor = embedder.model, embedder.processor
     before, _ = vladva.load(folder, "In one word")
     before_weights = dict(before.vlm.named_parameters())
     changed = {
@@ -123,7 +124,7 @@ def test_a_run_writes_a_file_and_goes_on_where_it_was_stopped(tiny_base, results
 
     def train(arm, seed, learning_rate, *args):
         trained.append((seed, learning_rate))
-        return None, None, [{"step": 10, "contrastive_loss": 0.25}]
+        return None, [{"step": 10, "contrastive_loss": 0.25}]
 
     recall = iter([0.1, 0.7, 0.2])  # the second learning rate is the best
     monkeypatch.setattr(vladva, "train", train)
@@ -197,8 +198,8 @@ def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, mo
     for setting, value in small.items():
         monkeypatch.setattr(sugar, setting, value)
     monkeypatch.setattr(sugar, "scenes", lambda split: load_scenes(split, count=8, size=64))
-    model, processor, losses = sugar.train(ARMS[name], 0, 1e-2, folder)
-    assert (processor.embedding_position, model.config.head_type) == ("last_slice", "mlp")
+    embedder, losses = sugar.train(ARMS[name], 0, 1e-2, folder)
+    assert (embedder.processor.embedding_position, embedder.model.config.head_type) == ("last_slice", "mlp")
     trained = {loss for loss in losses[-1] if loss != "step"}
     assert (
         trained
@@ -207,3 +208,15 @@ def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, mo
             "sugar_both": {"contrastive_loss", "causal_lm_loss", "alignment_loss"},
         }[name]
     )
+
+
+def test_two_towers_learn_which_caption_is_of_which_picture(tiny_base, monkeypatch):
+    folder, rows = tiny_base
+    monkeypatch.setattr(clip, "scenes", lambda split: rows)
+    monkeypatch.setattr(clip, "BATCH_SIZE", 16)
+    monkeypatch.setattr(clip, "TUNING_STEPS", 60)
+    embedder, _ = clip.train(ARMS["clip_short"], 0, 3e-3, folder)
+    images = embedder.embed([[row["image"]] for row in rows])
+    texts = embedder.embed([row["short_caption"] for row in rows])
+    found = (images @ texts.T).argmax(1) == torch.arange(len(rows))
+    assert found.float().mean() > 0.3  # 7 of 16; 3 where a text is read to the token of the largest number alone
