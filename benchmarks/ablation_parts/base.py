@@ -33,14 +33,14 @@ class Stage:
 
     Attributes:
         shares: Shares of the rows.
-        steps: Number of steps. Their batches hold rows of all kinds: batches of one kind each pull the model to and fro.
+        steps: Number of steps. Their batches hold rows of all kinds, as those of one kind pull the model to and fro.
     """
 
     shares: Mapping[tuple[str, str], float]
     steps: int
 
 
-STAGES = (Stage(SHORT_ANSWERS, 300), Stage(ALL_ANSWERS, 150))
+STAGES = (Stage(SHORT_ANSWERS, 700), Stage(ALL_ANSWERS, 500))
 
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

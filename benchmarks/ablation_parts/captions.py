@@ -64,13 +64,17 @@ def caption_accuracy(model: UniGDForConditionalGeneration, processor: UniGDProce
 
 
 def judge_scene(said: str, true: str) -> dict[str, bool]:
-    """Whether a long caption of a scene names the kinds, the colours of each, and the place of one beside the other as
-    the true one does. A caption may begin with either thing."""
+    """Whether a long caption of a scene names its kinds, its colours, and the place of one thing beside the other,
+    each for itself and all together. A caption may begin with either thing. A thing is known by its kind or colour."""
     one, other = read_scene(said), read_scene(true)
-    kinds = one.keys() == other.keys()
-    colours = kinds and all(one[kind][0] == other[kind][0] for kind in other)
-    place = kinds and all(one[kind][1] == other[kind][1] for kind in other)
-    return {"kinds": kinds, "colours": colours, "place": place, "all": colours and place}
+    by_colour, other_by_colour = (dict(things.values()) for things in (one, other))
+    by_kind, other_by_kind = ({kind: side for kind, (_, side) in things.items()} for things in (one, other))
+    return {
+        "kinds": one.keys() == other.keys(),
+        "colours": by_colour.keys() == other_by_colour.keys(),
+        "place": by_kind == other_by_kind or by_colour == other_by_colour,
+        "all": one == other,
+    }
 
 
 def read_scene(caption: str) -> dict[str, tuple[str | None, str | None]]:

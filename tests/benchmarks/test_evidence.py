@@ -158,7 +158,9 @@ def test_captions_are_right_in_kinds_colours_and_place():
         said.replace("On the left", "On the RIGHT").replace("on the right", "on the left").replace("RIGHT", "right")
     )
     assert judge_scene(swapped, said) == {"kinds": True, "colours": True, "place": False, "all": False}
-    assert not any(judge_scene(said.replace("star", "heart"), said).values())
+    wrong_kind = said.replace("star", "heart")
+    assert judge_scene(wrong_kind, said) == {"kinds": False, "colours": True, "place": True, "all": False}
+    assert not any(judge_scene(wrong_kind.replace("red", "green"), said).values())
     icon = "arrow left bold, a small red icon."
     assert judge_icon("arrow bold left, a small blue icon.", icon) == {
         "first word": True,
