@@ -13,11 +13,11 @@ from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer
 from hf_unigd.outputs import writing
 from hf_unigd.quickstart.muon import MuonWithAdamW
 from hf_unigd.quickstart.small_llava import build_llava, build_processor
+from hf_unigd.quickstart.training import fast_matrix_products
 
 from . import records
 from .captions import caption_accuracy
 from .corpus import ALL_ANSWERS, SHORT_ANSWERS, SIDE, pretraining_rows, texts
-from .precision import fast_products
 
 
 FOLDER, FACTS = Path("runs/ablations/base"), "pretraining.json"
@@ -88,7 +88,7 @@ def pretrain(folder: Path = FOLDER) -> None:
             processing_class=processor,
             optimizers=(MuonWithAdamW(model), None),
         )
-        with fast_products():
+        with fast_matrix_products():
             trainer.train(resume_from_checkpoint=stopped)
     record = {
         "parameters": parameters,

@@ -10,12 +10,12 @@ from transformers import CLIPProcessor, LlavaConfig, LlavaProcessor, PreTrainedT
 
 from hf_unigd.evaluation.embedders import SentenceEmbedder
 from hf_unigd.quickstart.small_clip import build_clip, train_clip
+from hf_unigd.quickstart.training import fast_matrix_products
 
 from . import base, vladva
 from .arms import ClipArm
 from .corpus import scenes
 from .measuring import measure, validate
-from .precision import fast_products
 from .training import EVALUATION_BATCH_SIZE, Trained
 
 
@@ -51,7 +51,7 @@ def train(arm: ClipArm, seed: int, learning_rate: float, folder: Path) -> Traine
     rows = scenes("train")[:]
     pairs = [(image, [caption]) for image, caption in zip(rows["image"], rows["short_caption"], strict=True)]
     clip_processor = CLIPProcessor(processor.image_processor, processor.tokenizer)
-    with fast_products():
+    with fast_matrix_products():
         train_clip(model, clip_processor, pairs, settings(arm, folder)["steps"], BATCH_SIZE, learning_rate, seed)
     with tempfile.TemporaryDirectory() as output:
         model.save_pretrained(output)

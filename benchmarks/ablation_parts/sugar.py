@@ -28,12 +28,12 @@ from hf_unigd.evaluation.stories import story_scores
 from hf_unigd.outputs import writing
 from hf_unigd.quickstart.small_clip import build_clip, train_clip
 from hf_unigd.quickstart.sugar import sentence_encoder
+from hf_unigd.quickstart.training import fast_matrix_products
 
 from . import measuring, records
 from .arms import SugarArm
 from .clip import end_texts
 from .corpus import SIDE, scenes
-from .precision import fast_products
 from .training import Trained, tune_model
 
 
@@ -81,7 +81,7 @@ def make_teachers(folder: Path) -> TeacherArguments:
         end_texts(processor.tokenizer)
         model = build_clip(processor)
         clip_processor = CLIPProcessor(processor.image_processor, processor.tokenizer)
-        with fast_products():
+        with fast_matrix_products():
             train_clip(model, clip_processor, captioned_pictures(), CLIP_STEPS)
         home.mkdir(parents=True, exist_ok=True)
         with writing(clip) as unfinished:

@@ -7,8 +7,7 @@ from peft import LoraConfig
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.evaluation.embedders import Embedder, ModelEmbedder
-
-from .precision import fast_products
+from hf_unigd.quickstart.training import fast_matrix_products
 
 
 EVALUATION_BATCH_SIZE = 125
@@ -66,7 +65,7 @@ def tune_model(
             processing_class=processor,
             peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=None if lora else []),
         )
-        with fast_products():
+        with fast_matrix_products():
             trainer.train()
     losses = [
         {name: round(value, 5) for name, value in each.items() if name == "step" or name.endswith("_loss")}
