@@ -1,7 +1,6 @@
 """The study of `benchmarks/ablations.py`: its statistics, its page, and a run of two steps."""
 
 import json
-from importlib.util import find_spec
 
 import openclipart
 import pytest
@@ -186,7 +185,6 @@ def test_a_drawing_has_a_title_and_keywords():
     assert drawing.long_caption == "big dog. Keywords: animal, mammal. a dog."
 
 
-@pytest.mark.skipif(find_spec("resvg_py") is None, reason="needs `pip install resvg-py`")
 def test_a_drawing_stands_in_the_middle_of_a_white_square():
     picture = openclipart.render(SVG, 40)
     assert picture.size == (40, 40)

@@ -70,7 +70,7 @@ def test_every_command_has_help(command, capsys):
 
 
 def test_unknown_commands_name_the_known():
-    with pytest.raises(SystemExit, match=r"no command 'dance'.*quickstart, caption, train"):
+    with pytest.raises(SystemExit, match=r"no command 'dance'.*quickstart, caption, plan, train"):
         main(["dance"])
 
 

@@ -40,7 +40,7 @@ def test_icons_are_images_with_both_captions():
     assert rows[0]["short_caption"] == rows[0]["icon"].replace("_", " ")
     assert len(rows[0]["image"].getcolors(48 * 48)) > 2
     long_caption = rows[0]["long_caption"]
-    assert " drawn in " in long_caption and " size." in long_caption
+    assert long_caption.startswith(f"{rows[0]['short_caption']}, a ") and long_caption.endswith(" icon.")
 
 
 def test_no_held_out_icon_is_in_training_by_name_or_by_look():
