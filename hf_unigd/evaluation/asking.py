@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from ..bulk import process_state
 from ..modeling.rendering_unigd import SequenceError
@@ -33,6 +34,7 @@ def speaker(embedder: Embedder) -> ModelEmbedder:
 def ask(
     embedder: Embedder,
     questions: Sequence[Callable[[], list]],
+    show_progress: bool,
     answer_tokens: int = ANSWER_TOKENS,
     answer: Answerer | None = None,
 ) -> list[str]:
@@ -42,6 +44,7 @@ def ask(
     Args:
         embedder: The model.
         questions: Each makes the texts and images of a question, when it is asked.
+        show_progress: Whether the first process draws a progress bar.
         answer_tokens: Longest answer, in tokens.
         answer: How a batch is answered. By default, the model reads the question alone and says what is likeliest.
 
@@ -53,6 +56,8 @@ def ask(
     state = process_state()
     own = list(range(state.process_index, len(questions), state.num_processes))
     answers: dict[int, str] = {}
+    hidden = not (show_progress and state.is_main_process)
+    progress = tqdm(total=len(own), desc="Answering", unit="question", disable=hidden)
     for start in range(0, len(own), model.batch_size):
         numbers = own[start : start + model.batch_size]
         batch = [questions[number]() for number in numbers]
@@ -61,6 +66,8 @@ def ask(
         except ValueError as error:
             raise ValueError(f"In the batch that begins with question {numbers[0]}: {error}") from error
         answers |= dict(zip(numbers, said, strict=True))
+        progress.update(len(numbers))
+    progress.close()
     found = dict(chain.from_iterable(each.items() for each in gather_object([answers])))
     return [found[number] for number in range(len(questions))]
 

@@ -77,7 +77,7 @@ def caption_generation(
     Args:
         embedder: The model.
         data: The rows.
-        show_progress: Has no effect.
+        show_progress: Whether to draw a progress bar.
         instruction: What follows the image.
         answer_tokens: Longest caption, in tokens.
 
@@ -95,7 +95,7 @@ def caption_generation(
     def question(number: int) -> list:
         return [data.open(number, "image"), instruction]
 
-    said = ask(embedder, [partial(question, number) for number in rows], answer_tokens)
+    said = ask(embedder, [partial(question, number) for number in rows], show_progress, answer_tokens)
     counts = {
         "images": len(said),
         "references": sum(map(len, references)),

@@ -31,7 +31,7 @@ def yes_no(embedder: Embedder, data: BenchmarkData, show_progress: bool = False)
     def question(number: int) -> list:
         return [data.open(number, "image"), data.rows[number]["question"]]
 
-    said = ask(embedder, [partial(question, number) for number in rows])
+    said = ask(embedder, [partial(question, number) for number in rows], show_progress)
     words = [yes_or_no(answer) for answer in said]
     right = [word == data.rows[n]["answer"].strip().lower() for n, word in zip(rows, words, strict=True)]
     counts = {"items": len(rows), "neither_yes_nor_no": words.count(None)}
@@ -62,7 +62,7 @@ def picture_question(embedder: Embedder, data: BenchmarkData, show_progress: boo
         return ["First Image:", images[0], "Second Image:", images[1], question]
 
     asked = [partial(sequence, *question, letter) for question, letter in zip(questions, letters, strict=True)]
-    said = ask(embedder, asked)
+    said = ask(embedder, asked, show_progress)
     found = [re.search(r"\b[AB]\b", answer) for answer in said]
     right = [each is not None and each.group() == letter for each, letter in zip(found, letters, strict=True)]
     counts = {"items": len(questions), "neither_a_nor_b": found.count(None)}
@@ -83,7 +83,7 @@ def answer_positions(
     Args:
         embedder: The model.
         data: The rows.
-        show_progress: Has no effect.
+        show_progress: Whether to draw a progress bar.
         instruction: What follows the question.
 
     Raises:
@@ -103,7 +103,7 @@ def answer_positions(
             parts += [data.open(number, "images", place), row["captions"][place]]
         return [*parts, f"{row['text']} {instruction}"]
 
-    said = ask(embedder, [partial(sequence, *each) for each in zip(numbers, positions, strict=True)])
+    said = ask(embedder, [partial(sequence, *each) for each in zip(numbers, positions, strict=True)], show_progress)
     words = [yes_or_no(answer) for answer in said]
     right = np.array([word == data.rows[n]["answer"] for n, word in zip(numbers, words, strict=True)], np.float64)
     scores = {f"position_{each + 1}_accuracy": Scores(right[each::count]) for each in range(count)}
@@ -137,7 +137,7 @@ def interleaved_answers(
     Args:
         embedder: The model.
         data: The rows.
-        show_progress: Has no effect.
+        show_progress: Whether to draw a progress bar.
         answer_tokens: Longest answer, in tokens.
 
     Raises:
@@ -161,7 +161,7 @@ def interleaved_answers(
                 said[place] = text
         return said
 
-    said = ask(embedder, [partial(sequence, number) for number in rows], answer=answer)
+    said = ask(embedder, [partial(sequence, number) for number in rows], show_progress, answer=answer)
     scores = []
     for number, text in zip(rows, said, strict=True):
         row = data.rows[number]
@@ -193,7 +193,7 @@ def retrieval_answers(
     Args:
         embedder: The model.
         data: The rows, with knowledge.
-        show_progress: Whether to draw a progress bar for the index.
+        show_progress: Whether to draw progress bars, for the index too.
         measure: Name of the measure ([`~hf_unigd.evaluation.answer_measures.MEASURES`]).
         instruction: What follows the question.
         k: How many entries stand in a prompt. Sugar does not say how many.
@@ -216,8 +216,9 @@ def retrieval_answers(
             )
             return [each.text for each in said]
 
-        retrieved = ask(embedder, questions, answer=answer)
-    said = {measure: ask(embedder, questions, answer_tokens), f"{measure}_with_retrieval": retrieved}
+        retrieved = ask(embedder, questions, show_progress, answer=answer)
+    alone = ask(embedder, questions, show_progress, answer_tokens)
+    said = {measure: alone, f"{measure}_with_retrieval": retrieved}
     scores = {
         name: torch.tensor(
             [score(text, data.rows[number]) for number, text in zip(rows, answers, strict=True)], dtype=torch.float64

@@ -229,6 +229,14 @@ def test_webqa_retrieves_pictures_of_all_of_its_questions(folder):
     assert {row["image"] for row in drawn.knowledge.rows} == {each["image_id"] for each in facts}
 
 
+def test_answering_shows_its_progress(capsys):
+    rows = [{"image": make_image(place), "question": "Is it?", "answer": "yes"} for place in range(3)]
+    PROTOCOLS["yes_no"](Speaker(["yes"] * 3), in_memory(rows), True)
+    assert "Answering: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
+    PROTOCOLS["yes_no"](Speaker(["yes"] * 3), in_memory(rows), False)
+    assert "Answering" not in capsys.readouterr().err
+
+
 def test_webqa_positions_are_of_yes_no_questions_with_one_picture_that_helps(folder):
     data = read_benchmark(load_benchmarks()["webqa_positions"], folder)
     assert [(row["text"], row["answer"]) for row in data.rows] == [
