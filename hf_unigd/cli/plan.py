@@ -46,7 +46,9 @@ class PlanArguments:
         default=25, metadata={"help": "Tokens of the prompt and template of a sequence."}
     )
     short_tokens: NotNegative = field(default=20, metadata={"help": "Tokens of a short caption."})
-    long_tokens: NotNegative = field(default=120, metadata={"help": "Tokens of a long caption or answer."})
+    long_tokens: NotNegative = field(
+        default=120, metadata={"help": "Tokens of a long caption or answer, if one is learned."}
+    )
     utilization: Annotated[float, AtLeast(0, exclusive=True)] = field(
         default=0.27,
         metadata={"help": "The share of the card's peak that is reached. docs/planning.md says what was measured."},
@@ -80,7 +82,7 @@ class PlanArguments:
             patches=patches,
             prompt_tokens=self.prompt_tokens,
             short_tokens=self.short_tokens if args.contrastive_weight else None,
-            long_tokens=self.long_tokens,
+            long_tokens=self.long_tokens if args.causal_lm_weight else 0,
         )
 
 

@@ -186,6 +186,12 @@ def test_a_recipe_takes_its_steps_and_days(folders):
     assert checkpointed.found.flops > whole.found.flops
 
 
+def test_a_recipe_that_learns_no_text_has_none_in_its_estimate(folders):
+    silent = plan(folders["llava"], causal_lm_weight=0, long_tokens=120)
+    assert silent.work.sequences == plan(folders["llava"], causal_lm_weight=1, long_tokens=0).work.sequences
+    assert silent.found.flops < plan(folders["llava"], causal_lm_weight=1, long_tokens=120).found.flops
+
+
 def test_it_prints_what_it_takes_and_assumes(folders, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model_name_or_path: {folders['llava']}\ndataset_name: d\nmax_steps: 100\nbf16: true\n")
