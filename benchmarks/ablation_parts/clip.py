@@ -5,8 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers.processors import TemplateProcessing
-from transformers import CLIPProcessor, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaConfig, LlavaProcessor
 
 from hf_unigd.evaluation.embedders import SentenceEmbedder
 from hf_unigd.quickstart.small_clip import build_clip, train_clip
@@ -21,7 +20,6 @@ from .training import EVALUATION_BATCH_SIZE, Trained
 
 __all__ = ["measure", "settings", "train", "validate"]
 
-CONTEXT_LENGTH = 32  # of `build_clip`
 LAYERS = 4  # of the tower of pictures; that of texts has two
 TUNING_STEPS, BATCH_SIZE = vladva.STEPS, vladva.BATCH_SIZE
 
@@ -31,26 +29,13 @@ def settings(arm: ClipArm, folder: Path) -> dict[str, Any]:
     return {"steps": pretraining + TUNING_STEPS * arm.like_tuning, "batch_size": BATCH_SIZE}
 
 
-def end_texts(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Lets a tokenizer end texts with a token of its own. CLIP embeds a text where it ends; where none of the tokens
-    ends it, the token with the largest number is taken, and what follows is not read."""
-    end = "<|end|>"
-    tokenizer.add_special_tokens({"eos_token": end})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
-    )
-    tokenizer.model_max_length = CONTEXT_LENGTH
-
-
 def train(arm: ClipArm, seed: int, learning_rate: float, folder: Path) -> Trained:
     """Trains two towers on captioned scenes. The base model of `folder` gives the sizes, and its tokenizer."""
     processor = LlavaProcessor.from_pretrained(folder)
-    end_texts(processor.tokenizer)
     width = LlavaConfig.from_pretrained(folder).text_config.hidden_size
-    model = build_clip(processor, width, LAYERS, seed)
+    model, clip_processor = build_clip(processor, width, LAYERS, seed)
     rows = scenes("train")[:]
     pairs = [(image, [caption]) for image, caption in zip(rows["image"], rows["short_caption"], strict=True)]
-    clip_processor = CLIPProcessor(processor.image_processor, processor.tokenizer)
     with fast_matrix_products():
         train_clip(model, clip_processor, pairs, settings(arm, folder)["steps"], BATCH_SIZE, learning_rate, seed)
     with tempfile.TemporaryDirectory() as output:

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils import data
-from transformers import CLIPProcessor, LlavaProcessor, set_seed
+from transformers import LlavaProcessor, set_seed
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.bulk import write_slice_features
@@ -32,7 +32,6 @@ from hf_unigd.quickstart.training import fast_matrix_products
 
 from . import measuring, records
 from .arms import SugarArm
-from .clip import end_texts
 from .corpus import SIDE, scenes
 from .training import Trained, tune_model
 
@@ -77,16 +76,13 @@ def make_teachers(folder: Path) -> TeacherArguments:
     home = FOLDER / records.digest(folder / "model.safetensors")
     clip = home / "clip"
     if not clip.is_dir():
-        processor = LlavaProcessor.from_pretrained(folder)
-        end_texts(processor.tokenizer)
-        model = build_clip(processor)
-        clip_processor = CLIPProcessor(processor.image_processor, processor.tokenizer)
+        model, processor = build_clip(LlavaProcessor.from_pretrained(folder))
         with fast_matrix_products():
-            train_clip(model, clip_processor, captioned_pictures(), CLIP_STEPS)
+            train_clip(model, processor, captioned_pictures(), CLIP_STEPS)
         home.mkdir(parents=True, exist_ok=True)
         with writing(clip) as unfinished:
             model.save_pretrained(unfinished)
-            clip_processor.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
     return TeacherArguments(image_teacher=str(clip), text_teacher=sentence_encoder(), cross_teacher=str(clip))
 
 

@@ -1,16 +1,23 @@
 """A CLIP of about a million parameters, trained on icons in a minute: a cross-modal teacher without a download."""
 
+import copy
 import random
 
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, LlavaProcessor
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 
-def build_clip(processor: LlavaProcessor, hidden_size: int = 128, layers: int = 4, seed: int = 0) -> CLIPModel:
-    """A randomly initialised CLIP for the images and the tokens of `processor`."""
-    tokenizer = processor.tokenizer
+CONTEXT_LENGTH = 32  # tokens of a text
+
+
+def build_clip(
+    vlm_processor: LlavaProcessor, hidden_size: int = 128, layers: int = 4, seed: int = 0
+) -> tuple[CLIPModel, CLIPProcessor]:
+    """A randomly initialised CLIP for the images and the words of `vlm_processor`, and its own processor."""
+    tokenizer = ending_texts(vlm_processor.tokenizer)
     stack = {
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
@@ -18,14 +25,14 @@ def build_clip(processor: LlavaProcessor, hidden_size: int = 128, layers: int = 
     }
     config = CLIPConfig(
         vision_config={
-            "image_size": processor.image_processor.crop_size["height"],
-            "patch_size": processor.patch_size,
+            "image_size": vlm_processor.image_processor.crop_size["height"],
+            "patch_size": vlm_processor.patch_size,
             "num_hidden_layers": layers,
             **stack,
         },
         text_config={
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": 32,
+            "max_position_embeddings": CONTEXT_LENGTH,
             "num_hidden_layers": 2,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
@@ -35,7 +42,20 @@ def build_clip(processor: LlavaProcessor, hidden_size: int = 128, layers: int = 
         projection_dim=hidden_size,
     )
     torch.manual_seed(seed)
-    return CLIPModel(config)
+    return CLIPModel(config), CLIPProcessor(vlm_processor.image_processor, tokenizer)
+
+
+def ending_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer that ends each text with a token of its own. CLIP embeds a text where it ends; without
+    such a token it would take the token with the largest number, and not read what follows."""
+    end = "<|end|>"
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.model_max_length = CONTEXT_LENGTH
+    return tokenizer
 
 
 def train_clip(
@@ -57,7 +77,7 @@ def train_clip(
     for _ in progress:
         rows = draw.sample(range(len(pairs)), batch_size)
         texts = [draw.choice(pairs[row][1]) for row in rows]
-        inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
+        inputs = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         loss = model(**inputs, pixel_values=pixels[rows], return_loss=True).loss
         optimizer.zero_grad()
         loss.backward()

@@ -120,10 +120,7 @@ def make_processor(images: list[tuple]) -> LlavaProcessor:
 
 def make_clip(vlm_processor: LlavaProcessor, images: list[tuple], seed: int) -> tuple[CLIPModel, CLIPProcessor]:
     """A CLIP trained on the images and their sentences, and its processor."""
-    tokenizer = copy.deepcopy(vlm_processor.tokenizer)
-    tokenizer.model_max_length = 32
-    processor = CLIPProcessor(vlm_processor.image_processor, tokenizer)
-    model = build_clip(vlm_processor, seed=seed)
+    model, processor = build_clip(vlm_processor, seed=seed)
     with training.fast_matrix_products():
         train_clip(model, processor, images, CLIP_STEPS, seed=seed)
     return model, processor
