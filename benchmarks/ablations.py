@@ -1,8 +1,8 @@
 """Does the joint objective work? Trains small models with parts of it left out: `python benchmarks/ablations.py`.
 
     base              build the model that every arm starts from, and count how many of its captions are right
-    run [TABLE ...]   run the arms of tables with three seeds: components, long_captions, mixture,
-                      structure
+    run [TABLE ...]   run the arms of tables with three seeds: components, long_captions, structure, mixture, towers,
+                      and prompt_entropy
     report            write the tables and pictures of docs/evidence.md
 
 The base model is a LLaVA that has learned to speak about drawn pictures by next-token prediction alone
@@ -24,6 +24,7 @@ if not sys.flags.safe_path:
 sys.path.append(str(Path(__file__).parent))
 
 import transformers
+from ablation_parts import english
 from ablation_parts.arms import TABLES
 from ablation_parts.base import make_base
 from ablation_parts.report import write_report
@@ -31,13 +32,16 @@ from ablation_parts.running import run
 from ablation_parts.tables import SEEDS, seeds_of
 
 
+STUDIES = (*TABLES, english.NAME)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["base", "run", "report"])
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of `run`: {', '.join(TABLES)}; all by default")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of `run`: {', '.join(STUDIES)}; all by default")
     arguments = parser.parse_args()
-    if unknown := set(arguments.tables) - TABLES.keys():
-        parser.error(f"there is no table {', '.join(sorted(unknown))}; the tables are {', '.join(TABLES)}")
+    if unknown := set(arguments.tables) - set(STUDIES):
+        parser.error(f"there is no table {', '.join(sorted(unknown))}; the tables are {', '.join(STUDIES)}")
     if arguments.tables and arguments.what != "run":
         parser.error(f"`{arguments.what}` takes no tables")
     transformers.logging.set_verbosity_error()
@@ -46,11 +50,14 @@ def main() -> None:
         return
     make_base()
     if arguments.what == "run":
-        names = dict.fromkeys(name for table in arguments.tables or TABLES for name in TABLES[table].rows)
+        tables = arguments.tables or STUDIES
+        names = dict.fromkeys(name for table in tables if table in TABLES for name in TABLES[table].rows)
         for seed in SEEDS:  # so that a study that is stopped has all arms with the first seeds
             for name in names:
                 if seed in seeds_of(name):
                     run(name, seed)
+            if english.NAME in tables:
+                english.run(seed)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,20 @@ class ClipArm:
     is_trained = True
 
 
-ARMS: dict[str, Arm | SugarArm | ClipArm] = {
+@dataclass(frozen=True)
+class SentenceArm:
+    """
+    LoRA on the base model, trained by sentence-transformers on captioned scenes.
+
+    Attributes:
+        title: Its row in tables.
+    """
+
+    title: str
+    is_trained = True
+
+
+ARMS: dict[str, Arm | SugarArm | ClipArm | SentenceArm] = {
     "as_it_is": Arm("as it is, best prompt", contrastive=0.0, lora=False, soft_prompts=False),
     "soft_prompts": Arm("+ soft prompts", lora=False),
     "lora": Arm("+ LoRA", soft_prompts=False),
@@ -79,6 +92,7 @@ ARMS: dict[str, Arm | SugarArm | ClipArm] = {
     "joint_0.1": Arm("1 : 0.1", next_token=0.1),
     "joint_0.5": Arm("1 : 0.5", next_token=0.5),
     "joint_2": Arm("1 : 2", next_token=2.0),
+    "sentence_transformers": SentenceArm("LoRA, by sentence-transformers"),
     "clip": ClipArm("two towers, as many steps as the base model and an arm"),
     "clip_short": ClipArm("two towers, as many steps as an arm", like_pretraining=False),
     "sugar_next_token": SugarArm("next-token alone"),
@@ -180,9 +194,10 @@ TABLES = {
         reference="sugar_next_token",
     ),
     "towers": Table(
-        "Beside two towers",
-        "How does a tuned generative model compare with two towers of its size?",
-        own_titles("both", "joint", "clip_short", "clip"),
+        "Beside two towers, and sentence-transformers",
+        "How does a tuned generative model compare with two towers of its size, and with what "
+        "sentence-transformers makes of the same model?",
+        own_titles("lora", "both", "joint", "sentence_transformers", "clip_short", "clip"),
         (*RETRIEVAL, *SUGARCREPE),
         reference="joint",
     ),

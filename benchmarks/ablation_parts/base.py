@@ -17,7 +17,7 @@ from hf_unigd.quickstart.training import fast_matrix_products
 
 from . import records
 from .captions import caption_accuracy
-from .corpus import ALL_ANSWERS, SHORT_ANSWERS, SIDE, pretraining_rows, texts
+from .corpus import ALL_ANSWERS, SHORT_ANSWERS, SIDE, SINGLE_THINGS, pretraining_rows, texts
 
 
 FOLDER, FACTS = Path("runs/ablations/base"), "pretraining.json"
@@ -40,7 +40,7 @@ class Stage:
     steps: int
 
 
-STAGES = (Stage(SHORT_ANSWERS, 700), Stage(ALL_ANSWERS, 500))
+STAGES = (Stage(SINGLE_THINGS, 250), Stage(SHORT_ANSWERS, 500), Stage(ALL_ANSWERS, 450))
 
 
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -93,6 +93,16 @@ def read_scene(caption: str) -> dict[str, tuple[str | None, str | None]]:
     return found
 
 
+def judge_short_caption(said: str, true: str) -> dict[str, bool]:
+    """Whether a short caption of a scene names its kinds, and its colours."""
+    one, other = (caption.lower().replace(".", "").replace(",", "").split() for caption in (said, true))
+    names = {form: shape for shape in SHAPES for form in (shape, f"{shape}s")}
+    return {
+        "kinds": {names[word] for word in one if word in names} == {names[word] for word in other if word in names},
+        "colours": set(COLOURS) & set(one) == set(COLOURS) & set(other),
+    }
+
+
 def judge_icon(said: str, true: str) -> dict[str, bool]:
     """Whether a caption begins with the first word of an icon's name, has exactly its words, and its colour."""
     (names, colour), (true_names, true_colour) = _read_icon(said), _read_icon(true)

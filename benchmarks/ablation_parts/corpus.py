@@ -8,10 +8,12 @@ from statistics import fmean
 from typing import Any
 
 from datasets import Dataset, load_from_disk
+from PIL import ImageOps
 from torch.utils import data
 
 from hf_unigd.data import DatasetMixture, DatasetSource, load_icons, load_scenes
 from hf_unigd.data.icons import COLOURS, SIZES
+from hf_unigd.data.scene_pictures import Thing, draw_picture
 
 
 SIDE = 64
@@ -25,13 +27,25 @@ SCENES, VALIDATION, ICON_VIEWS = 16_000, 500, 4
 FACTS = 3  # questions of a chat
 CLIP_ART = Path("runs/openclipart/rows")
 
-# The shares of rows in the two stages of pretraining. In the first one all answers are short: a model that begins with
-# long ones learns their wording, and does not look at the picture.
+# The shares of rows in the three stages of pretraining. In the first one most pictures show one thing, half of them in
+# a colour without a name: of two things a model learns the colours, and guesses the shapes by these. All answers are
+# short until the last stage: a model that begins with long ones learns their wording, and looks at no picture.
+SINGLE_THINGS = {
+    ("things", "facts"): 0.25,
+    ("things", "caption"): 0.15,
+    ("recoloured things", "facts"): 0.25,
+    ("recoloured things", "caption"): 0.15,
+    ("icons", "facts"): 0.12,
+    ("texts", "word"): 0.04,
+    ("clip art", "word"): 0.04,
+}
 SHORT_ANSWERS = {
-    ("scenes", "facts"): 0.4,
+    ("things", "facts"): 0.05,
+    ("recoloured things", "facts"): 0.05,
+    ("scenes", "facts"): 0.35,
     ("scenes", "caption"): 0.25,
-    ("scenes", "word"): 0.05,
-    ("icons", "facts"): 0.15,
+    ("scenes", "word"): 0.03,
+    ("icons", "facts"): 0.12,
     ("texts", "caption"): 0.08,
     ("texts", "word"): 0.04,
     ("clip art", "word"): 0.03,
@@ -49,6 +63,15 @@ ALL_ANSWERS = {
     ("texts", "caption"): 0.04,
     ("texts", "word"): 0.03,
     ("questions", ""): 0.17,
+}
+
+# Of a model that is taught to see, and not to speak.
+ENGLISH_ANSWERS = {
+    ("things", "caption"): 0.2,
+    ("recoloured things", "caption"): 0.1,
+    ("scenes", "caption"): 0.4,
+    ("icons", "caption"): 0.2,
+    ("clip art", "word"): 0.1,
 }
 
 Row = dict[str, Any]
@@ -74,6 +97,61 @@ class Conversations(data.Dataset):
     def __getitem__(self, place: int) -> Row:
         row = self.rows[place]
         return chat(row, self.turns(row, random.Random(place)), self.about_text)
+
+
+class Columns(data.Dataset):
+    """
+    Some columns of rows.
+
+    Args:
+        rows: The rows.
+        columns: The columns, by the names that they get.
+    """
+
+    def __init__(self, rows: Any, columns: Mapping[str, str]):
+        self.rows, self.columns = rows, columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Row:
+        row = self.rows[place]
+        return {own: row[name] for own, name in self.columns.items()}
+
+
+class SingleThings(data.Dataset):
+    """
+    Both things of each scene, each in a picture of its own, where it stands in the scene.
+
+    Args:
+        rows: Scenes.
+        recolour: Whether to draw each thing in a colour of its own, that has no name.
+    """
+
+    def __init__(self, rows: Dataset, recolour: bool = False):
+        self.rows, self.recolour = WithoutImages(rows), recolour
+
+    def __len__(self) -> int:
+        return 2 * len(self.rows)
+
+    def __getitem__(self, place: int) -> Row:
+        scene, number = divmod(place, 2)
+        icons = list(things_of(self.rows[scene]).values())[number]
+        image, colour = draw_picture(icons, SIDE), icons[0]["colour"]
+        if self.recolour:
+            draw, colour = random.Random(place), None
+            dark = draw_picture([{**icon, "colour": "black"} for icon in icons], SIDE).convert("L")
+            image = ImageOps.colorize(dark, tuple(draw.randint(0, 200) for _ in "RGB"), "white")
+        said = Thing(icons[0]["shape"], colour, icons[0]["size"], len(icons))
+        return {"image": image, "icons": icons, "colour": colour, "short_caption": str(said)}
+
+
+def things_of(row: Row) -> dict[str, list[Row]]:
+    """The icons of each thing of a scene, by its shape."""
+    things: dict[str, list[Row]] = {}
+    for icon in row["icons"]:
+        things.setdefault(icon["shape"], []).append(icon)
+    return things
 
 
 def chat(row: Row, turns: Turns, about_text: bool = False) -> Row:
@@ -120,9 +198,7 @@ def name(row: Row, draw: random.Random) -> Turns:
 
 def scene_facts(row: Row, draw: random.Random) -> Turns:
     """Questions about the colour, the size, the number and the side of both things, and about what is on a side."""
-    things: dict[str, list[Row]] = {}
-    for icon in row["icons"]:
-        things.setdefault(icon["shape"], []).append(icon)
+    things = things_of(row)
     (across, down), (other_across, other_down) = (
         (fmean(icon["x"] for icon in icons), fmean(icon["y"] for icon in icons)) for icons in things.values()
     )
@@ -141,6 +217,18 @@ def scene_facts(row: Row, draw: random.Random) -> Turns:
     return draw.sample(found, FACTS)
 
 
+def thing_facts(row: Row, draw: random.Random) -> Turns:
+    """The shape, the colour, the size and the number of the only thing."""
+    shape, size = (row["icons"][0][name] for name in ("shape", "size"))
+    found = [
+        ("What is there?", shape),
+        *([(f"Which colour is the {shape}?", row["colour"])] if row["colour"] else []),
+        (f"How large is the {shape}?", size),
+        (f"How often is the {shape} there?", ("once", "twice")[len(row["icons"]) - 1]),
+    ]
+    return [found[0], *draw.sample(found[1:], FACTS - 1)]
+
+
 def icon_facts(row: Row, draw: random.Random) -> Turns:
     """The colour and the size of an icon, and a word of its name."""
     colour, size = icon_attributes(row)
@@ -148,7 +236,11 @@ def icon_facts(row: Row, draw: random.Random) -> Turns:
 
 
 KINDS = {"description": describe, "caption": caption, "word": name, "facts": scene_facts}
-ICON_KINDS = {**KINDS, "description": describe_icon, "facts": icon_facts}
+OTHER_KINDS = {
+    "icons": {"description": describe_icon, "facts": icon_facts},
+    "things": {"facts": thing_facts},
+    "recoloured things": {"facts": thing_facts},
+}
 
 
 def scenes(split: str) -> Dataset:
@@ -187,6 +279,8 @@ def pretraining_rows(shares: Mapping[tuple[str, str], float]) -> DatasetMixture:
     captioned = scenes("train")
     drawn = {
         "scenes": captioned,
+        "things": SingleThings(captioned),
+        "recoloured things": SingleThings(captioned, recolour=True),
         "icons": icons("train"),
         "clip art": clip_art("train"),
         "texts": WithoutImages(captioned),
@@ -196,7 +290,7 @@ def pretraining_rows(shares: Mapping[tuple[str, str], float]) -> DatasetMixture:
     def rows(source: str, kind: str) -> Any:
         if source == "questions":
             return drawn[source]
-        turns = (ICON_KINDS if source == "icons" else KINDS)[kind]
+        turns = {**KINDS, **OTHER_KINDS.get(source, {})}[kind]
         return Conversations(drawn[source], turns, about_text=source == "texts")
 
     return DatasetMixture([DatasetSource(rows(*each), ", ".join(each), share) for each, share in shares.items()])

@@ -6,16 +6,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from hf_unigd.evaluation.figures import make_figure
 from hf_unigd.outputs import writing
 
-from . import records
+from . import english, records
 from .arms import ARMS, TABLES, Column
-from .tables import NOT_RUN, fill_table, load_results, sample
+from .tables import NOT_RUN, SEEDS, fill_table, load_results, sample
 
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, CURVE = DOCS / "evidence.md", DOCS / "images" / "evidence_mixture.png"
+PAGE = DOCS / "evidence.md"
+CURVE, ENTROPY = (DOCS / "images" / f"evidence_{name}.png" for name in ("mixture", english.NAME))
 # What stands between these comments is written by this module.
 PART = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -52,6 +55,57 @@ def fill_settings() -> str:
     return "\n".join(lines)
 
 
+def fill_prompt_entropy() -> str:
+    """How the recall of pairs of prompts goes with the entropy of what follows them."""
+    found = load_prompt_entropy()
+    if not found:
+        return NOT_RUN
+    lines = [
+        "| seed | captions with right colours, kinds | correlation | VladVA's prompts | the most entropy | the best |",
+        "|---|---|---|---|---|---|",
+    ]
+    for seed, (record, entropies, recalls) in found.items():
+        captions = record["projector"]["captions"]
+        shares = (recalls[0, 0], recalls.flatten()[entropies.argmax()], recalls.max())
+        lines.append(
+            f"| {seed} | {captions['colours']:.0%}, {captions['kinds']:.0%} | {record['correlation']:.2f} | "
+            + " | ".join(f"{float(share):.1%}" for share in shares)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def load_prompt_entropy() -> dict[int, tuple[dict, torch.Tensor, torch.Tensor]]:
+    """By seed the result, and the entropy and the recall of each pair. The first prompts are the model's own, which
+    are VladVA's."""
+    found = {}
+    for seed in SEEDS:
+        if record := records.read(records.result_file(english.NAME, seed)):
+            image, text = (torch.tensor(list(each.values())) for each in record["entropies"].values())
+            found[seed] = record, (image[:, None] + text[None]) / 2, torch.tensor(record["recalls"])
+    return found
+
+
+def draw_prompt_entropy(file: Path = ENTROPY) -> bool:
+    """Draws the recall of every pair of prompts over its entropy, if a seed has run."""
+    found = load_prompt_entropy()
+    if not found:
+        return False
+    figure = make_figure(figsize=(4 * len(found), 3.6), layout="constrained")
+    for axes, (seed, (record, entropies, recalls)) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
+    ):
+        axes.scatter(entropies.flatten(), 100 * recalls.flatten(), s=4, alpha=0.4)
+        axes.set(
+            title=f"seed {seed}, correlation {record['correlation']:.2f}",
+            xlabel="entropy, mean of both prompts (nats)",
+            ylabel="mean recall (%)",
+        )
+    with writing(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
+    return True
+
+
 def fill(page: str) -> str:
     """
     The page with all of its parts as the files of results have them.
@@ -62,6 +116,7 @@ def fill(page: str) -> str:
     parts: dict[str, Callable[[], str]] = {
         "base": fill_base,
         "settings": fill_settings,
+        english.NAME: fill_prompt_entropy,
         **{name: partial(fill_table, table) for name, table in TABLES.items()},
     }
     return PART.sub(lambda match: f"{match[1]}\n{parts[match[2]]()}\n\n{match[3]}", page)
@@ -94,7 +149,8 @@ def draw_mixture(file: Path = CURVE) -> bool:
 
 
 def write_report() -> None:
-    """Writes the page and its picture."""
+    """Writes the page and its pictures."""
     with writing(PAGE) as unfinished:
         unfinished.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     draw_mixture()
+    draw_prompt_entropy()

@@ -4,14 +4,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import base, clip, records, sugar, vladva
-from .arms import ARMS, Arm, ClipArm, SugarArm
+from . import base, clip, records, sentence, sugar, vladva
+from .arms import ARMS, Arm, ClipArm, SentenceArm, SugarArm
 
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 100  # not one of those that are reported
 # Each has `settings`, `train`, `validate` and `measure`.
-RECIPES: dict[type, Any] = {Arm: vladva, SugarArm: sugar, ClipArm: clip}
+RECIPES: dict[type, Any] = {Arm: vladva, SugarArm: sugar, ClipArm: clip, SentenceArm: sentence}
 
 
 def tune(name: str, folder: Path = base.FOLDER) -> float:

@@ -1,11 +1,9 @@
 """Arms of Sugar: an embedding head and LoRA on stories and scenes, with teachers that compare their slices."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from torch.utils import data
 from transformers import LlavaProcessor, set_seed
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
@@ -32,7 +30,7 @@ from hf_unigd.quickstart.training import fast_matrix_products
 
 from . import measuring, records
 from .arms import SugarArm
-from .corpus import SIDE, scenes
+from .corpus import SIDE, Columns, scenes
 from .training import Trained, tune_model
 
 
@@ -51,23 +49,9 @@ def stories(split: str) -> Dataset:
     return rows.select(range(VALIDATED) if split == "validation" else range(VALIDATED, VALIDATED + TESTED))
 
 
-class Captioned(data.Dataset):
-    """Scenes with their long captions, which are predicted, and if asked their short ones, which are contrasted."""
-
-    def __init__(self, rows: Dataset, columns: Sequence[str]):
-        self.rows, self.columns = rows, columns
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        row = self.rows[place]
-        return {name: row[name] for name in self.columns}
-
-
 def training_rows(is_contrasted: bool) -> DatasetMixture:
     columns = ("image", "long_caption", *(("short_caption",) if is_contrasted else ()))
-    captioned = Captioned(scenes("train").select(range(SCENES)), columns)
+    captioned = Columns(scenes("train").select(range(SCENES)), {name: name for name in columns})
     return DatasetMixture([DatasetSource(stories("train"), "stories"), DatasetSource(captioned, "scenes")])
 
 

@@ -4,6 +4,7 @@ import tempfile
 from typing import Any
 
 from peft import LoraConfig
+from transformers import Trainer
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
 from hf_unigd.evaluation.embedders import Embedder, ModelEmbedder
@@ -11,6 +12,7 @@ from hf_unigd.quickstart.training import fast_matrix_products
 
 
 EVALUATION_BATCH_SIZE = 125
+LORA = {"r": 16, "lora_alpha": 16}
 # What measures an arm, and the losses that were logged.
 Trained = tuple[Embedder, list[dict[str, float]]]
 
@@ -63,16 +65,20 @@ def tune_model(
             ),
             train_dataset=rows,
             processing_class=processor,
-            peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=None if lora else []),
+            peft_config=LoraConfig(**LORA, target_modules=None if lora else []),
         )
         with fast_matrix_products():
             trainer.train()
-    losses = [
-        {name: round(value, 5) for name, value in each.items() if name == "step" or name.endswith("_loss")}
+    return as_embedder(trainer.model.merge_and_unload(), processor), logged_losses(trainer)
+
+
+def logged_losses(trainer: Trainer) -> list[dict[str, float]]:
+    """The losses that a trainer has logged, with their steps."""
+    return [
+        {name: round(value, 5) for name, value in each.items() if name == "step" or name.endswith("loss")}
         for each in trainer.state.log_history
         if "learning_rate" in each
     ]
-    return as_embedder(trainer.model.merge_and_unload(), processor), losses
 
 
 def as_embedder(model: UniGDForConditionalGeneration, processor: UniGDProcessor) -> ModelEmbedder:

