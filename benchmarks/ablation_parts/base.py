@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -46,7 +47,25 @@ STAGES = (Stage(SINGLE_THINGS, 250), Stage(SHORT_ANSWERS, 500), Stage(ALL_ANSWER
 def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An untrained model, and a processor whose tokenizer is trained on the texts of the training rows."""
     processor = build_processor(list(texts()), SIDE, PATCH_SIZE, VOCABULARY)
-    return build_llava(processor, **SHAPE), processor
+    vlm = build_llava(processor, **SHAPE)
+    positions = vlm.model.vision_tower.embeddings.position_embedding.weight
+    with torch.no_grad():  # those of the library are a fiftieth of what a patch is, so that no place is seen for long
+        positions[1:] = sine_positions(SIDE // PATCH_SIZE, positions.shape[1])
+    return vlm, processor
+
+
+def sine_positions(side: int, dim: int, base: float = 100.0) -> torch.Tensor:
+    """
+    Sines and cosines of the columns and the rows of patches (Beyer, Zhai and Kolesnikov, "Better plain ViT baselines
+    for ImageNet-1k", 2022).
+
+    Returns:
+        `torch.FloatTensor` of shape `(side * side, dim)`. `dim` is a multiple of 4.
+    """
+    rates = base ** -torch.linspace(0, 1, dim // 4)
+    down, across = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [places.flatten()[:, None] * rates for places in (across, down)]
+    return torch.cat([wave(each) for each in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
 def pretrain(folder: Path = FOLDER) -> None:

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from PIL import ImageOps
 from torch.utils import data
 
 from hf_unigd.data import DatasetMixture, DatasetSource, load_icons, load_scenes
@@ -24,24 +23,22 @@ QUESTIONS = {
     "word": ("In one word", "Name it in one word."),
 }
 SCENES, VALIDATION, ICON_VIEWS = 16_000, 500, 4
+COMBINED = 3360  # scenes of held-out combinations, all that there are
 FACTS = 3  # questions of a chat
 CLIP_ART = Path("runs/openclipart/rows")
 
-# The shares of rows in the three stages of pretraining. In the first one most pictures show one thing, half of them in
-# a colour without a name: of two things a model learns the colours, and guesses the shapes by these. All answers are
-# short until the last stage: a model that begins with long ones learns their wording, and looks at no picture.
+# The shares of rows in the three stages of pretraining. In the first one most pictures show one thing: of two things a
+# model learns the colours, and guesses the shapes. All answers are short until the last stage: a model that begins
+# with long ones learns their wording, and does not look at the picture.
 SINGLE_THINGS = {
-    ("things", "facts"): 0.25,
-    ("things", "caption"): 0.15,
-    ("recoloured things", "facts"): 0.25,
-    ("recoloured things", "caption"): 0.15,
+    ("things", "facts"): 0.5,
+    ("things", "caption"): 0.3,
     ("icons", "facts"): 0.12,
     ("texts", "word"): 0.04,
     ("clip art", "word"): 0.04,
 }
 SHORT_ANSWERS = {
-    ("things", "facts"): 0.05,
-    ("recoloured things", "facts"): 0.05,
+    ("things", "facts"): 0.1,
     ("scenes", "facts"): 0.35,
     ("scenes", "caption"): 0.25,
     ("scenes", "word"): 0.03,
@@ -67,8 +64,7 @@ ALL_ANSWERS = {
 
 # Of a model that is taught to see, and not to speak.
 ENGLISH_ANSWERS = {
-    ("things", "caption"): 0.2,
-    ("recoloured things", "caption"): 0.1,
+    ("things", "caption"): 0.3,
     ("scenes", "caption"): 0.4,
     ("icons", "caption"): 0.2,
     ("clip art", "word"): 0.1,
@@ -124,12 +120,11 @@ class SingleThings(data.Dataset):
     Both things of each scene, each in a picture of its own, where it stands in the scene.
 
     Args:
-        rows: Scenes.
-        recolour: Whether to draw each thing in a colour of its own, that has no name.
+        rows: Scenes. Their pictures are not needed.
     """
 
-    def __init__(self, rows: Dataset, recolour: bool = False):
-        self.rows, self.recolour = WithoutImages(rows), recolour
+    def __init__(self, rows: Any):
+        self.rows = rows
 
     def __len__(self) -> int:
         return 2 * len(self.rows)
@@ -137,13 +132,8 @@ class SingleThings(data.Dataset):
     def __getitem__(self, place: int) -> Row:
         scene, number = divmod(place, 2)
         icons = list(things_of(self.rows[scene]).values())[number]
-        image, colour = draw_picture(icons, SIDE), icons[0]["colour"]
-        if self.recolour:
-            draw, colour = random.Random(place), None
-            dark = draw_picture([{**icon, "colour": "black"} for icon in icons], SIDE).convert("L")
-            image = ImageOps.colorize(dark, tuple(draw.randint(0, 200) for _ in "RGB"), "white")
-        said = Thing(icons[0]["shape"], colour, icons[0]["size"], len(icons))
-        return {"image": image, "icons": icons, "colour": colour, "short_caption": str(said)}
+        said = Thing(icons[0]["shape"], icons[0]["colour"], icons[0]["size"], len(icons))
+        return {"image": draw_picture(icons, SIDE), "icons": icons, "short_caption": str(said)}
 
 
 def things_of(row: Row) -> dict[str, list[Row]]:
@@ -198,35 +188,33 @@ def name(row: Row, draw: random.Random) -> Turns:
 
 def scene_facts(row: Row, draw: random.Random) -> Turns:
     """Questions about the colour, the size, the number and the side of both things, and about what is on a side."""
-    things = things_of(row)
-    (across, down), (other_across, other_down) = (
-        (fmean(icon["x"] for icon in icons), fmean(icon["y"] for icon in icons)) for icons in things.values()
-    )
-    is_beside = abs(across - other_across) > abs(down - other_down)
-    sides = ("left", "right") if is_beside else ("top", "bottom")
-    is_first = across < other_across if is_beside else down < other_down
     found: Turns = []
-    for (shape, icons), side in zip(things.items(), sides if is_first else sides[::-1], strict=True):
-        found += [
-            (f"Which colour is the {shape}?", icons[0]["colour"]),
-            (f"How large is the {shape}?", icons[0]["size"]),
-            (f"How often is the {shape} there?", ("once", "twice")[len(icons) - 1]),
-            (f"Where is the {shape}?", side),
-            (f"What is at the {side}?", shape),
-        ]
+    for shape, icons in things_of(row).items():
+        found += [*_facts(shape, icons), (f"What is at the {_side(icons)}?", shape)]
     return draw.sample(found, FACTS)
 
 
 def thing_facts(row: Row, draw: random.Random) -> Turns:
-    """The shape, the colour, the size and the number of the only thing."""
-    shape, size = (row["icons"][0][name] for name in ("shape", "size"))
-    found = [
-        ("What is there?", shape),
-        *([(f"Which colour is the {shape}?", row["colour"])] if row["colour"] else []),
-        (f"How large is the {shape}?", size),
-        (f"How often is the {shape} there?", ("once", "twice")[len(row["icons"]) - 1]),
+    """What the only thing is, and questions about it."""
+    shape = row["icons"][0]["shape"]
+    return [("What is there?", shape), *draw.sample(_facts(shape, row["icons"]), FACTS - 1)]
+
+
+def _facts(shape: str, icons: Sequence[Row]) -> Turns:
+    return [
+        (f"Which colour is the {shape}?", icons[0]["colour"]),
+        (f"How large is the {shape}?", icons[0]["size"]),
+        (f"How often is the {shape} there?", ("once", "twice")[len(icons) - 1]),
+        (f"Where is the {shape}?", _side(icons)),
     ]
-    return [found[0], *draw.sample(found[1:], FACTS - 1)]
+
+
+def _side(icons: Sequence[Row]) -> str:
+    """The half of the picture in whose middle the icons are."""
+    across, down = (fmean(icon[axis] for icon in icons) - SIDE / 2 for axis in ("x", "y"))
+    if abs(across) > abs(down):
+        return "left" if across < 0 else "right"
+    return "top" if down < 0 else "bottom"
 
 
 def icon_facts(row: Row, draw: random.Random) -> Turns:
@@ -239,7 +227,6 @@ KINDS = {"description": describe, "caption": caption, "word": name, "facts": sce
 OTHER_KINDS = {
     "icons": {"description": describe_icon, "facts": icon_facts},
     "things": {"facts": thing_facts},
-    "recoloured things": {"facts": thing_facts},
 }
 
 
@@ -250,6 +237,16 @@ def scenes(split: str) -> Dataset:
         return load_scenes("test", size=SIDE)
     rows = load_scenes("train", count=SCENES + VALIDATION, size=SIDE).remove_columns("negatives")
     return rows.select(range(SCENES) if split == "train" else range(SCENES, SCENES + VALIDATION))
+
+
+def pretraining_scenes() -> list[Dataset]:
+    """Scenes that the base model learns to speak about: those to train on, and, three times, as there are fewer, those
+    of the held-out combinations of shapes and colours that no test shows. Without them a model would learn that some
+    shapes never have a colour, and guess the shapes by the colours."""
+    known = set(WithoutImages(scenes("test"))["short_caption"])
+    others = load_scenes("test", count=COMBINED, size=SIDE, seed=1)
+    captions = WithoutImages(others)["short_caption"]
+    return [scenes("train"), *[others.select([n for n, each in enumerate(captions) if each not in known])] * 3]
 
 
 def questions(split: str) -> Dataset:
@@ -276,14 +273,13 @@ def icons(split: str) -> Dataset:
 
 def pretraining_rows(shares: Mapping[tuple[str, str], float]) -> DatasetMixture:
     """The rows of a stage of pretraining, by their shares."""
-    captioned = scenes("train")
+    stored = [WithoutImages(rows) for rows in pretraining_scenes()]
     drawn = {
-        "scenes": captioned,
-        "things": SingleThings(captioned),
-        "recoloured things": SingleThings(captioned, recolour=True),
+        "scenes": data.ConcatDataset(pretraining_scenes()),
+        "things": SingleThings(data.ConcatDataset(stored)),
         "icons": icons("train"),
         "clip art": clip_art("train"),
-        "texts": WithoutImages(captioned),
+        "texts": data.ConcatDataset(stored),
         "questions": questions("train"),
     }
 

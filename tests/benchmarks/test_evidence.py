@@ -8,7 +8,7 @@ import numpy as np
 import openclipart
 import pytest
 import torch
-from ablation_parts import clip, corpus, english, records, report, running, sentence, sugar, tables, vladva
+from ablation_parts import base, clip, corpus, english, records, report, running, sentence, sugar, tables, vladva
 from ablation_parts.arms import ARMS, TABLES, Column, Table
 from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
 from ablation_parts.spread import Sample
@@ -242,20 +242,34 @@ def test_sentence_transformers_starts_from_the_same_embeddings_and_trains_lora(t
     assert not torch.allclose(embedder.embed(sequences), ours, atol=1e-3)
 
 
-def test_single_things_are_described_as_they_are_drawn():
-    scenes = load_scenes("train", count=40, size=64).remove_columns("negatives")
-    drawn, recoloured = corpus.SingleThings(scenes), corpus.SingleThings(scenes, recolour=True)
-    assert len(drawn) == len(recoloured) == 80
+def test_every_fact_about_a_picture_is_true():
+    rows = load_scenes("train", count=40, size=64).remove_columns("negatives")
+    things = corpus.SingleThings(corpus.WithoutImages(rows))
+    assert len(things) == 80
     for place in range(80):
-        row, other = drawn[place], recoloured[place]
-        assert row["short_caption"] in scenes[place // 2]["long_caption"]
-        assert other["short_caption"] == row["short_caption"].replace(f"{row['colour']} ", "")
-        facts = dict(corpus.thing_facts(other, random.Random(place)))
-        assert facts["What is there?"] in row["short_caption"] and not any("colour" in question for question in facts)
-        shown = [np.asarray(each["image"].convert("L")) < 250 for each in (row, other)]
-        assert (shown[0] ^ shown[1]).mean() < 0.01  # the same outline
-        darkest = [np.asarray(each["image"]).reshape(-1, 3)[shown[0].argmax()] for each in (row, other)]
-        assert not np.array_equal(*darkest)
+        shown, scene = things[place], rows[place // 2]
+        assert shown["short_caption"] in scene["long_caption"]
+        inked, drawn = (np.asarray(each["image"].convert("L")) < 250 for each in (shown, scene))
+        assert inked.any() and not (inked & ~drawn).any() and (drawn & ~inked).any()  # one of the two things
+        *_, colour, shape = shown["short_caption"].split()
+        across = inked.any(0).nonzero()[0].mean() - 32
+        down = inked.any(1).nonzero()[0].mean() - 32
+        side = ("left", "right")[int(across > 0)] if abs(across) > abs(down) else ("top", "bottom")[int(down > 0)]
+        is_pair = shown["short_caption"].startswith("two ")
+        shape = shape.removesuffix("s") if is_pair else shape
+        true = {
+            "What is there?": shape,
+            f"What is at the {side}?": shape,
+            f"Where is the {shape}?": side,
+            f"Which colour is the {shape}?": colour,
+            f"How large is the {shape}?": shown["short_caption"].split()[1],
+            f"How often is the {shape} there?": "twice" if is_pair else "once",
+        }
+        told = corpus.thing_facts(shown, random.Random(place))
+        assert told[0] == ("What is there?", shape) and len(told) == 3 and set(told) <= set(true.items())
+        about_both = corpus.scene_facts(scene, random.Random(place))
+        about_this = [(question, answer) for question, answer in about_both if question in true]
+        assert set(about_this) <= set(true.items())
 
 
 @pytest.mark.smollm2
@@ -286,3 +300,11 @@ def test_prompts_are_compared_on_smollm2_whose_projector_alone_is_trained(tiny_b
     assert "| 1 | " in report.fill_prompt_entropy() and report.draw_prompt_entropy(tmp_path / "entropy.png")
     monkeypatch.setattr(english, "compare_prompts", None)
     english.run(1, folder)  # what is there stays
+
+
+def test_positions_are_alike_where_patches_are_near():
+    positions = base.sine_positions(4, 32)
+    grid = torch.cdist(positions, positions).view(4, 4, 4, 4)  # row and column of one patch, then of another
+    assert torch.allclose(grid[0, 0], grid[0, 0].T)  # rows count as columns do
+    assert (grid[0, 0, 0].diff() > 0).all() and (grid[1, 3, 1].diff() < 0).all()
+    assert grid[0, 1, 1, 0] > 0.1  # a column is not taken for a row
