@@ -9,7 +9,7 @@ from ..settings import NotNegative, Positive
 # Values of the arguments that are not given, by recipe.
 DEFAULTS = {
     "vladva": {"output": "runs/quickstart", "max_steps": 1000, "batch_size": 128},
-    "sugar": {"output": "runs/quickstart-sugar", "max_steps": 900, "batch_size": 32},
+    "sugar": {"output": "runs/quickstart-sugar", "max_steps": 1500, "batch_size": 32},
     "scenes": {"output": "runs/scenes", "max_steps": 1000, "batch_size": 128},
 }
 
@@ -29,7 +29,7 @@ class QuickstartArguments:
     )
     max_steps: Positive | None = field(
         default=None,
-        metadata={"help": "Number of training steps, 900 (Sugar) or 1000 (VladVA, scenes) by default."},
+        metadata={"help": "Number of training steps, 1500 (Sugar) or 1000 (VladVA, scenes) by default."},
     )
     batch_size: Positive | None = field(
         default=None, metadata={"help": "Number of rows per step, 128 (VladVA, scenes) or 32 (Sugar) by default."}

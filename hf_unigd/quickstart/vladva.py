@@ -15,7 +15,7 @@ from ..trainer import UniGDTrainer
 from ..trainer.output_folder import check_output_folder
 from .arguments import QuickstartArguments
 from .fresh_process import check_in_fresh_process
-from .questions import answer_accuracy, answer_questions, question_rows, show_answers
+from .questions import answer_accuracy, answer_questions, question_rows, search_rows, show_answers
 from .results import write_card, write_metrics
 from .small_llava import IMAGE_SIZE, build_llava, build_processor
 from .training import fast_matrix_products, make_trainer
@@ -24,7 +24,7 @@ from .training import fast_matrix_products, make_trainer
 VIEWS = 12
 # The paper's prompt, "Summarize the provided image in one word", is longer than most captions here.
 PROMPT = "In one word"
-QUESTIONS_SHARE = 0.12  # of the steps
+QUESTIONS_SHARE, SEARCHES_SHARE = 0.12, 0.06  # of the steps
 CAUSAL_LM_WEIGHT = 6.0  # captions are learned more slowly than recall
 ASKED = 200  # icons
 ICON_NAME = "icon.png"
@@ -59,7 +59,11 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
         model,
         processor,
         DatasetMixture(
-            [DatasetSource(train, "icons", 1 - QUESTIONS_SHARE), DatasetSource(chats, "questions", QUESTIONS_SHARE)]
+            [
+                DatasetSource(train, "icons", 1 - QUESTIONS_SHARE - SEARCHES_SHARE),
+                DatasetSource(chats, "questions", QUESTIONS_SHARE),
+                DatasetSource(search_rows(train, args.seed), "searches", SEARCHES_SHARE),
+            ]
         ),
         test,
         batch_by_source=True,  # prompts with entries are long, and captions would be padded to them

@@ -2,11 +2,21 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from hf_unigd.data import load_icons
+from hf_unigd.data.icons import SIZES, glyph_mask, icon_glyphs
 from hf_unigd.quickstart import questions
-from hf_unigd.quickstart.questions import KINDS, Neighbours, Question, answer_accuracy, question_rows, show_answers
+from hf_unigd.quickstart.questions import (
+    KINDS,
+    Neighbours,
+    Question,
+    answer_accuracy,
+    question_rows,
+    search_rows,
+    show_answers,
+)
 from hf_unigd.retrieval.answering import INSTRUCTION
 
 
@@ -55,13 +65,29 @@ def test_half_of_the_chats_ask_behind_entries_of_other_icons(icons):
     assert [turn["content"] for turn in again[1:]] == [turn["content"] for turn in chats[5][1:]]
 
 
-def test_neighbours_share_the_most_words():
-    found = Neighbours(["arrow_up", "arrow_up_bold", "arrow_left", "home", "home_up"]).of(
-        "arrow_up_box", 4, random.Random(0)
+def test_searches_show_the_icon_whose_name_they_find(icons):
+    rows = search_rows(icons, seed=1)
+    shown = rows[:]
+    assert shown["positive"] == [name.replace("_", " ") for name in icons.with_format(None)["icon"]]
+    assert all(
+        image.tobytes() == icon.tobytes() for (image, _), icon in zip(shown["anchor"], icons[:]["image"], strict=True)
     )
-    assert set(found[:2]) == {"arrow_up", "arrow_up_bold"} and set(found[2:]) == {"arrow_left", "home_up"}
-    alone = Neighbours(["arrow_up", "home"]).of("zebra", 2, random.Random(0))
-    assert sorted(alone) == ["arrow_up", "home"]
+    asked = {"Is there" if question.startswith("Is there ") else question for _, question in shown["anchor"]}
+    assert asked == {"What is it?", "Which colour is it?", "How large is it?", "Is there"}
+    assert rows[7]["anchor"][1] == shown["anchor"][7][1]  # whatever it is read with
+
+
+def test_neighbours_look_alike():
+    glyphs = {name: icon_glyphs()[name] for name in sorted(icon_glyphs())[:50]}
+    neighbours = Neighbours(glyphs)
+    pixels = np.stack(
+        [np.asarray(glyph_mask(glyph, round(24 * SIZES["large"]), 24), float).ravel() for glyph in glyphs.values()]
+    )
+    cosines = pixels @ pixels.T / np.linalg.norm(pixels, axis=1)
+    for place, name in enumerate(glyphs):
+        found = neighbours.of(name, 3, random.Random(place))
+        nearest = [list(glyphs)[other] for other in np.argsort(cosines[place])[::-1] if other != place][:6]
+        assert found == [each for each in nearest if each in found] and len(set(found)) == 3
 
 
 def test_right_answers_are_counted(capsys):
