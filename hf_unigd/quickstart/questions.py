@@ -82,8 +82,8 @@ def question_rows(icons: Dataset, seed: int) -> Dataset:
         seed: Draws the questions, and what stands before them.
 
     Returns:
-        For each icon a chat, in the column `messages`: every other one of four questions, and the others of one
-        question behind three entries, in the prompt of [`answer_with_retrieval`].
+        For each icon a chat of four questions, in the column `messages`. In every other one the first question stands
+        behind three entries, in the prompt of [`answer_with_retrieval`].
     """
     stored = icons.with_format(None)
     words = [word for name in stored["icon"] for word in name.split("_")]
@@ -129,9 +129,8 @@ def _make_chats(rows: dict[str, list], words: Sequence[str], neighbours: Neighbo
         draw = random.Random(f"{seed}-{number}")
         colour, size = attributes["colour"], attributes["size"]
         behind_entries = number % 2 == 0
-        kinds = draw.sample(KINDS, 1 if behind_entries else len(KINDS))
         messages: list[dict[str, Any]] = []
-        for kind in kinds:
+        for kind in draw.sample(KINDS, len(KINDS)):
             question, answer = ask(kind, icon, colour, size, words, draw)
             asked: list[str | Image.Image] = [question]
             if not messages:

@@ -46,15 +46,16 @@ def test_every_answer_is_true(icons):
     assert 0.3 < asked.count("yes") / (asked.count("yes") + asked.count("no")) < 0.7
 
 
-def test_half_of_the_chats_ask_behind_entries_of_other_icons(icons):
+def test_half_of_the_chats_begin_behind_entries_of_other_icons(icons):
     chats = question_rows(icons, seed=0)[:]["messages"]
     names = {name.replace("_", " ") for name in icons.with_format(None)["icon"]}
     for number, chat in enumerate(chats):
         parts = chat[0]["content"]
+        assert len(chat) == 2 * len(KINDS)
         if number % 2:
-            assert [part["type"] for part in parts] == ["image", "text"] and len(chat) == 2 * len(KINDS)
+            assert [part["type"] for part in parts] == ["image", "text"]
             continue
-        assert [part["type"] for part in parts] == ["text", "image", "text"] and len(chat) == 2
+        assert [part["type"] for part in parts] == ["text", "image", "text"]
         instruction, entries = parts[0]["text"][: len(INSTRUCTION)], parts[0]["text"][len(INSTRUCTION) :].strip()
         captions = [line.split(", a ")[0].split() for line in entries.split("\n")]
         assert all(words[: len(words) // 2] * 2 == words for words in captions)  # of the short and of the long caption
