@@ -1,20 +1,19 @@
 """Questions about drawn icons, to be learned and to be counted, with and without what an index holds."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
 
-from ..data.icons import COLOURS, SIZES, draw_icon, glyph_mask, long_caption, short_caption
+from ..data.icons import COLOURS, SIZES, draw_icon, long_caption, short_caption
 from ..modeling import UniGDForConditionalGeneration, UniGDProcessor
 from ..retrieval import answer_with_retrieval, build_index
 from ..retrieval.answering import make_prompt
@@ -24,8 +23,6 @@ from ..retrieval.entries import Hit
 KINDS = ("what it is", "its colour", "its size", "whether there is")
 WAYS = ("alone", "with retrieval")
 K = 3  # entries in a prompt, as `hf-unigd answer` puts there
-CHOICE = 6  # of so many nearest icons, K are shown
-LOOKED_AT = 24  # pixels
 LONGEST = 12  # tokens of an answer
 
 
@@ -45,32 +42,28 @@ def ask(kind: str, icon: str, colour: str, size: str, words: Sequence[str], draw
 
 
 class Neighbours:
-    """
-    The icons that look most like another one, as an index finds them for a picture: many of them have a name without
-    any word in common.
+    """Names of icons by the words that they share, as an index would find them."""
 
-    Args:
-        glyphs: The font characters of icons, by name.
-    """
+    def __init__(self, names: Sequence[str]):
+        self.names = list(names)
 
-    def __init__(self, glyphs: Mapping[str, str]):
-        self.names = list(glyphs)
-        masks = [
-            np.asarray(glyph_mask(glyph, round(LOOKED_AT * SIZES["large"]), LOOKED_AT)) for glyph in glyphs.values()
-        ]
-        pixels = F.normalize(torch.tensor(np.stack(masks), dtype=torch.float32).flatten(1))
-        self._nearest: dict[str, list[int]] = {}
-        for start in range(0, len(pixels), 1000):
-            similarities = pixels[start : start + 1000] @ pixels.T
-            places = range(start, start + len(similarities))
-            similarities[range(len(similarities)), places] = -torch.inf  # an icon is not its own neighbour
-            found = similarities.topk(min(CHOICE, len(pixels) - 1)).indices.tolist()
-            self._nearest.update(zip((self.names[place] for place in places), found, strict=True))
+    @cached_property
+    def _by_word(self) -> dict[str, list[str]]:
+        by_word: dict[str, list[str]] = defaultdict(list)
+        for name in self.names:
+            for word in name.split("_"):
+                by_word[word].append(name)
+        return by_word
 
     def of(self, icon: str, count: int, draw: random.Random) -> list[str]:
-        """The names of `count` icons of those that look most like an icon, best first."""
-        nearest = self._nearest[icon]
-        return [self.names[nearest[rank]] for rank in sorted(draw.sample(range(len(nearest)), count))]
+        """The names that share most words with that of an icon, but not its own. Among equals, `draw` chooses."""
+        shared = Counter(name for word in set(icon.split("_")) for name in self._by_word[word] if name != icon)
+        names = sorted(shared, key=lambda name: (-shared[name], draw.random()))[:count]
+        while len(names) < count:
+            name = draw.choice(self.names)
+            if name != icon and name not in names:
+                names.append(name)
+        return names
 
 
 def question_rows(icons: Dataset, seed: int) -> Dataset:
@@ -82,19 +75,20 @@ def question_rows(icons: Dataset, seed: int) -> Dataset:
         seed: Draws the questions, and what stands before them.
 
     Returns:
-        For each icon a chat of four questions, in the column `messages`. In every other one the first question stands
-        behind three entries, in the prompt of [`answer_with_retrieval`].
+        For each icon a chat, in the column `messages`: every other one of four questions, and the others of one
+        question behind three entries, in the prompt of [`answer_with_retrieval`].
     """
     stored = icons.with_format(None)
     words = [word for name in stored["icon"] for word in name.split("_")]
-    neighbours = Neighbours(dict(zip(stored["icon"], stored["glyph"], strict=True)))
+    neighbours = Neighbours(sorted(set(stored["icon"])))
     numbered = stored.add_column("number", list(range(len(stored))))
     return numbered.with_transform(partial(_make_chats, words=words, neighbours=neighbours, seed=seed))
 
 
 def search_rows(icons: Dataset, seed: int) -> Dataset:
     """
-    Rows to learn to search from, for an answer is looked up by its picture and its question together.
+    Rows to learn to search from: an answer is looked up by a picture and a question together, which are like nothing
+    that captions teach.
 
     Args:
         icons: Rows of [`load_icons`].
@@ -129,8 +123,9 @@ def _make_chats(rows: dict[str, list], words: Sequence[str], neighbours: Neighbo
         draw = random.Random(f"{seed}-{number}")
         colour, size = attributes["colour"], attributes["size"]
         behind_entries = number % 2 == 0
+        kinds = draw.sample(KINDS, 1 if behind_entries else len(KINDS))
         messages: list[dict[str, Any]] = []
-        for kind in draw.sample(KINDS, len(KINDS)):
+        for kind in kinds:
             question, answer = ask(kind, icon, colour, size, words, draw)
             asked: list[str | Image.Image] = [question]
             if not messages:
