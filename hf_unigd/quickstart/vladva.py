@@ -117,6 +117,8 @@ def run_vladva(args: QuickstartArguments) -> dict[str, dict[str, float]]:
     print(f"  hf-unigd index --model {output} --dataset_name icons --output icons_index")
     print('  hf-unigd search icons_index --query "arrow left" --output hits.png')
     print(f'  hf-unigd answer icons_index --image {output / ICON_NAME} --question "What is it?"')
+    print("and look at it in a browser, after `pip install 'hf-unigd[app]'`:")
+    print(f"  hf-unigd serve --model {output} --index icons_index")
     return metrics
 
 

@@ -33,6 +33,7 @@ def test_the_vladva_recipe_writes_what_it_promises(tmp_path, capsys, monkeypatch
     assert (tmp_path / "retrieval.png").stat().st_size > 10_000
     icon = PILImage.open(tmp_path / "icon.png").convert("RGB")
     assert icon.tobytes() == load_icons("test", size=vladva.IMAGE_SIZE)[0]["image"].tobytes()
+    assert f"hf-unigd serve --model {tmp_path} --index icons_index" in printed
     assert f"hf-unigd answer icons_index --image {tmp_path / 'icon.png'}" in printed
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "modeling_unigd.py").is_file()
 
