@@ -49,7 +49,7 @@ def build() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     processor = build_processor(list(texts()), SIDE, PATCH_SIZE, VOCABULARY)
     vlm = build_llava(processor, **SHAPE)
     positions = vlm.model.vision_tower.embeddings.position_embedding.weight
-    with torch.no_grad():  # those of the library are a fiftieth of what a patch is, so that no place is seen for long
+    with torch.no_grad():  # those of the library are a fiftieth of what a patch is
         positions[1:] = sine_positions(SIDE // PATCH_SIZE, positions.shape[1])
     return vlm, processor
 

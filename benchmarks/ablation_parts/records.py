@@ -43,7 +43,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "commit": _git("rev-parse", "HEAD") + "+" * bool(changed),
         "hardware": {"cpu": _cpu(), "threads": torch.get_num_threads()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "sentence-transformers")},
     }
 
 
