@@ -21,8 +21,17 @@ from hf_unigd.quickstart.training import fast_matrix_products
 def test_the_vladva_recipe_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vladva, "VIEWS", 1)
     monkeypatch.setattr(vladva, "ASKED", 6)
+    make_trainer, mixtures = vladva.make_trainer, []
+
+    def recorded(args, model, processor, train, *others, **recipe):
+        mixtures.append(train)
+        return make_trainer(args, model, processor, train, *others, **recipe)
+
+    monkeypatch.setattr(vladva, "make_trainer", recorded)
     main(["quickstart", "--output", str(tmp_path), "--max_steps", "3", "--batch_size", "16"])
     printed = capsys.readouterr().out
+    assert [source.name for source in mixtures[0].sources] == ["icons", "questions", "searches"]
+    assert mixtures[0].sources[2].rows[0].keys() == {"anchor", "positive"}
     assert "text to image, R@1" in printed and "Reloaded in a fresh process without hf-unigd" in printed
     assert printed.count("    -> ") == 6 and "Of all 1000, " in printed and "answers about 6 of these icons" in printed
     assert f"hf-unigd index --model {tmp_path} --dataset_name icons" in printed
