@@ -9,37 +9,50 @@ from .arms import ARMS, Arm, ClipArm, SentenceArm, SugarArm
 
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+OUTER_LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, *LEARNING_RATES, 3e-2, 1e-1, 3e-1, 1.0)
 TUNING_SEED = 100  # not one of those that are reported
 # Each has `settings`, `train`, `validate` and `measure`.
 RECIPES: dict[type, Any] = {Arm: vladva, SugarArm: sugar, ClipArm: clip, SentenceArm: sentence}
 
 
 def tune(name: str, folder: Path = base.FOLDER) -> float:
-    """The learning rate of an arm that is best on validation rows. Those that were tried are kept, and not tried
-    again."""
+    """The learning rate of an arm that is best on validation rows. As long as the best is the lowest or the highest,
+    the next one is tried too. Those that were tried are kept, and not tried again."""
     arm, own = ARMS[name], records.digest(folder / "model.safetensors")
     recipe = RECIPES[type(arm)]
     record = records.read(records.tuning_file(name))
     if record.get("base") != own:
         record = {"arm": name, "seed": TUNING_SEED, "base": own, "validation": {}}
-    for rate in LEARNING_RATES:
-        if str(rate) not in record["validation"]:
-            embedder, _ = recipe.train(arm, TUNING_SEED, rate, folder)
-            record["validation"][str(rate)] = recipe.validate(embedder)
-            print(f"{name}, learning rate {rate:g}: {record['validation'][str(rate)]:.3f}", flush=True)
-            records.write(records.tuning_file(name), record)
+    while rate := next_learning_rate({float(rate): value for rate, value in record["validation"].items()}):
+        embedder, _ = recipe.train(arm, TUNING_SEED, rate, folder)
+        record["validation"][str(rate)] = recipe.validate(embedder)
+        print(f"{name}, learning rate {rate:g}: {record['validation'][str(rate)]:.3f}", flush=True)
+        records.write(records.tuning_file(name), record)
     return float(max(record["validation"], key=record["validation"].get))
 
 
+def next_learning_rate(tried: dict[float, float]) -> float | None:
+    """What to try after learning rates with their recalls: all of `LEARNING_RATES`, and then the neighbours of the
+    best, until both were tried."""
+    missing = [rate for rate in LEARNING_RATES if rate not in tried]
+    if not missing:
+        best = OUTER_LEARNING_RATES.index(max(tried, key=tried.__getitem__))
+        around = OUTER_LEARNING_RATES[max(best - 1, 0) : best + 2]
+        missing = [rate for rate in around if rate not in tried]
+    return missing[0] if missing else None
+
+
 def run(name: str, seed: int, folder: Path = base.FOLDER) -> None:
-    """Trains and measures an arm with a seed, and writes the result. A result that there is stays."""
+    """Trains and measures an arm with a seed, and writes the result. A result that there is stays, if its learning
+    rate is still the best."""
     file = records.result_file(name, seed)
     own = records.digest(folder / "model.safetensors")
-    if records.read(file).get("base") == own:
-        return
     arm = ARMS[name]
     recipe = RECIPES[type(arm)]
     rate = tune(name, folder) if arm.is_trained else None
+    there = records.read(file)
+    if there.get("base") == own and there["settings"]["learning_rate"] == rate:
+        return
     settings = recipe.settings(arm, folder)
     start = time.perf_counter()
     embedder, losses = recipe.train(arm, seed, rate, folder)

@@ -126,21 +126,30 @@ def test_a_run_writes_a_file_and_goes_on_where_it_was_stopped(tiny_base, results
 
     def train(arm, seed, learning_rate, *args):
         trained.append((seed, learning_rate))
-        return None, [{"step": 10, "contrastive_loss": 0.25}]
+        return learning_rate, [{"step": 10, "contrastive_loss": 0.25}]
 
-    recall = iter([0.1, 0.7, 0.2])  # the second learning rate is the best
+    recall = {rate: 0.1 for rate in running.LEARNING_RATES} | {1e-2: 0.5, 3e-2: 0.7, 1e-1: 0.2}
     monkeypatch.setattr(vladva, "train", train)
     monkeypatch.setattr(vladva, "best_prompt", lambda folder: "In one word")
-    monkeypatch.setattr(vladva, "validate", lambda *args: next(recall))
+    monkeypatch.setattr(vladva, "validate", lambda embedder: recall[embedder])
     monkeypatch.setattr(vladva, "measure", lambda *args: {"perplexity": 2.0})
     for _ in range(2):
         for seed in (0, 1):
             running.run("lora", seed, folder)
-    tuning = [(running.TUNING_SEED, rate) for rate in running.LEARNING_RATES]
-    assert trained == [*tuning, (0, running.LEARNING_RATES[1]), (1, running.LEARNING_RATES[1])]
+    # The highest rate of the three was the best, so that higher ones were tried until one was worse.
+    tuning = [(running.TUNING_SEED, rate) for rate in (*running.LEARNING_RATES, 3e-2, 1e-1)]
+    assert trained == [*tuning, (0, 3e-2), (1, 3e-2)]
     record = json.loads((results / "lora-1.json").read_text())
     assert record["metrics"] == {"perplexity": 2.0, "final_contrastive_loss": 0.25}
-    assert record["settings"]["learning_rate"] == running.LEARNING_RATES[1]
+    assert record["settings"]["learning_rate"] == 3e-2
+
+    # A result of a rate that is no longer the best is measured again.
+    tuned = json.loads((results / "tuning-lora.json").read_text())
+    tuned["validation"]["0.1"] = 0.8
+    (results / "tuning-lora.json").write_text(json.dumps(tuned))
+    recall[3e-1] = 0.3
+    running.run("lora", 0, folder)
+    assert trained[-2:] == [(running.TUNING_SEED, 3e-1), (0, 1e-1)]
 
 
 def test_captions_are_right_in_kinds_colours_and_place():
