@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor, UniGDTrainer, UniGDTrainingArguments
+from hf_unigd.bulk import process_state
 from hf_unigd.evaluation.prompts import PromptComparison, compare_prompts, load_prompts
 from hf_unigd.evaluation.prompts.statistics import correlation
 from hf_unigd.outputs import writing
@@ -109,7 +110,6 @@ def pretrain(folder: Path, seed: int, output: Path) -> None:
                 save_strategy="no",
                 logging_steps=10,
                 report_to=[],
-                use_cpu=True,
             ),
             train_dataset=pretraining_rows(ENGLISH_ANSWERS),
             processing_class=processor,
@@ -152,7 +152,18 @@ def run(seed: int, folder: Path = base.FOLDER, prompts: dict[str, list[str]] | N
             attention_images=0,
         )
     facts = json.loads((model / FACTS).read_text(encoding="utf-8"))
-    records.write(file, {"base": own, "seed": seed, "rows": ROWS, "projector": facts, **summarize(comparison)})
+    device = process_state().device
+    records.write(
+        file,
+        {
+            "base": own,
+            "seed": seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "rows": ROWS,
+            "projector": facts,
+            **summarize(comparison),
+        },
+    )
 
 
 def summarize(comparison: PromptComparison) -> dict[str, Any]:

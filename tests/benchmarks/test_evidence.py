@@ -128,7 +128,7 @@ def test_a_run_writes_a_file_and_goes_on_where_it_was_stopped(tiny_base, results
         trained.append((seed, learning_rate))
         return learning_rate, [{"step": 10, "contrastive_loss": 0.25}]
 
-    recall = {rate: 0.1 for rate in running.LEARNING_RATES} | {1e-2: 0.5, 3e-2: 0.7, 1e-1: 0.2}
+    recall = dict.fromkeys(running.LEARNING_RATES, 0.1) | {1e-2: 0.5, 3e-2: 0.7, 1e-1: 0.2}
     monkeypatch.setattr(vladva, "train", train)
     monkeypatch.setattr(vladva, "best_prompt", lambda folder: "In one word")
     monkeypatch.setattr(vladva, "validate", lambda embedder: recall[embedder])
@@ -301,9 +301,10 @@ def test_prompts_are_compared_on_smollm2_whose_projector_alone_is_trained(tiny_b
     prompts = {"image": ["In one word"], "text": ["In one word", "Say it shortly."]}
     english.run(1, folder, prompts)
     ((vlm, before),) = built
-    trained = {name for name, weight in vlm.named_parameters() if not torch.equal(weight, before[name])}
+    trained = {name for name, weight in vlm.named_parameters() if not torch.equal(weight.cpu(), before[name])}
     assert trained and all("projector" in name for name in trained)
     record = json.loads((results / "prompt_entropy-1.json").read_text())
+    assert record["device"] and record["projector"]["steps"] == 2
     assert [len(row) for row in record["recalls"]] == [3, 3]  # the first prompts are the model's own
     assert list(record["entropies"]["text"])[1:] == prompts["text"]
     assert "| 1 | " in report.fill_prompt_entropy() and report.draw_prompt_entropy(tmp_path / "entropy.png")
