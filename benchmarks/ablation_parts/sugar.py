@@ -138,6 +138,7 @@ def measure(embedder: ModelEmbedder) -> dict[str, float]:
         for name, each in story_scores(embedder, rows).items()
         if "_unseen_" in name
     }
-    answers = perplexity(embedder, RowReader.of(rows.remove_columns("captions"), embedder, ImageSettings(), 0))
+    chats = Columns(rows, {"messages": "messages", "images": "images"})  # their captions are for queries
+    answers = perplexity(embedder, RowReader.of(chats, embedder, ImageSettings(), 0))
     assert answers is not None
     return {**measuring.measure(embedder), **told, "answers_perplexity": answers.metric}

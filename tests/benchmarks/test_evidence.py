@@ -220,6 +220,12 @@ def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, mo
             "sugar_both": {"contrastive_loss", "causal_lm_loss", "alignment_loss"},
         }[name]
     )
+    monkeypatch.setattr(sugar, "TESTED", 8)
+    monkeypatch.setattr(sugar, "VALIDATED", 4)
+    monkeypatch.setattr(sugar.measuring, "measure", lambda embedder: {"perplexity": 2.0})
+    measured = sugar.measure(embedder)
+    assert {"perplexity", "answers_perplexity", "5c_recall_at_5", "5c+4i_recall_at_5"} <= measured.keys()
+    assert measured["answers_perplexity"] > 1
 
 
 def test_two_towers_learn_which_caption_is_of_which_picture(tiny_base, monkeypatch):
