@@ -14,14 +14,6 @@ that it can be stopped at any time and called again; it builds the base model fi
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-
-# The folder of a script comes first on the path, where kernels.py would hide Hugging Face's library `kernels`.
-if not sys.flags.safe_path:
-    sys.path.pop(0)
-sys.path.append(str(Path(__file__).parent))
 
 import transformers
 from ablation_parts import english

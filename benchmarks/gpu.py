@@ -38,9 +38,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-# The folder of a script comes first on the path, where kernels.py would hide Hugging Face's library `kernels`.
-if not sys.flags.safe_path:
-    sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).parent / "gpu_parts"))
 
 import torch

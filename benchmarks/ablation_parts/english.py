@@ -33,7 +33,7 @@ from .corpus import ENGLISH_ANSWERS, QUESTIONS, Columns, pretraining_rows, scene
 NAME, FACTS = "prompt_entropy", "pretraining.json"
 FOLDER = Path("runs/ablations/english")
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-STEPS, BATCH_SIZE, LEARNING_RATE = 200, 32, 2e-3
+STEPS, BATCH_SIZE, LEARNING_RATE = 800, 32, 2e-3
 ROWS, CAPTIONED = 100, 100
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

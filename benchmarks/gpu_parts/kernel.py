@@ -1,17 +1,12 @@
-"""The alignment kernel and its peers, which benchmarks/kernels.py has."""
+"""The alignment kernel and its peers, which benchmarks/alignment_kernels.py has."""
 
-import importlib.util
-from pathlib import Path
-
+import alignment_kernels as peers
 import torch
 from measuring import measure
 from models import SHAPES
 
 
 def kernels() -> dict:
-    spec = importlib.util.spec_from_file_location("kernel_benchmark", Path(__file__).parents[1] / "kernels.py")
-    peers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peers)
     backend = "triton" if SHAPES["device"] == "cuda" else "auto"
     functions = {
         "ours": lambda case: peers.ours(case, backend),

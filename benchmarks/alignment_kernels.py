@@ -1,4 +1,4 @@
-"""Compares the alignment kernels with their peers: `python benchmarks/kernels.py [headline] [grid] [scaling]`.
+"""Compares the alignment kernels with peers: `python benchmarks/alignment_kernels.py [headline] [grid] [scaling]`.
 
 In each repeat the peers take turns, so that other load on the machine affects all of them alike. `ms` is the median.
 On a busy machine, `fastest` and `cpu` are more reliable. `cpu` is the least processor time of a call over all its
@@ -16,16 +16,10 @@ import os
 import platform
 import resource
 import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
-
-
-# The folder of a script comes first on the path, where this file would hide Hugging Face's library `kernels`.
-if __name__ == "__main__" and not sys.flags.safe_path:
-    sys.path.pop(0)
 
 import torch
 import torch.nn.functional as F
