@@ -32,7 +32,8 @@ class Arm:
 @dataclass(frozen=True)
 class SugarArm:
     """
-    A way to add Sugar's head to the base model, with LoRA and the next-token loss, on stories and scenes.
+    A way to add Sugar's head to the base model, with LoRA and the next-token loss, on stories and scenes, also behind
+    what an index would hold.
 
     Attributes:
         title: Its row in tables.
@@ -187,6 +188,8 @@ TABLES = {
             Column("stories, 5c+4i R@5", ("5c+4i_recall_at_5",)),
             Column("scenes, text to image R@5", ("text_to_image_recall_at_5",)),
             Column("scenes, pairs of pictures", ("winoground_image_score",)),
+            Column("described alone", ("described_alone",)),
+            Column("with retrieval", ("described_with_retrieval",)),
             Column("questions", ("pope_accuracy",)),
             Column("perplexity of answers", ("answers_perplexity",), is_share=False),
             Column("perplexity of captions", ("perplexity",), is_share=False),

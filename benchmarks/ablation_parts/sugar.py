@@ -31,12 +31,13 @@ from hf_unigd.quickstart.training import fast_matrix_products
 from . import measuring, records
 from .arms import SugarArm
 from .corpus import SIDE, Columns, scenes
+from .reading import BehindEntries, description_accuracy
 from .training import Trained, tune_model
 
 
 STEPS, BATCH_SIZE = 100, 64
 CAST = 200
-STORIES, SCENES, TESTED, VALIDATED = 2000, 3000, 300, 200
+STORIES, SCENES, BEHIND_ENTRIES, TESTED, VALIDATED = 2000, 3000, 1500, 300, 200
 CLIP_STEPS, EMBEDDING_DIM = 600, 128
 FOLDER = Path("runs/ablations/sugar")  # of the teachers and their features
 
@@ -50,9 +51,17 @@ def stories(split: str) -> Dataset:
 
 
 def training_rows(is_contrasted: bool) -> DatasetMixture:
+    """Stories, captioned scenes, and scenes behind what an index would hold."""
     columns = ("image", "long_caption", *(("short_caption",) if is_contrasted else ()))
     captioned = Columns(scenes("train").select(range(SCENES)), {name: name for name in columns})
-    return DatasetMixture([DatasetSource(stories("train"), "stories"), DatasetSource(captioned, "scenes")])
+    behind_entries = BehindEntries(scenes("train").select(range(BEHIND_ENTRIES)))
+    return DatasetMixture(
+        [
+            DatasetSource(stories("train"), "stories"),
+            DatasetSource(captioned, "scenes"),
+            DatasetSource(behind_entries, "behind entries"),
+        ]
+    )
 
 
 def make_teachers(folder: Path) -> TeacherArguments:
@@ -98,7 +107,14 @@ def make_slice_features(is_contrasted: bool, teachers: TeacherArguments) -> Path
 
 
 def settings(arm: SugarArm, folder: Path) -> dict[str, Any]:
-    return {"steps": STEPS, "batch_size": BATCH_SIZE, "stories": STORIES, "scenes": SCENES, "clip_steps": CLIP_STEPS}
+    return {
+        "steps": STEPS,
+        "batch_size": BATCH_SIZE,
+        "stories": STORIES,
+        "scenes": SCENES,
+        "behind_entries": BEHIND_ENTRIES,
+        "clip_steps": CLIP_STEPS,
+    }
 
 
 def train(arm: SugarArm, seed: int, learning_rate: float, folder: Path) -> Trained:
@@ -130,8 +146,8 @@ def validate(embedder: ModelEmbedder) -> float:
 
 
 def measure(embedder: ModelEmbedder) -> dict[str, float]:
-    """What is measured of every arm, the recall of the last pictures of stories (`5c_recall_at_1`, ...), and
-    `answers_perplexity`, that of what these show."""
+    """What is measured of every arm, the recall of the last pictures of stories (`5c_recall_at_1`, ...),
+    `answers_perplexity`, that of what these show, and how many descriptions are right, alone and with retrieval."""
     rows = stories("test")
     told = {
         name.replace("_unseen", ""): each.metric
@@ -141,4 +157,5 @@ def measure(embedder: ModelEmbedder) -> dict[str, float]:
     chats = Columns(rows, {"messages": "messages", "images": "images"})  # their captions are for queries
     answers = perplexity(embedder, RowReader.of(chats, embedder, ImageSettings(), 0))
     assert answers is not None
-    return {**measuring.measure(embedder), **told, "answers_perplexity": answers.metric}
+    described = description_accuracy(embedder)
+    return {**measuring.measure(embedder), **told, **described, "answers_perplexity": answers.metric}

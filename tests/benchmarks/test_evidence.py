@@ -8,13 +8,29 @@ import numpy as np
 import openclipart
 import pytest
 import torch
-from ablation_parts import base, clip, corpus, english, records, report, running, sentence, sugar, tables, vladva
+from ablation_parts import (
+    base,
+    clip,
+    corpus,
+    english,
+    reading,
+    records,
+    report,
+    running,
+    sentence,
+    sugar,
+    tables,
+    vladva,
+)
 from ablation_parts.arms import ARMS, TABLES, Column, Table
 from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
 from ablation_parts.spread import Sample
+from ablation_parts.training import as_embedder
 
+from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import load_scenes
 from hf_unigd.quickstart.small_llava import build_llava, build_processor
+from hf_unigd.retrieval import Answer, answer_with_retrieval
 
 
 @pytest.fixture
@@ -206,7 +222,16 @@ def test_a_drawing_stands_in_the_middle_of_a_white_square():
 @pytest.mark.parametrize("name", ["sugar_info_nce", "sugar_both"])
 def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, monkeypatch):
     folder, _ = tiny_base
-    small = {"FOLDER": tmp_path, "STORIES": 8, "SCENES": 8, "CLIP_STEPS": 1, "STEPS": 2, "BATCH_SIZE": 4, "CAST": 16}
+    small = {
+        "FOLDER": tmp_path,
+        "STORIES": 8,
+        "SCENES": 8,
+        "BEHIND_ENTRIES": 4,
+        "CLIP_STEPS": 1,
+        "STEPS": 2,
+        "BATCH_SIZE": 4,
+        "CAST": 16,
+    }
     for setting, value in small.items():
         monkeypatch.setattr(sugar, setting, value)
     monkeypatch.setattr(sugar, "scenes", lambda split: load_scenes(split, count=8, size=64))
@@ -223,9 +248,36 @@ def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, mo
     monkeypatch.setattr(sugar, "TESTED", 8)
     monkeypatch.setattr(sugar, "VALIDATED", 4)
     monkeypatch.setattr(sugar.measuring, "measure", lambda embedder: {"perplexity": 2.0})
+    monkeypatch.setattr(sugar, "description_accuracy", lambda embedder: {"described_alone": 0.5})
     measured = sugar.measure(embedder)
     assert {"perplexity", "answers_perplexity", "5c_recall_at_5", "5c+4i_recall_at_5"} <= measured.keys()
     assert measured["answers_perplexity"] > 1
+
+
+def test_pictures_are_described_behind_captions_that_embeddings_find(tiny_base, monkeypatch):
+    folder, rows = tiny_base
+    model = UniGDForConditionalGeneration.from_vlm_pretrained(str(folder))
+    embedder = as_embedder(model, UniGDProcessor.from_vlm_pretrained(str(folder), {"image": "In one word"}))
+    descriptions = {row["short_caption"]: row["long_caption"] for row in rows}
+    first = []
+
+    def describe_the_first(model, processor, index, questions, k, **kwargs):
+        found = answer_with_retrieval(model, processor, index, questions, k, **kwargs)
+        assert all(len(answer.hits) == k for answer in found)
+        first.extend(answer.hits[0].sequence_parts[0] for answer in found)
+        return [Answer(descriptions[caption], []) for caption in first[-len(found) :]]
+
+    monkeypatch.setattr(reading, "answer_with_retrieval", describe_the_first)
+    found = reading.description_accuracy(embedder, rows)
+    right = [
+        judge_scene(descriptions[caption], row["long_caption"])["all"]
+        for caption, row in zip(first, rows, strict=True)
+    ]
+    assert found == {"described_alone": 0.0, "described_with_retrieval": sum(right) / len(rows)}
+
+    asked, answered = reading.BehindEntries(rows)[3]["messages"]
+    assert rows[3]["short_caption"] in asked["content"][0]["text"]
+    assert answered["content"] == rows[3]["long_caption"]
 
 
 def test_two_towers_learn_which_caption_is_of_which_picture(tiny_base, monkeypatch):
