@@ -17,14 +17,15 @@ from hf_unigd.quickstart.small_llava import build_llava, build_processor
 from hf_unigd.quickstart.training import fast_matrix_products
 
 from . import records
-from .captions import caption_accuracy
-from .corpus import ALL_ANSWERS, SHORT_ANSWERS, SIDE, SINGLE_THINGS, pretraining_rows, texts
+from .captions import caption_accuracy, generate_captions
+from .corpus import ALL_ANSWERS, QUESTIONS, SHORT_ANSWERS, SIDE, SINGLE_THINGS, pretraining_rows, scenes, texts
 
 
 FOLDER, FACTS = Path("runs/ablations/base"), "pretraining.json"
 PATCH_SIZE, VOCABULARY = 16, 3000
 SHAPE = {"hidden_size": 224, "vision_layers": 4, "text_layers": 3}
 BATCH_SIZE, WARMUP_STEPS = 128, 30
+SHOWN = 6  # unseen pictures whose captions the page shows
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ def make_base(folder: Path = FOLDER) -> None:
     file = records.RESULTS / "base.json"
     if records.read(file).get("base") != own:
         model = UniGDForConditionalGeneration.from_vlm_pretrained(str(folder))
-        captions = caption_accuracy(model, UniGDProcessor.from_vlm_pretrained(str(folder)))
+        processor = UniGDProcessor.from_vlm_pretrained(str(folder))
+        captions = caption_accuracy(model, processor)
+        shown = scenes("test").select(range(SHOWN))[:]["image"]
+        said = generate_captions(model, processor, shown, QUESTIONS["description"][0])
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        records.write(file, {"base": own, **facts, "captions": captions})
+        records.write(file, {"base": own, **facts, "captions": captions, "said": said})
         print(json.dumps(captions, indent=1), flush=True)

@@ -28,6 +28,7 @@ from hf_unigd.quickstart.training import fast_matrix_products
 from . import base, records
 from .captions import generate_captions, judge_short_caption
 from .corpus import ENGLISH_ANSWERS, QUESTIONS, Columns, pretraining_rows, scenes
+from .tables import SEEDS
 
 
 NAME, FACTS = "prompt_entropy", "pretraining.json"
@@ -178,3 +179,14 @@ def summarize(comparison: PromptComparison) -> dict[str, Any]:
         },
         "recalls": [[round(value, 4) for value in row] for row in recalls.tolist()],
     }
+
+
+def load_results() -> dict[int, tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """By seed the result, and the entropy and the recall of each pair. The first prompts are the model's own, which
+    are VladVA's."""
+    found = {}
+    for seed in SEEDS:
+        if record := records.read(records.result_file(NAME, seed)):
+            image, text = (torch.tensor(list(each.values())) for each in record["entropies"].values())
+            found[seed] = record, (image[:, None] + text[None]) / 2, torch.tensor(record["recalls"])
+    return found

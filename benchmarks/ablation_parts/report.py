@@ -1,24 +1,19 @@
-"""Fills the tables and draws the pictures of docs/evidence.md from the files of results, so that the page holds no
-number that no file has."""
+"""Fills the tables of docs/evidence.md from the files of results: the page holds no number that no file has."""
 
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from hf_unigd.evaluation.figures import make_figure
 from hf_unigd.outputs import writing
 
 from . import english, records
-from .arms import ARMS, TABLES, Column
-from .tables import NOT_RUN, SEEDS, fill_table, load_results, sample
+from .arms import ARMS, TABLES
+from .pictures import draw_captions, draw_mixture, draw_prompt_entropy
+from .tables import NOT_RUN, fill_table
 
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "evidence.md"
-CURVE, ENTROPY = (DOCS / "images" / f"evidence_{name}.png" for name in ("mixture", english.NAME))
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 # What stands between these comments is written by this module.
 PART = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -57,7 +52,7 @@ def fill_settings() -> str:
 
 def fill_prompt_entropy() -> str:
     """How the recall of pairs of prompts goes with the entropy of what follows them."""
-    found = load_prompt_entropy()
+    found = english.load_results()
     if not found:
         return NOT_RUN
     lines = [
@@ -73,37 +68,6 @@ def fill_prompt_entropy() -> str:
             + " |"
         )
     return "\n".join(lines)
-
-
-def load_prompt_entropy() -> dict[int, tuple[dict, torch.Tensor, torch.Tensor]]:
-    """By seed the result, and the entropy and the recall of each pair. The first prompts are the model's own, which
-    are VladVA's."""
-    found = {}
-    for seed in SEEDS:
-        if record := records.read(records.result_file(english.NAME, seed)):
-            image, text = (torch.tensor(list(each.values())) for each in record["entropies"].values())
-            found[seed] = record, (image[:, None] + text[None]) / 2, torch.tensor(record["recalls"])
-    return found
-
-
-def draw_prompt_entropy(file: Path = ENTROPY) -> bool:
-    """Draws the recall of every pair of prompts over its entropy, if a seed has run."""
-    found = load_prompt_entropy()
-    if not found:
-        return False
-    figure = make_figure(figsize=(4 * len(found), 3.6), layout="constrained")
-    for axes, (seed, (record, entropies, recalls)) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
-        axes.scatter(entropies.flatten(), 100 * recalls.flatten(), s=4, alpha=0.4)
-        axes.set(
-            title=f"seed {seed}, correlation {record['correlation']:.2f}",
-            xlabel="entropy, mean of both prompts (nats)",
-            ylabel="mean recall (%)",
-        )
-    with writing(file) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120)
-    return True
 
 
 def fill(page: str) -> str:
@@ -122,35 +86,10 @@ def fill(page: str) -> str:
     return PART.sub(lambda match: f"{match[1]}\n{parts[match[2]]()}\n\n{match[3]}", page)
 
 
-def draw_mixture(file: Path = CURVE) -> bool:
-    """Draws retrieval over perplexity, a point for every seed and weight of the next-token loss, if two weights or
-    more have run."""
-    rows = TABLES["mixture"].rows
-    results = load_results(list(rows))
-    retrieval = Column("", ("text_to_image_recall_at_1", "image_to_text_recall_at_1"))
-    perplexity = Column("", ("perplexity",), is_share=False)
-    drawn = {}
-    for name, title in rows.items():
-        x, y = sample(results[name], perplexity), sample(results[name], retrieval)
-        if x is not None and y is not None:
-            drawn[title] = x, y
-    if len(drawn) < 2:
-        return False
-    figure = make_figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([x.mean for x, _ in drawn.values()], [y.mean for _, y in drawn.values()], color="0.7")
-    for title, (x, y) in drawn.items():
-        axes.plot(x.values, y.values, "o", label=title)
-    axes.set(xscale="log", xlabel="perplexity of held-out long captions", ylabel="R@1, mean of both directions (%)")
-    axes.legend(title="contrastive : next-token")
-    with writing(file) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120)
-    return True
-
-
 def write_report() -> None:
     """Writes the page and its pictures."""
     with writing(PAGE) as unfinished:
         unfinished.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_captions()
     draw_mixture()
     draw_prompt_entropy()

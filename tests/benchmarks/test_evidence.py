@@ -13,6 +13,7 @@ from ablation_parts import (
     clip,
     corpus,
     english,
+    pictures,
     reading,
     records,
     report,
@@ -166,6 +167,14 @@ def test_a_run_writes_a_file_and_goes_on_where_it_was_stopped(tiny_base, results
     recall[3e-1] = 0.3
     running.run("lora", 0, folder)
     assert trained[-2:] == [(running.TUNING_SEED, 3e-1), (0, 1e-1)]
+
+
+def test_pictures_are_drawn_once_there_are_results(results):
+    file = results / "captions.png"
+    assert not pictures.draw_captions(file) and not pictures.draw_mixture(file) and not file.exists()
+    said = [row["long_caption"] for row in load_scenes("test", count=2, size=64)]
+    (results / "base.json").write_text(json.dumps({"said": said}))
+    assert pictures.draw_captions(file) and file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_captions_are_right_in_kinds_colours_and_place():
@@ -365,7 +374,7 @@ def test_prompts_are_compared_on_smollm2_whose_projector_alone_is_trained(tiny_b
     assert record["device"] and record["projector"]["steps"] == 2
     assert [len(row) for row in record["recalls"]] == [3, 3]  # the first prompts are the model's own
     assert list(record["entropies"]["text"])[1:] == prompts["text"]
-    assert "| 1 | " in report.fill_prompt_entropy() and report.draw_prompt_entropy(tmp_path / "entropy.png")
+    assert "| 1 | " in report.fill_prompt_entropy() and pictures.draw_prompt_entropy(tmp_path / "entropy.png")
     monkeypatch.setattr(english, "compare_prompts", None)
     english.run(1, folder)  # what is there stays
 
