@@ -55,7 +55,7 @@ def draw_mixture(file: Path = CURVE) -> bool:
     axes.plot([x.mean for x, _ in drawn.values()], [y.mean for _, y in drawn.values()], color="0.7")
     for title, (x, y) in drawn.items():
         axes.plot(x.values, y.values, "o", label=title)
-    axes.set(xscale="log", xlabel="perplexity of held-out long captions", ylabel="R@1, mean of both directions (%)")
+    axes.set(xlabel="perplexity of held-out long captions", ylabel="R@1, mean of both directions (%)")
     axes.legend(title="contrastive : next-token")
     with writing(file) as unfinished:
         figure.savefig(unfinished, format="png", dpi=120)

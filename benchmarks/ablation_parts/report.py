@@ -10,7 +10,7 @@ from hf_unigd.outputs import writing
 from . import english, records
 from .arms import ARMS, TABLES
 from .pictures import draw_captions, draw_mixture, draw_prompt_entropy
-from .tables import NOT_RUN, fill_table
+from .tables import NOT_MEASURED, NOT_RUN, fill_table
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -45,7 +45,7 @@ def fill_settings() -> str:
     lines += ["", f"| learning rate | {' | '.join(rates)} |", "|---" * (len(rates) + 1) + "|"]
     for name, each in tuned.items():
         if each:
-            cells = (f"{each[rate]:.1%}" if rate in each else NOT_RUN for rate in rates)
+            cells = (f"{each[rate]:.1%}" if rate in each else NOT_MEASURED for rate in rates)
             lines.append(f"| {ARMS[name].title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
