@@ -365,6 +365,8 @@ def attack_full_disk(attacker: Attacker, command: Command, bounded: bool) -> Non
 
 def interrupt(*args, **kwargs):
     """Stands in for work, and is interrupted by Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.raise_signal(signal.SIGINT)
 
 
