@@ -24,7 +24,7 @@ QUESTION = QUESTIONS["description"][0]
 class BehindEntries(data.Dataset):
     """
     Scenes to describe behind the short captions of three, of which one is their own, in the prompt of
-    [`answer_with_retrieval`]. A base model cannot read such a prompt.
+    [`answer_with_retrieval`]. The base model was trained on no such prompt.
 
     Args:
         rows: Scenes.
