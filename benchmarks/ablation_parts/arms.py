@@ -32,7 +32,7 @@ class Arm:
 @dataclass(frozen=True)
 class SugarArm:
     """
-    A way to add Sugar's head to the base model, with LoRA and the next-token loss, on stories and scenes, also behind
+    A way to add Sugar's head to the base model, with LoRA and the next-token loss, on albums and scenes, also behind
     what an index would hold.
 
     Attributes:
@@ -51,6 +51,19 @@ class SugarArm:
     triple_kernel: bool = True
     image_pooling: str = "mean"
     is_trained = True
+
+
+@dataclass(frozen=True)
+class TargetArm:
+    """
+    What the structure loss regresses the similarities of a model onto, used to retrieve.
+
+    Attributes:
+        title: Its row in tables.
+    """
+
+    title: str
+    is_trained = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ class SentenceArm:
     is_trained = True
 
 
-ARMS: dict[str, Arm | SugarArm | ClipArm | SentenceArm] = {
+ARMS: dict[str, Arm | SugarArm | TargetArm | ClipArm | SentenceArm] = {
     "as_it_is": Arm("as it is, best prompt", contrastive=0.0, lora=False, soft_prompts=False),
     "soft_prompts": Arm("+ soft prompts", lora=False),
     "lora": Arm("+ LoRA", soft_prompts=False),
@@ -103,6 +116,7 @@ ARMS: dict[str, Arm | SugarArm | ClipArm | SentenceArm] = {
     "sugar_mean_slice": SugarArm("structure loss without GAK", structure=1.0, target="mean_slice"),
     "sugar_one_teacher": SugarArm("structure loss without TK", structure=1.0, triple_kernel=False),
     "sugar_last_token": SugarArm("structure loss without AvgPool", structure=1.0, image_pooling="last"),
+    "sugar_targets": TargetArm("the targets of the structure loss"),
 }
 
 
@@ -181,11 +195,11 @@ TABLES = {
         "Is it the structure loss that helps, beside next-token alone, InfoNCE, and without its parts?",
         own_titles(
             *("sugar_next_token", "sugar_info_nce", "sugar", "sugar_both"),
-            *("sugar_mean_slice", "sugar_one_teacher", "sugar_last_token"),
+            *("sugar_mean_slice", "sugar_one_teacher", "sugar_last_token", "sugar_targets"),
         ),
         (
-            Column("stories, 5c R@5", ("5c_recall_at_5",)),
-            Column("stories, 5c+4i R@5", ("5c+4i_recall_at_5",)),
+            Column("albums, 5c R@5", ("5c_recall_at_5",)),
+            Column("albums, 5c+4i R@5", ("5c+4i_recall_at_5",)),
             Column("scenes, text to image R@5", ("text_to_image_recall_at_5",)),
             Column("scenes, pairs of pictures", ("winoground_image_score",)),
             Column("described alone", ("described_alone",)),

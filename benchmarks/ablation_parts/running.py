@@ -4,15 +4,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import base, clip, records, sentence, sugar, vladva
-from .arms import ARMS, Arm, ClipArm, SentenceArm, SugarArm
+from . import base, clip, records, sentence, sugar, targets, vladva
+from .arms import ARMS, Arm, ClipArm, SentenceArm, SugarArm, TargetArm
 
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 OUTER_LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, *LEARNING_RATES, 3e-2, 1e-1, 3e-1, 1.0)
 TUNING_SEED = 100  # not one of those that are reported
 # Each has `settings`, `train`, `validate` and `measure`.
-RECIPES: dict[type, Any] = {Arm: vladva, SugarArm: sugar, ClipArm: clip, SentenceArm: sentence}
+RECIPES: dict[type, Any] = {
+    Arm: vladva,
+    SugarArm: sugar,
+    TargetArm: targets,
+    ClipArm: clip,
+    SentenceArm: sentence,
+}
 
 
 def tune(name: str, folder: Path = base.FOLDER) -> float:

@@ -21,8 +21,10 @@ from ablation_parts import (
     sentence,
     sugar,
     tables,
+    targets,
     vladva,
 )
+from ablation_parts.albums import Albums, tell
 from ablation_parts.arms import ARMS, TABLES, Column, Table
 from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
 from ablation_parts.spread import Sample
@@ -30,6 +32,7 @@ from ablation_parts.training import as_embedder
 
 from hf_unigd import UniGDForConditionalGeneration, UniGDProcessor
 from hf_unigd.data import load_scenes
+from hf_unigd.data.example import Slice
 from hf_unigd.quickstart.small_llava import build_llava, build_processor
 from hf_unigd.retrieval import Answer, answer_with_retrieval
 
@@ -233,17 +236,16 @@ def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, mo
     folder, _ = tiny_base
     small = {
         "FOLDER": tmp_path,
-        "STORIES": 8,
-        "SCENES": 8,
+        "ALBUMS": 8,
+        "SCENES": 128,  # of which the CLIP takes a batch
         "BEHIND_ENTRIES": 4,
         "CLIP_STEPS": 1,
         "STEPS": 2,
         "BATCH_SIZE": 4,
-        "CAST": 16,
     }
     for setting, value in small.items():
         monkeypatch.setattr(sugar, setting, value)
-    monkeypatch.setattr(sugar, "scenes", lambda split: load_scenes(split, count=8, size=64))
+    monkeypatch.setattr(sugar, "scenes", lambda split: load_scenes(split, count=136, size=64))
     embedder, losses = sugar.train(ARMS[name], 0, 1e-2, folder)
     assert (embedder.processor.embedding_position, embedder.model.config.head_type) == ("last_slice", "mlp")
     trained = losses[-1].keys() - {"step", "loss"}
@@ -261,6 +263,60 @@ def test_a_sugar_arm_trains_a_head_with_its_losses(name, tiny_base, tmp_path, mo
     measured = sugar.measure(embedder)
     assert {"perplexity", "answers_perplexity", "5c_recall_at_5", "5c+4i_recall_at_5"} <= measured.keys()
     assert measured["answers_perplexity"] > 1
+
+
+def test_an_album_shows_the_same_two_things_in_other_places_and_sizes():
+    rows = load_scenes("train", count=4, size=64)
+    albums, training = Albums(rows), Albums(rows, is_training=True)
+    for place, row in enumerate(rows):
+        album = albums[place]
+        shown = {(icon["shape"], icon["colour"]) for icon in row["icons"]}
+        assert all(each in caption for caption in album["captions"] for pair in shown for each in pair)
+        assert len(set(album["captions"])) == len({image.tobytes() for image in album["images"]}) == 5
+        question, answer = album["messages"]
+        texts = [part["text"] for part in question["content"] if part["type"] == "text"]
+        assert [part["type"] for part in question["content"]] == ["text", "image"] * 5
+        assert texts == [f"{caption} " for caption in album["captions"]]
+        last = tell(row, random.Random(place))[-1]
+        assert (album["captions"][-1], answer["content"]) == (f"{str(last).capitalize()}.", last.long_caption())
+        short = training[place]
+        assert (
+            short["captions"] == album["captions"] and short["images"][-1].tobytes() == album["images"][-1].tobytes()
+        )
+        assert len(short["images"]) == (1 if place % 2 else 5)
+        kinds = [part["type"] for part in short["messages"][0]["content"]]
+        assert kinds == (["text"] * 5 + ["image"] if place % 2 else ["text", "image"] * 5)
+
+
+def test_the_targets_find_last_pictures_by_the_sum_over_their_only_alignment(monkeypatch):
+    class Words:
+        """Compares a picture with a sentence by a vector that is drawn for each."""
+
+        def __call__(self, slices):
+            drawn = [torch.randn(6, generator=torch.Generator().manual_seed(part.key % 2**32)) for part in slices]
+            own, cross = torch.stack(drawn).float().split(3, dim=1)
+            return torch.cat([own / own.norm(dim=1, keepdim=True), cross / cross.norm(dim=1, keepdim=True)], dim=1)
+
+        def modality_columns(self):
+            return {(0, 0): (0, 3), (1, 1): (0, 3), (0, 1): (3, 6)}
+
+    rows = load_scenes("test", count=12, size=64)
+    monkeypatch.setattr(targets.sugar, "albums", lambda split: Albums(rows))
+    found = targets.album_recall(Words(), ks=(1, 20))
+
+    words, albums = Words(), [Albums(rows)[place] for place in range(12)]
+    pictures = [image for album in albums for image in album["images"]]
+    candidates = words([Slice({"type": "image", "image": image}) for image in pictures])[:, 3:]
+    hits = []
+    for number, album in enumerate(albums):
+        texts = words([Slice({"type": "text", "text": caption}) for caption in album["captions"]])[:, 3:]
+        local = torch.exp(-(torch.cdist(texts, candidates) ** 2) / (2 * 3))  # sigma² = (5 + 1) / 2
+        kernel = torch.log(local / (2 - local)).sum(0)
+        kernel[5 * number : 5 * number + 4] = -torch.inf
+        hits.append(int((kernel > kernel[5 * number + 4]).sum()))
+    assert found["5c_recall_at_1"] == pytest.approx(sum(hit < 1 for hit in hits) / 12)
+    assert found["5c_recall_at_20"] == pytest.approx(sum(hit < 20 for hit in hits) / 12)
+    assert 0 < found["5c_recall_at_20"] < 1
 
 
 def test_pictures_are_described_behind_captions_that_embeddings_find(tiny_base, monkeypatch):
