@@ -42,6 +42,7 @@ class SugarArm:
         target: What it regresses similarities onto: `"kernel"`, or `"mean_slice"` (without GAK).
         triple_kernel: Whether slices of one modality have a teacher of their own.
         image_pooling: The tokens of a picture that are pooled: the `"mean"` of all, or the `"last"`.
+        halved: Of which rows there are half as many: the `"albums"`, or the `"scenes"`, also those behind entries.
     """
 
     title: str
@@ -50,6 +51,7 @@ class SugarArm:
     target: str = "kernel"
     triple_kernel: bool = True
     image_pooling: str = "mean"
+    halved: str | None = None
     is_trained = True
 
 
@@ -116,6 +118,8 @@ ARMS: dict[str, Arm | SugarArm | TargetArm | ClipArm | SentenceArm] = {
     "sugar_mean_slice": SugarArm("structure loss without GAK", structure=1.0, target="mean_slice"),
     "sugar_one_teacher": SugarArm("structure loss without TK", structure=1.0, triple_kernel=False),
     "sugar_last_token": SugarArm("structure loss without AvgPool", structure=1.0, image_pooling="last"),
+    "sugar_half_albums": SugarArm("structure loss, half of the albums", structure=1.0, halved="albums"),
+    "sugar_half_scenes": SugarArm("structure loss, half of the scenes", structure=1.0, halved="scenes"),
     "sugar_targets": TargetArm("the targets of the structure loss"),
 }
 
@@ -195,7 +199,8 @@ TABLES = {
         "Is it the structure loss that helps, beside next-token alone, InfoNCE, and without its parts?",
         own_titles(
             *("sugar_next_token", "sugar_info_nce", "sugar", "sugar_both"),
-            *("sugar_mean_slice", "sugar_one_teacher", "sugar_last_token", "sugar_targets"),
+            *("sugar_mean_slice", "sugar_one_teacher", "sugar_last_token"),
+            *("sugar_half_albums", "sugar_half_scenes", "sugar_targets"),
         ),
         (
             Column("albums, 5c R@5", ("5c_recall_at_5",)),

@@ -40,24 +40,23 @@ FOLDER = Path("runs/ablations/sugar")  # of the teachers and their features
 
 
 def albums(split: str) -> Albums:
-    """Albums to train on (`"train"`), to choose settings by (`"validation"`), or to measure on (`"test"`), about the
-    things of the scenes of that split."""
-    rows = scenes(split)
-    if split == "train":
-        return Albums(rows.select(range(SCENES, SCENES + ALBUMS)), is_training=True)
-    return Albums(rows.select(range(VALIDATED if split == "validation" else TESTED)))
+    """Albums to choose settings by (`"validation"`) or to measure on (`"test"`), about the things of the scenes of
+    that split."""
+    return Albums(scenes(split).select(range({"validation": VALIDATED, "test": TESTED}[split])))
 
 
-def training_rows(is_contrasted: bool) -> DatasetMixture:
+def training_rows(arm: SugarArm) -> DatasetMixture:
     """Albums, captioned scenes, and scenes behind what an index would hold."""
-    columns = ("image", "long_caption", *(("short_caption",) if is_contrasted else ()))
-    captioned = Columns(scenes("train").select(range(SCENES)), {name: name for name in columns})
-    behind_entries = BehindEntries(scenes("train").select(range(BEHIND_ENTRIES)))
+    told = ALBUMS // 2 if arm.halved == "albums" else ALBUMS
+    captioned, behind = (count // 2 if arm.halved == "scenes" else count for count in (SCENES, BEHIND_ENTRIES))
+    rows = scenes("train")
+    album_rows = Albums(rows.select(range(SCENES, SCENES + told)), is_training=True)
+    columns = ("image", "long_caption", *(("short_caption",) if arm.contrastive else ()))
     return DatasetMixture(
         [
-            DatasetSource(Columns(albums("train"), {"messages": "messages", "images": "images"}), "albums"),
-            DatasetSource(captioned, "scenes"),
-            DatasetSource(behind_entries, "behind entries"),
+            DatasetSource(Columns(album_rows, {name: name for name in ("messages", "images")}), "albums"),
+            DatasetSource(Columns(rows.select(range(captioned)), {name: name for name in columns}), "scenes"),
+            DatasetSource(BehindEntries(rows.select(range(behind))), "behind entries"),
         ]
     )
 
@@ -86,13 +85,13 @@ def captioned_pictures() -> list[tuple]:
     ]
 
 
-def make_slice_features(is_contrasted: bool, teachers: TeacherArguments) -> Path:
-    """What the teachers say of the slices of the training rows, written once."""
-    output = Path(teachers.cross_teacher).parent / ("features_contrasted" if is_contrasted else "features")
-    parser = RowParser(len, 0 if not is_contrasted else 30, trust_caption_columns=True, splitter=teachers.splitter)
+def make_slice_features(arm: SugarArm, teachers: TeacherArguments) -> Path:
+    """What the teachers say of the slices of the training rows, written once for all arms with these rows."""
+    kind = ("_contrasted" if arm.contrastive else "") + (f"_half_{arm.halved}" if arm.halved else "")
+    output = Path(teachers.cross_teacher).parent / f"features{kind}"
+    parser = RowParser(len, 30 if arm.contrastive else 0, trust_caption_columns=True, splitter=teachers.splitter)
     parts = [
-        make_examples(source.rows, source.parser(parser), check_rows="off")
-        for source in training_rows(is_contrasted).sources
+        make_examples(source.rows, source.parser(parser), check_rows="off") for source in training_rows(arm).sources
     ]
     write_slice_features(MixedDataset(parts), teachers, output, batch_size=128)
     return output
@@ -123,12 +122,11 @@ def train(arm: SugarArm, seed: int, learning_rate: float, folder: Path) -> Train
         teachers = make_teachers(folder)
         objective |= {
             **vars(teachers),
-            "slice_features": str(make_slice_features(bool(arm.contrastive), teachers)),
+            "slice_features": str(make_slice_features(arm, teachers)),
             "alignment_target": arm.target,
             "triple_kernel": arm.triple_kernel,
         }
-    rows = training_rows(bool(arm.contrastive))
-    return tune_model(model, processor, rows, seed, learning_rate, STEPS, BATCH_SIZE, **objective)
+    return tune_model(model, processor, training_rows(arm), seed, learning_rate, STEPS, BATCH_SIZE, **objective)
 
 
 def validate(embedder: ModelEmbedder) -> float:

@@ -25,7 +25,7 @@ from ablation_parts import (
     vladva,
 )
 from ablation_parts.albums import Albums, tell
-from ablation_parts.arms import ARMS, TABLES, Column, Table
+from ablation_parts.arms import ARMS, TABLES, Column, SugarArm, Table
 from ablation_parts.captions import judge_clip_art, judge_icon, judge_scene
 from ablation_parts.spread import Sample
 from ablation_parts.training import as_embedder
@@ -286,6 +286,16 @@ def test_an_album_shows_the_same_two_things_in_other_places_and_sizes():
         assert len(short["images"]) == (1 if place % 2 else 5)
         kinds = [part["type"] for part in short["messages"][0]["content"]]
         assert kinds == (["text"] * 5 + ["image"] if place % 2 else ["text", "image"] * 5)
+
+
+def test_arms_with_half_the_rows_of_a_kind_differ_in_these_alone():
+    def counts(**settings):
+        mixture = sugar.training_rows(SugarArm("", structure=1.0, **settings))
+        return [len(source.rows) for source in mixture.sources]
+
+    albums, captioned, behind = counts()
+    assert counts(halved="albums") == [albums // 2, captioned, behind]
+    assert counts(halved="scenes") == [albums, captioned // 2, behind // 2]
 
 
 def test_the_targets_find_last_pictures_by_the_sum_over_their_only_alignment(monkeypatch):
