@@ -10,7 +10,7 @@ from hf_unigd.outputs import writing
 from . import english, records
 from .arms import ARMS, TABLES
 from .pictures import draw_captions, draw_mixture, draw_prompt_entropy
-from .tables import NOT_MEASURED, NOT_RUN, fill_table
+from .tables import NOT_MEASURED, NOT_RUN, fill_table, load_results
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -50,6 +50,19 @@ def fill_settings() -> str:
     return "\n".join(lines)
 
 
+def fill_minutes() -> str:
+    """How long the runs took."""
+    runs = [record["minutes"] for results in load_results(list(ARMS)).values() for record in results.values()]
+    if not runs:
+        return NOT_RUN
+    minutes = [sum(each.values()) for each in runs]
+    tried = sum(len(records.read(records.tuning_file(name)).get("validation", {})) for name in ARMS)
+    return (
+        f"{len(runs)} runs of {min(minutes):.1f} to {max(minutes):.1f} minutes, {sum(minutes) / 60:.1f} hours in all, "
+        f"and {tried} more to choose learning rates, which were not timed."
+    )
+
+
 def fill_prompt_entropy() -> str:
     """How the recall of pairs of prompts goes with the entropy of what follows them."""
     found = english.load_results()
@@ -79,6 +92,7 @@ def fill(page: str) -> str:
     """
     parts: dict[str, Callable[[], str]] = {
         "base": fill_base,
+        "minutes": fill_minutes,
         "settings": fill_settings,
         english.NAME: fill_prompt_entropy,
         **{name: partial(fill_table, table) for name, table in TABLES.items()},

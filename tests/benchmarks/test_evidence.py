@@ -97,9 +97,20 @@ def test_the_page_holds_what_the_results_hold():
     page = report.PAGE.read_text(encoding="utf-8")
     assert report.fill(page) == page, "run `python benchmarks/ablations.py report`"
     parts = {name for _, name, _ in report.PART.findall(page)}
-    assert parts == {"base", "settings", english.NAME, *TABLES}
+    assert parts == {"base", "minutes", "settings", english.NAME, *TABLES}
     for table in TABLES.values():
         assert table.reference in table.rows and table.rows.keys() <= ARMS.keys()
+
+
+def test_the_page_says_how_long_all_runs_took(results):
+    assert report.fill_minutes() == tables.NOT_RUN
+    for seed, minutes in enumerate((10.0, 20.0)):
+        records.write(
+            records.result_file("lora", seed),
+            {"base": "b", "metrics": {}, "minutes": {"training": minutes, "measuring": 4.5}},
+        )
+    records.write(records.tuning_file("lora"), {"base": "b", "validation": {"0.001": 0.1, "0.003": 0.2}})
+    assert report.fill_minutes().startswith("2 runs of 14.5 to 24.5 minutes, 0.7 hours in all, and 2 more")
 
 
 @pytest.fixture(scope="module")
