@@ -196,7 +196,7 @@ TABLES = {
     ),
     "structure": Table(
         "The structure loss (Sugar's Table 4b)",
-        "Is it the structure loss that helps, beside next-token alone, InfoNCE, and without its parts?",
+        "Is it the structure loss that helps, beside next-token alone and InfoNCE, and which of its parts?",
         own_titles(
             *("sugar_next_token", "sugar_info_nce", "sugar", "sugar_both"),
             *("sugar_mean_slice", "sugar_one_teacher", "sugar_last_token"),
@@ -213,7 +213,7 @@ TABLES = {
             Column("perplexity of answers", ("answers_perplexity",), is_share=False),
             Column("perplexity of captions", ("perplexity",), is_share=False),
         ),
-        reference="sugar_next_token",
+        reference="sugar",
     ),
     "towers": Table(
         "Beside two towers, and sentence-transformers",

@@ -7,6 +7,7 @@ from hf_unigd.evaluation.figures import make_figure
 from hf_unigd.outputs import writing
 
 from . import english, records
+from .albums import Albums
 from .arms import TABLES, Column
 from .captions import judge_scene
 from .corpus import scenes
@@ -14,7 +15,9 @@ from .tables import load_results, sample
 
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-CAPTIONS, CURVE, ENTROPY = (IMAGES / f"evidence_{name}.png" for name in ("captions", "mixture", english.NAME))
+CAPTIONS, ALBUM, CURVE, ENTROPY = (
+    IMAGES / f"evidence_{name}.png" for name in ("captions", "album", "mixture", english.NAME)
+)
 
 
 def draw_captions(file: Path = CAPTIONS) -> bool:
@@ -34,6 +37,20 @@ def draw_captions(file: Path = CAPTIONS) -> bool:
     with writing(file) as unfinished:
         figure.savefig(unfinished, format="png", dpi=120)
     return True
+
+
+def draw_album(file: Path = ALBUM) -> None:
+    """Draws the pictures of the first album of the test, with their captions."""
+    album = Albums(scenes("test").select(range(1)))[0]
+    figure = make_figure(figsize=(2.1 * len(album["images"]), 2.7), layout="constrained")
+    for axes, image, caption in zip(
+        figure.subplots(1, len(album["images"])), album["images"], album["captions"], strict=True
+    ):
+        axes.imshow(image)
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel(textwrap.fill(caption, 28), fontsize=8)
+    with writing(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
 
 
 def draw_mixture(file: Path = CURVE) -> bool:

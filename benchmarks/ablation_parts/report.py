@@ -9,7 +9,7 @@ from hf_unigd.outputs import writing
 
 from . import english, records
 from .arms import ARMS, TABLES
-from .pictures import draw_captions, draw_mixture, draw_prompt_entropy
+from .pictures import draw_album, draw_captions, draw_mixture, draw_prompt_entropy
 from .tables import NOT_MEASURED, NOT_RUN, fill_table, load_results
 
 
@@ -105,5 +105,6 @@ def write_report() -> None:
     with writing(PAGE) as unfinished:
         unfinished.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     draw_captions()
+    draw_album()
     draw_mixture()
     draw_prompt_entropy()

@@ -189,6 +189,9 @@ def test_pictures_are_drawn_once_there_are_results(results):
     said = [row["long_caption"] for row in load_scenes("test", count=2, size=64)]
     (results / "base.json").write_text(json.dumps({"said": said}))
     assert pictures.draw_captions(file) and file.read_bytes().startswith(b"\x89PNG")
+    album = results / "album.png"
+    pictures.draw_album(album)
+    assert album.read_bytes().startswith(b"\x89PNG")
 
 
 def test_captions_are_right_in_kinds_colours_and_place():
