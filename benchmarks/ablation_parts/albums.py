@@ -20,8 +20,8 @@ class Albums(data.Dataset):
     Stories, in the columns of [`~hf_unigd.data.load_stories`]: `messages` and `images` to train on, and `captions` for
     queries. The answer is the long caption of the last picture.
 
-    The icon stories of that function do not fit this study. The structure loss compares a picture with each sentence
-    by itself, and their last sentence does not name what its picture shows.
+    Unlike in the icon stories of that function, every caption names all that its picture shows, so that an arm of few
+    steps can learn to find the last one.
 
     Args:
         scenes: The scenes whose things albums are about, one each.
