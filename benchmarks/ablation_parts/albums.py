@@ -1,4 +1,4 @@
-"""Albums: stories of five captioned pictures that all show the same two things, in other places, numbers and sizes."""
+"""Albums: stories of five captioned pictures that all show the same two things, in other places and sizes."""
 
 import random
 from itertools import product
