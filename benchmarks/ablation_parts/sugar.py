@@ -45,10 +45,16 @@ def albums(split: str) -> Albums:
     return Albums(scenes(split).select(range({"validation": VALIDATED, "test": TESTED}[split])))
 
 
+def row_counts(arm: SugarArm) -> dict[str, int]:
+    """How many rows of each kind an arm reads."""
+    counts = {"albums": ALBUMS, "scenes": SCENES, "behind_entries": BEHIND_ENTRIES}
+    halved = {None: (), "albums": ("albums",), "scenes": ("scenes", "behind_entries")}[arm.halved]
+    return {name: count // 2 if name in halved else count for name, count in counts.items()}
+
+
 def training_rows(arm: SugarArm) -> DatasetMixture:
     """Albums, captioned scenes, and scenes behind what an index would hold."""
-    told = ALBUMS // 2 if arm.halved == "albums" else ALBUMS
-    captioned, behind = (count // 2 if arm.halved == "scenes" else count for count in (SCENES, BEHIND_ENTRIES))
+    told, captioned, behind = row_counts(arm).values()
     rows = scenes("train")
     album_rows = Albums(rows.select(range(SCENES, SCENES + told)), is_training=True)
     columns = ("image", "long_caption", *(("short_caption",) if arm.contrastive else ()))
@@ -101,9 +107,7 @@ def settings(arm: SugarArm, folder: Path) -> dict[str, Any]:
     return {
         "steps": STEPS,
         "batch_size": BATCH_SIZE,
-        "albums": ALBUMS,
-        "scenes": SCENES,
-        "behind_entries": BEHIND_ENTRIES,
+        **row_counts(arm),
         "clip_steps": CLIP_STEPS,
     }
 

@@ -304,8 +304,11 @@ def test_an_album_shows_the_same_two_things_in_other_places_and_sizes():
 
 def test_arms_with_half_the_rows_of_a_kind_differ_in_these_alone():
     def counts(**settings):
-        mixture = sugar.training_rows(SugarArm("", structure=1.0, **settings))
-        return [len(source.rows) for source in mixture.sources]
+        arm = SugarArm("", structure=1.0, **settings)
+        read = [len(source.rows) for source in sugar.training_rows(arm).sources]
+        recorded = sugar.settings(arm, base.FOLDER)
+        assert read == [recorded[name] for name in ("albums", "scenes", "behind_entries")]
+        return read
 
     albums, captioned, behind = counts()
     assert counts(halved="albums") == [albums // 2, captioned, behind]
